@@ -1,0 +1,7 @@
+#include "binding.h"
+
+namespace dynloss {
+
+void bind_lanczos(pybind11::module_&) {}
+
+}  // namespace dynloss

@@ -1,0 +1,10 @@
+// The extension module `dynloss_ext._C`: importing it registers the ops of library.cpp and exposes the
+// Lanczos driver, which has no tensors-in, tensors-out schema (it calls back into autograd or Python).
+#include <pybind11/pybind11.h>
+
+#include "lanczos/binding.h"
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "Compiled part of dynloss_ext.";
+  dynloss::bind_lanczos(module);
+}
