@@ -14,7 +14,7 @@ setup(
             "dynloss_ext._C",
             SOURCES,
             include_dirs=[str(ROOT / "csrc")],
-            extra_compile_args={"cxx": ["-O3", "-std=c++20", "-fvisibility=hidden", "-g0", "-Wall", "-Wextra"]},
+            extra_compile_args={"cxx": ["-O3", "-std=c++20", "-fvisibility=hidden", "-g0", "-Wall", "-Wno-psabi"]},
         )
     ],
     cmdclass={"build_ext": BuildExtension},
