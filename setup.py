@@ -1,7 +1,7 @@
 """Builds `dynloss_ext._C`; the static metadata is in pyproject.toml.
 
-Environment variables: `DYNLOSS_EXT_CUDA` (0: without CUDA, 1: with CUDA or fail; default: with CUDA where torch
-has it and nvcc is found), `TORCH_CUDA_ARCH_LIST`, `CUDA_HOME`, `CXX`, `MAX_JOBS`.
+Environment variables: `DYNLOSS_EXT_CUDA` (0: without CUDA, 1: with CUDA or fail; default: with CUDA where
+torch has it and nvcc is found), `TORCH_CUDA_ARCH_LIST`, `CUDA_HOME`, `CXX`, `MAX_JOBS`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from setuptools import setup
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "tools"))
-from build_backend import TORCH_REQUIREMENT, find_torch  # noqa: E402
+from target_torch import TORCH_REQUIREMENT, find_torch  # noqa: E402
 
 REQUIREMENTS = ["numpy>=1.24", "matplotlib>=3.7", "tqdm>=4.60"]
 CUDA_ARCHITECTURES = ("8.0", "9.0", "10.0", "12.0")
@@ -38,7 +38,9 @@ def output_of(*command: str | Path) -> str:
 
 def toolkit_of(nvcc: Path) -> Path | None:
     """The CUDA toolkit that `nvcc` belongs to: it may be a link or a script that starts the real one."""
-    here = re.search(r"^#\$ _HERE_=(.+)$", output_of(nvcc, "--dryrun", "-x", "cu", "-c", os.devnull), re.MULTILINE)
+    here = re.search(
+        r"^#\$ _HERE_=(.+)$", output_of(nvcc, "--dryrun", "-x", "cu", "-c", os.devnull), re.MULTILINE
+    )
     return Path(here[1]).resolve().parent if here else None
 
 
@@ -69,10 +71,11 @@ def choose_cuda(torch_cuda: str | None) -> Path | None:
             sys.exit("DYNLOSS_EXT_CUDA=1, but nvcc was not found: put it on PATH or set CUDA_HOME")
         return None
     release = re.search(r"release (\d+)\.(\d+)", output_of(toolkit / "bin" / "nvcc", "--version"))
-    if release is None or release[1] != torch_cuda.split(".")[0]:
+    major = torch_cuda.split(".")[0]
+    if release is None or release[1] != major:
         sys.exit(
-            f"nvcc in {toolkit} is {release and release[0]}, but torch was built for CUDA {torch_cuda}: set CUDA_HOME to"
-            f" a CUDA {torch_cuda.split('.')[0]} toolkit, or DYNLOSS_EXT_CUDA=0 to build without CUDA kernels"
+            f"nvcc in {toolkit} is {release and release[0]}, but torch was built for CUDA {torch_cuda}: set CUDA_HOME"
+            f" to a CUDA {major} toolkit, or DYNLOSS_EXT_CUDA=0 to build without CUDA kernels"
         )
     return toolkit
 
@@ -82,7 +85,7 @@ def default_architectures(nvcc: Path) -> str:
     known = output_of(nvcc, "--list-gpu-arch").split()
     chosen = [arch for arch in CUDA_ARCHITECTURES if f"compute_{arch.replace('.', '')}" in known]
     if not chosen:
-        sys.exit(f"{nvcc} knows none of the architectures {', '.join(CUDA_ARCHITECTURES)}: set TORCH_CUDA_ARCH_LIST")
+        sys.exit(f"{nvcc} knows none of {', '.join(CUDA_ARCHITECTURES)}: set TORCH_CUDA_ARCH_LIST")
     return ";".join(chosen) + "+PTX"
 
 
@@ -95,7 +98,9 @@ def extension(torch_version: str) -> dict[str, Any]:
     toolkit = choose_cuda(torch.version.cuda)
     if toolkit is not None:
         os.environ["CUDA_HOME"] = str(toolkit)  # cpp_extension reads it when it is imported
-        architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or default_architectures(toolkit / "bin" / "nvcc")
+        architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or default_architectures(
+            toolkit / "bin" / "nvcc"
+        )
         os.environ["TORCH_CUDA_ARCH_LIST"] = architectures
     from torch.utils.cpp_extension import BuildExtension, CppExtension, get_cxx_compiler, include_paths
 
@@ -115,7 +120,9 @@ def extension(torch_version: str) -> dict[str, Any]:
             module = Path(self.get_ext_fullpath("dynloss_ext._C"))
             module.with_name("_build_info.json").write_text(json.dumps(build_info, indent=2) + "\n")
 
-    sources = [path.relative_to(ROOT) for path in sorted(ROOT.glob("csrc/**/*")) if path.suffix in (".cpp", ".cu")]
+    sources = [
+        path.relative_to(ROOT) for path in sorted(ROOT.glob("csrc/**/*")) if path.suffix in (".cpp", ".cu")
+    ]
     # The version is part of the command, so that objects compiled against another torch are not used again.
     macros = [("DYNLOSS_BUILT_FOR_TORCH", torch_version)]
     libraries = []
