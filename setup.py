@@ -74,8 +74,8 @@ def choose_cuda(torch_cuda: str | None) -> Path | None:
     major = torch_cuda.split(".")[0]
     if release is None or release[1] != major:
         sys.exit(
-            f"nvcc in {toolkit} is {release and release[0]}, but torch was built for CUDA {torch_cuda}: set CUDA_HOME"
-            f" to a CUDA {major} toolkit, or DYNLOSS_EXT_CUDA=0 to build without CUDA kernels"
+            f"nvcc in {toolkit} is {release and release[0]}, but torch was built for CUDA {torch_cuda}: set"
+            f" CUDA_HOME to a CUDA {major} toolkit, or DYNLOSS_EXT_CUDA=0 to build without CUDA kernels"
         )
     return toolkit
 

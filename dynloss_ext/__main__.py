@@ -28,13 +28,10 @@ def report() -> str:
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
         use = "kernels active" if build.cuda else "no kernels: dynloss_ext was built without CUDA"
-        lines.append(
-            f"device    cuda:{index}: {device.name}, compute capability {device.major}.{device.minor}, {use}"
-        )
+        capability = f"{device.major}.{device.minor}"
+        lines.append(f"device    cuda:{index}: {device.name}, compute capability {capability}, {use}")
     if torch.cuda.device_count() == 0:
-        lines.append(
-            "device    cuda: none" + (", its kernels are compiled in but idle" if build.cuda else "")
-        )
+        lines.append("device    cuda: none" + (", kernels are compiled but idle" if build.cuda else ""))
     for name in sorted(torch._C._dispatch_get_all_op_names()):
         if name.startswith("dynloss::"):
             keys = [key for key in _KEYS if torch._C._dispatch_has_kernel_for_dispatch_key(name, key)]

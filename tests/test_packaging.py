@@ -23,8 +23,8 @@ CUDA_BUILD = BuildInfo("2.13.0+cu130", "13.0", ["9.0+PTX"], "c++", [])
 
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Runs Python on the dynloss_ext under test, whether it is installed or built in place."""
-    environ = os.environ | {"PYTHONPATH": str(Path(dynloss_ext.__file__).parents[1])}
-    return subprocess.run([sys.executable, *arguments], env=environ, capture_output=True, text=True)
+    folder = Path(dynloss_ext.__file__).parents[1]  # Python looks for modules in its working folder first
+    return subprocess.run([sys.executable, *arguments], cwd=folder, capture_output=True, text=True)
 
 
 def test_build_info_names_the_running_torch() -> None:
@@ -86,7 +86,7 @@ def environment(folder: Path, torch_version: str | None = None) -> Path:
 
 
 def find_torch(python: Path, installer: Sequence[str | Path], cwd: Path, **environ: str) -> str | None:
-    """What find_torch answers to a build that `python` runs, isolated as by pip, at the call of `installer`."""
+    """What find_torch answers to a build that `python` runs, isolated as by pip, called by `installer`."""
     search = (
         "import json, sys; sys.path = [path for path in sys.path if '-packages' not in path];"
         f" sys.path.insert(0, {str(ROOT / 'tools')!r}); import target_torch;"
