@@ -89,7 +89,7 @@ def default_architectures(nvcc: Path) -> str:
     return ";".join(chosen) + "+PTX"
 
 
-def extension(torch_version: str) -> dict[str, Any]:
+def extension() -> dict[str, Any]:
     """The arguments of setup() that build the extension against the torch that is importable."""
     if not Path(sysconfig.get_path("include"), "Python.h").is_file():
         sys.exit("Python.h was not found: install the Python headers (Debian: apt-get install python3-dev)")
@@ -105,7 +105,7 @@ def extension(torch_version: str) -> dict[str, Any]:
     from torch.utils.cpp_extension import BuildExtension, CppExtension, get_cxx_compiler, include_paths
 
     build_info = {
-        "torch": torch_version,
+        "torch": torch.__version__,
         "cuda": torch.version.cuda if toolkit else None,
         "cuda_architectures": re.split("[; ]+", architectures) if toolkit else [],
         "compiler": output_of(get_cxx_compiler(), "--version").partition("\n")[0],
@@ -124,7 +124,7 @@ def extension(torch_version: str) -> dict[str, Any]:
         path.relative_to(ROOT) for path in sorted(ROOT.glob("csrc/**/*")) if path.suffix in (".cpp", ".cu")
     ]
     # The version is part of the command, so that objects compiled against another torch are not used again.
-    macros = [("DYNLOSS_BUILT_FOR_TORCH", torch_version)]
+    macros = [("DYNLOSS_BUILT_FOR_TORCH", torch.__version__)]
     libraries = []
     include_dirs = [str(ROOT / "csrc")]
     if toolkit is None:
@@ -140,7 +140,11 @@ def extension(torch_version: str) -> dict[str, Any]:
         define_macros=macros,
         libraries=libraries,
         library_dirs=[str(toolkit / folder) for folder in ("lib64", "lib")] if toolkit else [],
-        extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
+        # -isystem: torch's headers are not ours to be warned about
+        extra_compile_args={
+            "cxx": [*CXX_FLAGS, *(f"-isystem{folder}" for folder in include_paths())],
+            "nvcc": NVCC_FLAGS,
+        },
     )
     return {"ext_modules": [module], "cmdclass": {"build_ext": BuildWithInfo}}
 
@@ -153,4 +157,4 @@ else:
         sys.exit(f"{TORCH_REQUIREMENT} is needed to build dynloss_ext, and was not found")
     minor = ".".join(torch_version.split(".")[:2])
     # A binary that uses ATen fits only the minor version that it was compiled for.
-    setup(install_requires=[f"torch=={minor}.*", *REQUIREMENTS], **extension(torch_version))
+    setup(install_requires=[f"torch=={minor}.*", *REQUIREMENTS], **extension())

@@ -31,8 +31,8 @@ def read_build_info(folder: Path) -> BuildInfo:
         return BuildInfo(**json.loads((folder / "_build_info.json").read_text()))
     except FileNotFoundError:
         raise ImportError(
-            f"{folder} holds the sources of dynloss_ext, not a built package: run Python in another folder, where"
-            " an installed dynloss_ext is found, or build here with `python setup.py build_ext --inplace`"
+            f"{folder} holds the sources of dynloss_ext, not a built package: run Python elsewhere to use an"
+            " installed dynloss_ext, or build this one with `python setup.py build_ext --inplace`"
         ) from None
 
 
