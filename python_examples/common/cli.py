@@ -1,5 +1,6 @@
 """Command line from a frozen dataclass: each field is an option, the instance is the run's configuration."""
 
+# ruff: noqa: RUF009 - option() is dataclasses.field with help attached
 from __future__ import annotations
 
 import argparse
