@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator
 from numpy.typing import NDArray
 
 from dynloss_ext.instability import Instability, instability_threshold
@@ -113,6 +113,8 @@ def trajectory(
             if len(eig_step):
                 bound = limit if np.ndim(limit) == 0 else (step[inside], limit[inside])
                 _eigenvalue_panel(axes[4, column], eig_step[seen], eigenvalues[seen], instabilities, bound)
+                if column == 0:
+                    _legend_above(axes[4, 0])
             if ntk is not None:
                 axes[-1, column].plot(eig_step[seen], ntk[seen], color="#5e3c99", lw=0.9)
                 axes[-1, column].set_ylabel(r"NTK $\lambda_{\max}$")
@@ -269,54 +271,64 @@ def _fits(grid: Any, curves: Array) -> bool:
 
 
 def _step_panels(axes: Array, step: Array, rows: dict[str, Array], names: list[str], *, fine: bool) -> None:
-    """The four panels of per-step quantities; `fine` joins dots, so that single steps are seen."""
-    style: dict[str, Any] = {"lw": 0.35, "marker": ".", "ms": 1.6, "mew": 0} if fine else {"lw": 0.5}
+    """The four panels of per-step quantities.
+
+    The whole run spans decades of loss: logarithmic there, and F alone on a linear scale with a dot per step in
+    the zoom (`fine`), where the branches of a period show.
+    """
+    style: dict[str, Any] = {"rasterized": True, "lw": 0.5}
+    if fine:
+        style = {"rasterized": True, "lw": 0.2, "marker": ".", "ms": 1.8, "mew": 0}
     for index, name in enumerate(names):
-        colour = CLASS_COLOURS[index % len(CLASS_COLOURS)]
-        axes[0].plot(step, rows["weights"][:, index], color=colour, label=name, lw=0.9)
+        axes[0].plot(step, rows["weights"][:, index], color=_colour(CLASS_COLOURS, index), label=name, lw=0.9)
     axes[0].set_ylabel(r"class weight $\Gamma_i$")
-    if not fine and len(names) <= 10:
-        axes[0].legend(title="class", ncols=min(len(names), 5), loc="lower right", bbox_to_anchor=(1.0, 0.96))
-    if "loss" in rows:
-        axes[1].plot(
-            step, rows["loss"], color="#bbbbbb", lw=0.5, label="plain cross-entropy", rasterized=True
-        )
-    axes[1].plot(step, rows["weighted_loss"], color="black", label="$F$", rasterized=True, **style)
-    axes[1].set_ylabel("loss $F$")
-    if not fine and "loss" in rows:
-        handles = [Line2D([], [], color=c, label=n) for c, n in (("black", "$F$"), ("#bbbbbb", "plain CE"))]
-        axes[1].legend(handles=handles, loc="upper right", ncols=2)
-    axes[2].plot(step[1:], np.diff(rows["weighted_loss"]), color="#7b3294", rasterized=True, **style)
+    if "loss" in rows and not fine:
+        axes[1].plot(step, rows["loss"], color="#bbbbbb", label="plain cross-entropy", **style)
+    axes[1].plot(step, rows["weighted_loss"], color="black", label="dynamical loss $F$", **style)
+    axes[1].set_ylabel("loss")
+    axes[2].plot(step[1:], np.diff(rows["weighted_loss"]), color="#7b3294", **style)
     axes[2].set_ylabel(r"$F(t)-F(t-1)$")
-    axes[3].plot(step, rows["accuracy"], color="#2c7bb6", rasterized=True, **style)
+    axes[3].plot(step, rows["accuracy"], color="#2c7bb6", **style)
     axes[3].set_ylabel("accuracy")
+    if not fine:
+        axes[1].set_yscale("log")
+        axes[2].set_yscale("symlog", linthresh=1e-3)
+        axes[2].yaxis.set_major_locator(FixedLocator([-100, -1, -1e-2, 0, 1e-2, 1, 100]))
+        _legend_above(axes[1])
+        if len(names) <= 10:
+            _legend_above(axes[0], title_left="class")
 
 
 def _eigenvalue_panel(
     axis: Axes, step: Array, values: Array, instabilities: Sequence[Instability], limit: Any
 ) -> None:
-    for index in range(values.shape[1])[::-1]:
-        colour = EIGENVALUE_COLOURS[index % len(EIGENVALUE_COLOURS)]
-        axis.plot(
-            step,
-            values[:, index],
-            color=colour,
-            lw=0.9 if index == 0 else 0.7,
-            label=f"$\\lambda_{index + 1}$",
-        )
+    for index in range(values.shape[1]):  # the largest on top
+        style: dict[str, Any] = {"color": _colour(EIGENVALUE_COLOURS, index), "zorder": 2.5 - 0.01 * index}
+        axis.plot(step, values[:, index], lw=0.9, label=f"$\\lambda_{index + 1}$", **style)
     threshold = instability_threshold(instabilities)
     if math.isfinite(threshold):
-        axis.axhline(threshold, color="#888888", lw=0.9, ls="--", label=f"threshold {threshold:.2f}")
+        axis.axhline(
+            threshold, color="#555555", lw=1.0, ls="--", label=f"threshold {threshold:.2f}", zorder=3
+        )
+    style = {"color": STOP_COLOUR, "lw": 1.2, "ls": ":", "zorder": 3}
     if isinstance(limit, tuple):
-        axis.plot(*limit, color=STOP_COLOUR, lw=0.8, ls=":", label="stability limit")
+        axis.plot(*limit, label="stability limit", **style)
     elif limit is not None and math.isfinite(limit):
-        axis.axhline(limit, color=STOP_COLOUR, lw=0.8, ls=":", label=f"stability limit {limit:.3g}")
+        axis.axhline(limit, label=f"stability limit {limit:.3g}", **style)
     axis.set_ylabel(r"Hessian $\lambda$")
+
+
+def _colour(palette: Sequence[str], index: int) -> str:
+    return palette[index % len(palette)]
+
+
+def _legend_above(axis: Axes, title_left: str | None = None) -> None:
+    """A legend in one row on top of the axes, where it hides no data."""
     handles, labels = axis.get_legend_handles_labels()
-    order = [*range(values.shape[1])[::-1], *range(values.shape[1], len(handles))]
-    axis.legend(
-        [handles[i] for i in order], [labels[i] for i in order], loc="upper right", ncols=len(handles)
-    )
+    if title_left:
+        handles, labels = [Line2D([], [], lw=0), *handles], [title_left, *labels]
+    place: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1.0, 0.97), "borderpad": 0.1}
+    axis.legend(handles, labels, ncols=len(handles), handlelength=1.4, columnspacing=1.2, **place)
 
 
 def _mark_windows(axis: Axes, instabilities: Sequence[Instability]) -> None:
