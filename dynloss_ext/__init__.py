@@ -2,6 +2,7 @@
 
 from dynloss_ext import _extension as _extension
 from dynloss_ext import reference
+from dynloss_ext.instability import Instability, detect_instabilities, instability_threshold, stability_limit
 from dynloss_ext.loss import DynamicCrossEntropyLoss, dynamic_cross_entropy, loss_and_gradient
 from dynloss_ext.oscillation import Oscillation
 

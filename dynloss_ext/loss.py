@@ -188,7 +188,9 @@ class DynamicCrossEntropyLoss(nn.Module):
     ) -> None:
         super().__init__()
         _arguments(
-            torch.empty(0, oscillation.num_classes) if isinstance(oscillation, Oscillation) else torch.empty(0),
+            torch.empty(0, oscillation.num_classes)
+            if isinstance(oscillation, Oscillation)
+            else torch.empty(0),
             torch.empty(0, dtype=torch.int64),
             oscillation,
             0,

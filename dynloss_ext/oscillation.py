@@ -9,7 +9,7 @@ from typing import Any, Union
 import torch
 from torch import Tensor
 
-from dynloss_ext import _C  # noqa: F401  (registers the ops)
+from dynloss_ext import _extension as _extension  # registers the ops
 
 __all__ = ["Oscillation"]
 
@@ -23,7 +23,9 @@ def _parameter(name: str, value: Any, minimum: float, exclusive: bool) -> Tensor
     """``value`` as a finite float64 tensor () or (E,), with the lower bound checked."""
     if isinstance(value, Tensor):
         if value.requires_grad:
-            raise ValueError(f"{name}: expected a constant, got a tensor that requires grad; Γ is not differentiable in it")
+            raise ValueError(
+                f"{name}: expected a constant, got a tensor that requires grad; Γ is not differentiable in it"
+            )
         if value.dim() > 1 or value.numel() == 0 or value.is_complex() or value.dtype == torch.bool:
             raise ValueError(
                 f"{name}: expected a number or a non-empty 1-D tensor of real numbers, one per member of an ensemble, "
@@ -43,7 +45,9 @@ def _parameter(name: str, value: Any, minimum: float, exclusive: bool) -> Tensor
 
 def _step_bound(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an int (a number of optimisation steps), got {type(value).__name__}")
+        raise TypeError(
+            f"{name}: expected an int (a number of optimisation steps), got {type(value).__name__}"
+        )
     if abs(value) >= 2**53:
         raise ValueError(f"{name}: expected a step below 2**53, got {value}")
     return value
@@ -116,18 +120,29 @@ class Oscillation:
             TypeError, ValueError: naming the argument.
         """
         if not isinstance(gamma, Tensor):
-            raise TypeError(f"gamma: expected a tensor of shape (S, C) or (E, S, C), got {type(gamma).__name__}")
+            raise TypeError(
+                f"gamma: expected a tensor of shape (S, C) or (E, S, C), got {type(gamma).__name__}"
+            )
         if gamma.requires_grad:
             raise ValueError("gamma: expected a constant, got a tensor that requires grad")
         if gamma.dim() not in (2, 3) or gamma.numel() == 0 or gamma.is_complex():
-            raise ValueError(f"gamma: expected a non-empty (S, C) or (E, S, C), got shape {tuple(gamma.shape)}")
+            raise ValueError(
+                f"gamma: expected a non-empty (S, C) or (E, S, C), got shape {tuple(gamma.shape)}"
+            )
         table = gamma.detach().to("cpu", torch.float64).clone(memory_format=torch.contiguous_format)
         if not bool((table.isfinite() & (table >= 0)).all()):
             raise ValueError("gamma: expected finite weights >= 0, got negative, infinite or NaN entries")
         self = cls.__new__(cls)
         self._set_num_classes(table.shape[-1])
         members = torch.ones(table.shape[0] if table.dim() == 3 else (), dtype=torch.float64)
-        self._set_clock(members, torch.tensor(float(table.shape[-2]), dtype=torch.float64), 0, False, start_step, stop_step)
+        self._set_clock(
+            members,
+            torch.tensor(float(table.shape[-2]), dtype=torch.float64),
+            0,
+            False,
+            start_step,
+            stop_step,
+        )
         self._waveform = "table"
         self._closed = False
         self._class_order = None
@@ -147,7 +162,9 @@ class Oscillation:
             num_classes: Number of classes C.
         """
         if not callable(function):
-            raise TypeError(f"function: expected a callable step -> weights (C,), got {type(function).__name__}")
+            raise TypeError(
+                f"function: expected a callable step -> weights (C,), got {type(function).__name__}"
+            )
         self = cls.__new__(cls)
         self._set_num_classes(num_classes)
         one = torch.tensor(1.0, dtype=torch.float64)
@@ -170,7 +187,13 @@ class Oscillation:
         self._num_classes = num_classes
 
     def _set_clock(
-        self, amplitude: Tensor, period: Tensor, waveform: int, closed: bool, start_step: int, stop_step: int | None
+        self,
+        amplitude: Tensor,
+        period: Tensor,
+        waveform: int,
+        closed: bool,
+        start_step: int,
+        stop_step: int | None,
     ) -> None:
         start = _step_bound("start_step", start_step)
         stop = math.inf if stop_step is None else _step_bound("stop_step", stop_step)
@@ -193,7 +216,9 @@ class Oscillation:
             return None
         order = [int(c) for c in class_order]
         if sorted(order) != list(range(self._num_classes)):
-            raise ValueError(f"class_order: expected a permutation of 0..{self._num_classes - 1}, got {order}")
+            raise ValueError(
+                f"class_order: expected a permutation of 0..{self._num_classes - 1}, got {order}"
+            )
         return torch.tensor(order, dtype=torch.int64)
 
     def _place(self) -> None:
@@ -206,7 +231,9 @@ class Oscillation:
         """Clock, class order and table on ``device``, as the ops take them."""
         placed = self._placed.get(device)
         if placed is None:
-            placed = tuple(None if x is None else x.to(device) for x in (self._clock, self._class_order, self._table))
+            placed = tuple(
+                None if x is None else x.to(device) for x in (self._clock, self._class_order, self._table)
+            )
             self._placed[device] = placed
         return placed
 
@@ -263,7 +290,9 @@ class Oscillation:
         if self._waveform in ("table", "function"):
             return f"Oscillation.from_{self._waveform}(num_classes={self._num_classes})"
         size = "" if self.ensemble_size is None else f", ensemble_size={self.ensemble_size}"
-        amplitude, period = (x.tolist() if x.dim() == 0 or len(x) <= 4 else "..." for x in (self.amplitude, self.period))
+        amplitude, period = (
+            x.tolist() if x.dim() == 0 or len(x) <= 4 else "..." for x in (self.amplitude, self.period)
+        )
         return (
             f"Oscillation(num_classes={self._num_classes}, amplitude={amplitude}, period={period}, "
             f"waveform={self._waveform!r}, closed={self._closed}, start_step={self._start_step}, "
@@ -294,11 +323,15 @@ class Oscillation:
         if isinstance(step, bool) or not isinstance(step, (int, Tensor)):
             raise TypeError(f"step: expected an int or an int64 tensor (S,), got {type(step).__name__}")
         if isinstance(step, Tensor) and (step.dim() != 1 or step.dtype != torch.int64):
-            raise ValueError(f"step: expected an int64 tensor (S,), got {step.dtype} of shape {tuple(step.shape)}")
+            raise ValueError(
+                f"step: expected an int64 tensor (S,), got {step.dtype} of shape {tuple(step.shape)}"
+            )
         steps = step.cpu() if isinstance(step, Tensor) else torch.tensor([step])
         if self._function is not None:
-            weights = torch.stack([self.evaluate_function(int(s)) for s in steps]) if len(steps) else torch.empty(
-                0, self._num_classes, dtype=torch.float64
+            weights = (
+                torch.stack([self.evaluate_function(int(s)) for s in steps])
+                if len(steps)
+                else torch.empty(0, self._num_classes, dtype=torch.float64)
             )
         else:
             weights = torch.ops.dynloss.oscillation_weights(

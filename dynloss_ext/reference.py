@@ -68,7 +68,10 @@ def _soft_targets(
     classes = gamma.shape[0]
     counted = target != ignore_index
     label = torch.where(counted, target, 0).long()
-    q = torch.nn.functional.one_hot(label, classes).to(logits.dtype) * (1 - label_smoothing) + label_smoothing / classes
+    q = (
+        torch.nn.functional.one_hot(label, classes).to(logits.dtype) * (1 - label_smoothing)
+        + label_smoothing / classes
+    )
     return q * gamma.to(logits) * counted.unsqueeze(-1), counted
 
 

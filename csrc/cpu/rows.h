@@ -1,6 +1,6 @@
 // The cross-entropy kernels for one instruction set. The including file sets INSTRUCTION_SET (a namespace),
-// VECTOR_BYTES and the compiler's target, and includes every standard header before: inline functions of theirs
-// must not be compiled for a machine that the program may not run on.
+// VECTOR_BYTES and the compiler's target, and includes every standard header before: inline functions of
+// theirs must not be compiled for a machine that the program may not run on.
 
 namespace dynloss::cpu::INSTRUCTION_SET {
 
@@ -48,7 +48,8 @@ inline void load_tile(const Operand& operand, int64_t row, int lanes, int64_t nu
 }
 
 template <typename T, typename S>
-inline void store_tile(const Operand& operand, int64_t row, int lanes, int64_t num_classes, const Vec<T>* tile) {
+inline void store_tile(const Operand& operand, int64_t row, int lanes, int64_t num_classes,
+                       const Vec<T>* tile) {
   if (operand.row_stride == 1) {
     for (int64_t c = 0; c < num_classes; ++c) {
       S* p = at<T, S>(operand, row, c);
@@ -291,7 +292,8 @@ double run_long_rows(const Block& block, int64_t begin, int64_t end) {
           if constexpr (K == Kind::hessian)
             factor = hessian_factor(vi, broadcast(pv));
           else
-            factor = third_factor(load_some<T, S>(u + i, count), vi, broadcast(pu), broadcast(pv), broadcast(puv));
+            factor =
+                third_factor(load_some<T, S>(u + i, count), vi, broadcast(pu), broadcast(pv), broadcast(puv));
           store_some<T, S>(out + i, load_some<T, T>(e + i, count) * scaled_total * factor, count);
         });
       }
