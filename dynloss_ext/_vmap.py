@@ -72,9 +72,7 @@ def _rank(x: Tensor, dim: int | None) -> int:
 
 
 def _forward_rule(op: Any) -> Any:
-    def rule(
-        info: Any, in_dims: tuple[int | None, ...], *args: Any
-    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         logits, target, step, step_tensor, clock, class_order, table, *options = args
         d_logits, d_target, _, d_step, d_clock, d_order, d_table = in_dims[:7]
         if d_order is not None:

@@ -103,9 +103,7 @@ def detect_instabilities(
     else:
         windows = _windows(lambda_step, lambda_max, lambda_jump, max_gap, min_samples)
     return [
-        Instability(
-            start, stop, _value_at(start, lambda_step, lambda_max), _value_at(stop, lambda_step, lambda_max)
-        )
+        Instability(start, stop, _value_at(start, lambda_step, lambda_max), _value_at(stop, lambda_step, lambda_max))
         for start, stop in windows
     ]
 
@@ -207,9 +205,7 @@ def stability_limit(optimizer: torch.optim.Optimizer) -> float:
     names = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
     settings = {tuple(float(group[name]) for name in names) for group in optimizer.param_groups}
     if len(settings) != 1:
-        raise ValueError(
-            f"optimizer: its parameter groups differ in {', '.join(names)}, expected equal settings"
-        )
+        raise ValueError(f"optimizer: its parameter groups differ in {', '.join(names)}, expected equal settings")
     lr, momentum, dampening, weight_decay, nesterov, maximize = settings.pop()
     if maximize:
         raise ValueError("optimizer: got maximize=True, expected an optimizer that minimises")

@@ -118,9 +118,7 @@ def dynamic_cross_entropy(
         ValueError, TypeError: an argument is not as described; the message names it.
         IndexError: on CPU, a target outside [0, C). On CUDA its loss and gradient are NaN instead.
     """
-    arguments = _arguments(
-        logits, target, oscillation, step, reduction, normalization, ignore_index, label_smoothing
-    )
+    arguments = _arguments(logits, target, oscillation, step, reduction, normalization, ignore_index, label_smoothing)
     loss: Tensor = _ops.cross_entropy(*arguments)[0]
     return loss
 
@@ -147,9 +145,7 @@ def loss_and_gradient(
         As :func:`dynamic_cross_entropy`; RuntimeError where a ``torch.func`` transform or forward mode would
         differentiate through it.
     """
-    arguments = _arguments(
-        logits, target, oscillation, step, reduction, normalization, ignore_index, label_smoothing
-    )
+    arguments = _arguments(logits, target, oscillation, step, reduction, normalization, ignore_index, label_smoothing)
     loss, gradient, _, normalizer = _ops.cross_entropy_with_gradient(*arguments)
     if gradient.is_cuda:
         _ops.rescale_(gradient, torch.ones(normalizer.shape[:-1], device=gradient.device), normalizer)
@@ -188,9 +184,7 @@ class DynamicCrossEntropyLoss(nn.Module):
     ) -> None:
         super().__init__()
         _arguments(
-            torch.empty(0, oscillation.num_classes)
-            if isinstance(oscillation, Oscillation)
-            else torch.empty(0),
+            torch.empty(0, oscillation.num_classes) if isinstance(oscillation, Oscillation) else torch.empty(0),
             torch.empty(0, dtype=torch.int64),
             oscillation,
             0,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Union
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from dynloss_ext import _extension as _extension  # registers the ops
 __all__ = ["Oscillation"]
 
 #: One number for all members of an ensemble, or one each.
-Parameter = Union[float, Tensor]
+Parameter: TypeAlias = "float | Tensor"
 
 _WAVEFORMS = {"triangle": 0, "sine": 1, "square": 2}
 
@@ -45,9 +45,7 @@ def _parameter(name: str, value: Any, minimum: float, exclusive: bool) -> Tensor
 
 def _step_bound(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(
-            f"{name}: expected an int (a number of optimisation steps), got {type(value).__name__}"
-        )
+        raise TypeError(f"{name}: expected an int (a number of optimisation steps), got {type(value).__name__}")
     if abs(value) >= 2**53:
         raise ValueError(f"{name}: expected a step below 2**53, got {value}")
     return value
@@ -120,15 +118,11 @@ class Oscillation:
             TypeError, ValueError: naming the argument.
         """
         if not isinstance(gamma, Tensor):
-            raise TypeError(
-                f"gamma: expected a tensor of shape (S, C) or (E, S, C), got {type(gamma).__name__}"
-            )
+            raise TypeError(f"gamma: expected a tensor of shape (S, C) or (E, S, C), got {type(gamma).__name__}")
         if gamma.requires_grad:
             raise ValueError("gamma: expected a constant, got a tensor that requires grad")
         if gamma.dim() not in (2, 3) or gamma.numel() == 0 or gamma.is_complex():
-            raise ValueError(
-                f"gamma: expected a non-empty (S, C) or (E, S, C), got shape {tuple(gamma.shape)}"
-            )
+            raise ValueError(f"gamma: expected a non-empty (S, C) or (E, S, C), got shape {tuple(gamma.shape)}")
         table = gamma.detach().to("cpu", torch.float64).clone(memory_format=torch.contiguous_format)
         if not bool((table.isfinite() & (table >= 0)).all()):
             raise ValueError("gamma: expected finite weights >= 0, got negative, infinite or NaN entries")
@@ -162,9 +156,7 @@ class Oscillation:
             num_classes: Number of classes C.
         """
         if not callable(function):
-            raise TypeError(
-                f"function: expected a callable step -> weights (C,), got {type(function).__name__}"
-            )
+            raise TypeError(f"function: expected a callable step -> weights (C,), got {type(function).__name__}")
         self = cls.__new__(cls)
         self._set_num_classes(num_classes)
         one = torch.tensor(1.0, dtype=torch.float64)
@@ -200,11 +192,12 @@ class Oscillation:
         if stop < start:
             raise ValueError(f"stop_step: expected a step >= start_step = {start}, got {stop_step}")
         try:
-            amplitude, period = torch.broadcast_tensors(amplitude, period)
+            shape = torch.broadcast_shapes(amplitude.shape, period.shape)
         except RuntimeError:
             raise ValueError(
                 f"period: expected one per amplitude, got {tuple(period.shape)} for {tuple(amplitude.shape)}"
             ) from None
+        amplitude, period = amplitude.expand(shape), period.expand(shape)
         turn = period + 1 if closed else period
         rest = torch.tensor([start, stop, waveform], dtype=torch.float64).expand(*amplitude.shape, 3)
         self._start_step, self._stop_step = start, stop_step
@@ -216,9 +209,7 @@ class Oscillation:
             return None
         order = [int(c) for c in class_order]
         if sorted(order) != list(range(self._num_classes)):
-            raise ValueError(
-                f"class_order: expected a permutation of 0..{self._num_classes - 1}, got {order}"
-            )
+            raise ValueError(f"class_order: expected a permutation of 0..{self._num_classes - 1}, got {order}")
         return torch.tensor(order, dtype=torch.int64)
 
     def _place(self) -> None:
@@ -231,10 +222,9 @@ class Oscillation:
         """Clock, class order and table on ``device``, as the ops take them."""
         placed = self._placed.get(device)
         if placed is None:
-            placed = tuple(
-                None if x is None else x.to(device) for x in (self._clock, self._class_order, self._table)
-            )
-            self._placed[device] = placed
+            order = None if self._class_order is None else self._class_order.to(device)
+            table = None if self._table is None else self._table.to(device)
+            placed = self._placed[device] = (self._clock.to(device), order, table)
         return placed
 
     # ---- description
@@ -323,9 +313,7 @@ class Oscillation:
         if isinstance(step, bool) or not isinstance(step, (int, Tensor)):
             raise TypeError(f"step: expected an int or an int64 tensor (S,), got {type(step).__name__}")
         if isinstance(step, Tensor) and (step.dim() != 1 or step.dtype != torch.int64):
-            raise ValueError(
-                f"step: expected an int64 tensor (S,), got {step.dtype} of shape {tuple(step.shape)}"
-            )
+            raise ValueError(f"step: expected an int64 tensor (S,), got {step.dtype} of shape {tuple(step.shape)}")
         steps = step.cpu() if isinstance(step, Tensor) else torch.tensor([step])
         if self._function is not None:
             weights = (

@@ -90,9 +90,7 @@ def trajectory(
         limit = _array("limit", limit, 1, len(step))
     eigenvalues = _array("eigenvalues", eigenvalues, 2, len(eig_step)) if len(eig_step) else np.empty((0, 0))
     ntk = _array("ntk", ntk, 1, len(eig_step)) if ntk is not None else None
-    names = (
-        list(class_names) if class_names is not None else [str(i) for i in range(rows["weights"].shape[1])]
-    )
+    names = list(class_names) if class_names is not None else [str(i) for i in range(rows["weights"].shape[1])]
     if len(names) != rows["weights"].shape[1]:
         raise ValueError(f"class_names: got {len(names)}, expected {rows['weights'].shape[1]}")
 
@@ -101,9 +99,7 @@ def trajectory(
     if zoom is not None:
         spans.append((float(zoom[0]), float(zoom[1])))
     with matplotlib.rc_context(STYLE):
-        figure = Figure(
-            figsize=(5.2 * len(spans) if zoom else 7.2, 1.55 * panels + 0.6), layout="constrained"
-        )
+        figure = Figure(figsize=(5.2 * len(spans) if zoom else 7.2, 1.55 * panels + 0.6), layout="constrained")
         axes = figure.subplots(panels, len(spans), squeeze=False, sharex="col")
         for column, (first, last) in enumerate(spans):
             inside = (step >= first) & (step <= last)
@@ -173,9 +169,7 @@ def phase_diagram(
         axis.set_facecolor("#dddddd")
         axis.patch.set_hatch("///")
         axis.patch.set_edgecolor("#aaaaaa")
-        image = axis.imshow(
-            values, origin="lower", aspect="auto", norm=norm, cmap=colours, interpolation="nearest"
-        )
+        image = axis.imshow(values, origin="lower", aspect="auto", norm=norm, cmap=colours, interpolation="nearest")
         if values.size <= 200:
             _write_cells(axis, values, spread, norm, matplotlib.colormaps[colours])
         axis.set_xticks(range(len(periods)), [f"{value:g}" for value in periods])
@@ -188,9 +182,7 @@ def phase_diagram(
         bar.outline.set_visible(False)
         if baseline is not None:
             bar.ax.axhline(baseline, color="black", lw=1.2)
-            bar.ax.text(
-                -0.25, baseline, "$A=1$ ", ha="right", va="center", transform=bar.ax.get_yaxis_transform()
-            )
+            bar.ax.text(-0.25, baseline, "$A=1$ ", ha="right", va="center", transform=bar.ax.get_yaxis_transform())
         if title:
             axis.set_title(title)
     return figure
@@ -299,17 +291,13 @@ def _step_panels(axes: Array, step: Array, rows: dict[str, Array], names: list[s
             _legend_above(axes[0], title_left="class")
 
 
-def _eigenvalue_panel(
-    axis: Axes, step: Array, values: Array, instabilities: Sequence[Instability], limit: Any
-) -> None:
+def _eigenvalue_panel(axis: Axes, step: Array, values: Array, instabilities: Sequence[Instability], limit: Any) -> None:
     for index in range(values.shape[1]):  # the largest on top
         style: dict[str, Any] = {"color": _colour(EIGENVALUE_COLOURS, index), "zorder": 2.5 - 0.01 * index}
         axis.plot(step, values[:, index], lw=0.9, label=f"$\\lambda_{index + 1}$", **style)
     threshold = instability_threshold(instabilities)
     if math.isfinite(threshold):
-        axis.axhline(
-            threshold, color="#555555", lw=1.0, ls="--", label=f"threshold {threshold:.2f}", zorder=3
-        )
+        axis.axhline(threshold, color="#555555", lw=1.0, ls="--", label=f"threshold {threshold:.2f}", zorder=3)
     style = {"color": STOP_COLOUR, "lw": 1.2, "ls": ":", "zorder": 3}
     if isinstance(limit, tuple):
         axis.plot(*limit, label="stability limit", **style)

@@ -63,9 +63,7 @@ class SpiralConfig(BaseConfig):
     num_eigenvalues: int = option(3, "largest Hessian eigenvalues to track")
     tol: float = option(1e-3, "their relative residual")
     ntk: bool = option(False, "track the neural tangent kernel's largest eigenvalue too (first 50 points)")
-    density_every: int = option(
-        0, "steps between two spectral densities, a multiple of --eig-every; 0 for none"
-    )
+    density_every: int = option(0, "steps between two spectral densities, a multiple of --eig-every; 0 for none")
     rule: str = option("loss", "what marks an instability", choices=("loss", "lambda"), may_change=True)
     threads: int = option(1, "CPU threads (more do not pay for so small a network)")
     checkpoint_every: int = option(10_000, "steps between two checkpoints", may_change=True)

@@ -46,9 +46,7 @@ def test_windows_start_before_the_first_jump_and_stop_after_the_last():
     steps = np.arange(5000)
     lambda_step = np.arange(0, 5000, 25)
     lambda_max = lambda_step / 1000
-    found = detect_instabilities(
-        steps, jumpy_loss(5000, [(1000, 1100), (3000, 3041)]), lambda_step, lambda_max
-    )
+    found = detect_instabilities(steps, jumpy_loss(5000, [(1000, 1100), (3000, 3041)]), lambda_step, lambda_max)
     assert [(w.start, w.stop) for w in found] == [(1000, 1100), (3000, 3041)]
     assert [(w.lambda_start, w.lambda_stop) for w in found] == [(1.0, 1.1), (3.0, 3.05)]
     assert instability_threshold(found) == pytest.approx((1.0 + 1.1 + 3.0 + 3.05) / 4)

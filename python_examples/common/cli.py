@@ -44,9 +44,7 @@ def option(
 class BaseConfig:
     """The options every script has. Subclasses check their own values in `__post_init__`."""
 
-    out: Path = option(
-        Path("runs/run"), "run folder: config, metrics, summary, figure, checkpoint", metavar="DIR"
-    )
+    out: Path = option(Path("runs/run"), "run folder: config, metrics, summary, figure, checkpoint", metavar="DIR")
     device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda"), may_change=True)
     seed: int = option(0, "seed of everything random")
     resume: bool = option(False, "continue the run in --out exactly where it stopped", may_change=True)
@@ -98,9 +96,7 @@ def open_run(config: BaseConfig) -> RunFolder:
     folder = RunFolder(config.out)
     if folder.has_checkpoint() and not config.resume:
         other = _changes(config, folder.read_config())
-        unfinished = not (folder / "summary.json").exists() or not folder.read_summary().get(
-            "finished", False
-        )
+        unfinished = not (folder / "summary.json").exists() or not folder.read_summary().get("finished", False)
         if other or unfinished:
             reason = f"a run with other options ({', '.join(other)})" if other else "an unfinished run"
             hint = "" if other else "; --resume continues it"
@@ -127,8 +123,7 @@ def _parser(config_class: type[BaseConfig], description: str) -> argparse.Argume
                 default=field.default,
                 help=field.metadata["help"],
                 choices=field.metadata["choices"],
-                metavar=field.metadata["metavar"]
-                or (None if field.metadata["choices"] else kind.__name__.upper()),
+                metavar=field.metadata["metavar"] or (None if field.metadata["choices"] else kind.__name__.upper()),
             )
     return parser
 
