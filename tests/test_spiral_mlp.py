@@ -1,4 +1,4 @@
-"""The spiral experiment: against the authors' trajectory, and as a program that can be stopped and continued."""
+"""The spiral experiment: against the authors' trajectory, and as a program that stops and continues."""
 
 import json
 import os
@@ -10,14 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import spiral_mlp
 import torch
+from common.spiral import SpiralMLP, load_initial_values, spiral_data
 
 ROOT = Path(__file__).parent.parent
 CUT = ROOT / "tests" / "data" / "spiral_reference_5000.npz"
-
-
-import spiral_mlp
-from common.spiral import SpiralMLP, load_initial_values, spiral_data
 
 SMALL = (
     "--steps",
@@ -66,7 +64,7 @@ def early(tmp_path_factory):
     return run(out, *options)[0]
 
 
-# ---- the authors' trajectory ---------------------------------------------------------------------------------
+# ---- the authors' trajectory -----------------------------------------------------------------------------
 
 
 def test_loss_follows_the_reference_to_rounding(early, reference):
@@ -96,7 +94,7 @@ def test_first_instability_begins_with_the_reference(early):
 
 
 def test_class_weights_are_recorded_with_the_row_they_weighted(early, reference):
-    """Row i carries Γ(i + 1): F is the mean of the classes' mean losses under it, so ΣΓ = 3 and turns are closed."""
+    """Row i carries Γ(i + 1), and a turn ends with all weights at 1."""
     weights = early["weights"]
     np.testing.assert_allclose(weights.sum(axis=1), 3, rtol=1e-14)
     peak = 3 * 70 / 72
@@ -107,7 +105,7 @@ def test_class_weights_are_recorded_with_the_row_they_weighted(early, reference)
 
 @pytest.mark.slow
 def test_full_run_has_the_papers_phenomenology(tmp_path):
-    """All 70,000 steps with the defaults. Past row 5,000 the dynamics is chaotic: only the phenomenology can agree."""
+    """All 70,000 steps by default. Past row 5,000 it is chaotic: only the phenomenology can agree."""
     metrics, summary = run(tmp_path / "full", "--init", CUT)
     first_above = metrics["eig_step"][np.argmax(metrics["eigenvalues"][:, 0] > 2)]
     assert abs(first_above - 4225) <= 75
@@ -120,7 +118,7 @@ def test_full_run_has_the_papers_phenomenology(tmp_path):
     assert {1, 2, 4, None} <= periods  # smooth descent, the first doublings, chaos
 
 
-# ---- data and network ----------------------------------------------------------------------------------------
+# ---- data and network ------------------------------------------------------------------------------------
 
 
 def test_spirals_are_the_authors_data(reference):
@@ -161,7 +159,7 @@ def test_initial_values_that_do_not_fit_are_refused(tmp_path, reference):
         load_initial_values(path)
 
 
-# ---- the program ---------------------------------------------------------------------------------------------
+# ---- the program -----------------------------------------------------------------------------------------
 
 
 def test_run_folder_is_complete(tmp_path, capsys):
