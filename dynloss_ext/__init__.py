@@ -10,8 +10,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DynamicCrossEntropyLoss",
+    "Instability",
     "Oscillation",
+    "detect_instabilities",
     "dynamic_cross_entropy",
+    "instability_threshold",
     "loss_and_gradient",
     "reference",
+    "stability_limit",
 ]
