@@ -5,9 +5,9 @@ set -eu
 cd "$(dirname "$0")/.."
 
 include=$(python3 -c 'import sysconfig; print(sysconfig.get_path("include"))')
-if [ ! -f "$include/Python.h" ]; then
+if [ ! -f "$include/Python.h" ]; then # Debian keeps it in a package of its own
   echo "Python.h is not in $include: installing python3-dev"
-  as_root=$([ "$(id -u)" = 0 ] || echo sudo)
+  as_root=$([ "$(id -u)" = 0 ] || command -v sudo) || { echo "not root, no sudo: have python3-dev installed" >&2; exit 1; }
   $as_root apt-get update
   $as_root apt-get install -y --no-install-recommends python3-dev
 fi
