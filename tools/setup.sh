@@ -13,6 +13,5 @@ if [ ! -f "$include/Python.h" ]; then # Debian keeps it in a package of its own
 fi
 
 python3 -m venv .venv
-[ -d "$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("platlib"))')/torch" ] ||
-  .venv/bin/pip install "torch==${TORCH:-2.13.0}"
+.venv/bin/pip show --quiet torch 2>/dev/null || .venv/bin/pip install "torch==${TORCH:-2.13.0}"
 .venv/bin/pip install ".${1:+[$1]}"
