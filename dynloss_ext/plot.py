@@ -1,7 +1,7 @@
 """Figures from recorded arrays. Nothing here computes: detect and measure first, then draw.
 
-Every function returns a `matplotlib.figure.Figure` made without pyplot, so no window opens, no backend is chosen
-and nothing has to be closed.
+Every function returns a `matplotlib.figure.Figure` made without pyplot, so no window opens, no backend is
+chosen and nothing has to be closed.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ def trajectory(
         eig_step: (M,) steps of the eigenvalues.
         eigenvalues: (M, k) largest Hessian eigenvalues, descending.
         loss: (S,) plain cross-entropy, drawn behind F.
-        instabilities: windows to mark: their start green, their stop red, their mean curvature as a dashed line.
+        instabilities: windows to mark: their start green, their stop red, their mean curvature as a dashed
+            line.
         limit: the optimizer's stability limit, one number or (S,) where the learning rate changes.
         ntk: (M,) largest eigenvalue of the neural tangent kernel, for one more panel.
         zoom: (first, last) step of a second column.
@@ -147,7 +148,8 @@ def phase_diagram(
         values: (m, n) quantity, row per amplitude; NaN where there is no run, drawn hatched.
         spread: (m, n) standard deviation over seeds, written below the value.
         label: the quantity's name.
-        baseline: its value without oscillations (A = 1), marked on the colour bar; colours then diverge from it.
+        baseline: its value without oscillations (A = 1), marked on the colour bar; colours then diverge from
+            it.
         title: a line above the map.
 
     Raises:
@@ -265,8 +267,8 @@ def _fits(grid: Any, curves: Array) -> bool:
 def _step_panels(axes: Array, step: Array, rows: dict[str, Array], names: list[str], *, fine: bool) -> None:
     """The four panels of per-step quantities.
 
-    The whole run spans decades of loss: logarithmic there, and F alone on a linear scale with a dot per step in
-    the zoom (`fine`), where the branches of a period show.
+    The whole run spans decades of loss: logarithmic there, and F alone on a linear scale with a dot per step
+    in the zoom (`fine`), where the branches of a period show.
     """
     style: dict[str, Any] = {"rasterized": True, "lw": 0.5}
     if fine:

@@ -39,7 +39,7 @@ def logistic_map(growth, length=1000, transient=3000):
     return np.array(values[transient:])
 
 
-# ---- windows -------------------------------------------------------------------------------------------------
+# ---- windows ---------------------------------------------------------------------------------------------
 
 
 def test_windows_start_before_the_first_jump_and_stop_after_the_last():
@@ -125,7 +125,7 @@ def test_first_instability_of_the_shipped_cut():
     assert [s.period for s in detect_periods(steps, loss, start=4223)] == [2]
 
 
-# ---- periods -------------------------------------------------------------------------------------------------
+# ---- periods ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_a_window_too_short_for_differences_has_no_segment():
     assert detect_periods(np.arange(5), np.zeros(5)) == []
 
 
-# ---- stability limit -----------------------------------------------------------------------------------------
+# ---- stability limit -------------------------------------------------------------------------------------
 
 
 def final_distance(curvature, settings, steps=6000):
@@ -224,7 +224,7 @@ def test_unknown_limits_are_refused():
         stability_limit(torch.optim.SGD([a], lr=0.1, maximize=True))
 
 
-# ---- bad input -----------------------------------------------------------------------------------------------
+# ---- bad input -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -53,8 +53,8 @@ class BaseConfig:
 def parse_config(config_class: type[Config], description: str, argv: Sequence[str] | None = None) -> Config:
     """Read the command line into a `config_class`; a bad value ends the program with a usage error.
 
-    With `--resume` the options default to those of the run in `--out`, so none has to be repeated; giving one a
-    value that would change the trajectory is an error.
+    With `--resume` the options default to those of the run in `--out`, so none has to be repeated; giving
+    one a value that would change the trajectory is an error.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = _parser(config_class, description)
@@ -90,8 +90,8 @@ def resolve_device(name: str) -> torch.device:
 def open_run(config: BaseConfig) -> RunFolder:
     """The run folder of `config`, with config.json written.
 
-    A folder that holds another run, or an unfinished one, is refused unless `resume` is set, so that no work is
-    lost by a forgotten option. A finished run of the same configuration is computed anew.
+    A folder that holds another run, or an unfinished one, is refused unless `resume` is set, so that no work
+    is lost by a forgotten option. A finished run of the same configuration is computed anew.
     """
     folder = RunFolder(config.out)
     if folder.has_checkpoint() and not config.resume:
