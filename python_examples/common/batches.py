@@ -32,6 +32,7 @@ class Batches:
         split: the images, on the device where the batches are wanted.
         batch_size: images per global batch; the last one of an epoch may be smaller.  None: all at once, in
             file order.
+        shuffle: another order in every epoch; otherwise always file order.
         seed: of the order and of the augmentation.
         augment: flip left-right with probability 1/2 and move by up to 4 pixels each way, filling with the
             image's reflection (Zagoruyko & Komodakis, arXiv 1605.07146, section 3); each image on its own.
@@ -44,6 +45,7 @@ class Batches:
         split: Split,
         batch_size: int | None = None,
         *,
+        shuffle: bool = True,
         seed: int = 0,
         augment: bool = False,
         dtype: torch.dtype = torch.float32,
@@ -55,7 +57,7 @@ class Batches:
         memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.split = Split(split.images.contiguous(memory_format=memory_format), split.labels)
         self.batch_size = len(split) if batch_size is None else min(batch_size, len(split))
-        self.shuffle = batch_size is not None
+        self.shuffle = shuffle and batch_size is not None
         self.seed = seed
         self.augment = augment
         std = 255 * torch.tensor(CHANNEL_STD, dtype=torch.float64).view(3, 1, 1)
