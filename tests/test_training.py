@@ -234,7 +234,7 @@ def test_summary_and_files(tmp_path: Path) -> None:
 
 
 def test_a_diverging_run_ends_early_and_says_so(tmp_path: Path) -> None:
-    summary = train(small(tmp_path / "run", lr=1e6, epochs=50, checkpoint_every=10))
+    summary = train(small(tmp_path / "run", lr=1e300, epochs=50, checkpoint_every=10))
     assert summary["diverged"] and summary["steps"] == 10
 
 
