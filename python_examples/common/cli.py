@@ -1,5 +1,6 @@
 """Command line from a frozen dataclass: each field is an option, the instance is the run's configuration."""
 
+# ruff: noqa: RUF009 - option() is dataclasses.field with help attached
 from __future__ import annotations
 
 import argparse
@@ -7,7 +8,7 @@ import dataclasses
 import sys
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -142,7 +143,7 @@ def _parser(config_class: type[BaseConfig], description: str) -> argparse.Argume
         else:
             parser.add_argument(
                 flag,
-                type=kind,
+                type=_optional(kind) if type(None) in typing.get_args(hints[field.name]) else kind,
                 default=field.default,
                 help=field.metadata["help"],
                 choices=field.metadata["choices"],
@@ -157,6 +158,16 @@ def _value_type(hint: Any) -> type:
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
         hint = next(kind for kind in typing.get_args(hint) if kind is not type(None))
     return typing.cast(type, hint)
+
+
+def _optional(kind: type) -> Callable[[str], Any]:
+    """Reads 'none' as None and anything else as `kind`."""
+
+    def read(text: str) -> Any:
+        return None if text.lower() == "none" else kind(text)
+
+    read.__name__ = kind.__name__  # argparse names it in its error
+    return read
 
 
 def _saved_config(parser: argparse.ArgumentParser, out: Path) -> dict[str, Any]:

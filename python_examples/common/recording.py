@@ -72,7 +72,7 @@ class RunFolder:
 
     def write_metrics(self, arrays: Mapping[str, NDArray[Any]]) -> None:
         with atomic_write(self / "metrics.npz") as file:
-            np.savez(file, **arrays)
+            np.savez(file, **dict(arrays))  # type: ignore[arg-type]  # numpy types **arrays as its flags
 
     def write_figure(self, figure: Figure, name: str = "figure.png", dpi: int = 150) -> None:
         with atomic_write(self / name) as file:
@@ -206,7 +206,7 @@ class GracefulStop:
         self.requested = False
         self._previous: dict[int, Any] = {}
 
-    def __enter__(self) -> GracefulStop:
+    def __enter__(self) -> GracefulStop:  # noqa: PYI034 (Self needs Python 3.11)
         for number in (signal.SIGINT, signal.SIGTERM):
             self._previous[number] = signal.signal(number, self._request)
         return self

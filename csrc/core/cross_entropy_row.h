@@ -1,0 +1,62 @@
+// The maths of one row of logits z (C,), for any target distribution q >= 0 with total Q = Σ q:
+//
+//   loss       Σ_c q_c (lse - z_c)                      lse = log Σ exp z,  p = softmax(z)
+//   gradient   Q p - q
+//   Hessian·v  Q (p∘v - p (p·v))
+//   third·u·v  Q p∘(u∘v - Σ p u v - (p·v)(u - p·u) - (p·u)(v - p·v))
+//
+// Class weights and label smoothing only choose q:  q_c = Γ_c ((1 - ε) [c = y] + ε / C).
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "oscillation.h"
+
+namespace dynloss {
+
+// q of one row, without storing C numbers: q_c = on_label·[c = y] + spread·Γ_c.
+template <typename T>
+struct TargetWeights {
+  T on_label;  // (1 - ε) Γ_y
+  T spread;    // ε / C
+  T total;     // Q
+
+  DYNLOSS_HOST_DEVICE TargetWeights(double gamma_label, double gamma_sum, double smoothing, int64_t num_classes)
+      : on_label(static_cast<T>((1.0 - smoothing) * gamma_label)),
+        spread(static_cast<T>(smoothing / static_cast<double>(num_classes))),
+        total(static_cast<T>((1.0 - smoothing) * gamma_label +
+                             smoothing / static_cast<double>(num_classes) * gamma_sum)) {}
+};
+
+// Running maximum and Σ exp(z - maximum) of a part of a row; parts merge in any order.
+template <typename T>
+struct MaxSum {
+  T max;
+  T sum;
+
+  DYNLOSS_HOST_DEVICE static MaxSum empty() { return {-static_cast<T>(INFINITY), T(0)}; }
+
+  // A part that is empty or all -inf so far has sum 0 and must not turn into NaN by -inf - -inf. A row that is
+  // -inf as a whole ends with sum 0, and 0/0 makes it NaN as it should be.
+  DYNLOSS_HOST_DEVICE MaxSum merge(const MaxSum& other) const {
+    const T top = max > other.max ? max : other.max;
+    const T scale = max == top ? T(1) : static_cast<T>(exp(max - top));
+    const T other_scale = other.max == top ? T(1) : static_cast<T>(exp(other.max - top));
+    return {top, sum * scale + other.sum * other_scale};
+  }
+};
+
+// p∘f is what each derivative multiplies by Q; these are f for one class, given the row's inner products.
+// T may be a vector of lanes, whose type must not cross a call between functions for different instruction sets.
+template <typename T>
+DYNLOSS_HOST_DEVICE DYNLOSS_ALWAYS_INLINE T hessian_factor(T v, T pv) {
+  return v - pv;
+}
+
+template <typename T>
+DYNLOSS_HOST_DEVICE DYNLOSS_ALWAYS_INLINE T third_factor(T u, T v, T pu, T pv, T puv) {
+  return u * v - puv - pv * (u - pu) - pu * (v - pv);
+}
+
+}  // namespace dynloss

@@ -1,0 +1,90 @@
+// Γ(step): the class weights of the dynamical loss (Ruiz-Garcia, Zhang, Schoenholz, Liu, ICML 2021).
+//
+// One class is raised at a time. The turn of class i lasts `turn` steps; t steps into it the raw weight of that
+// class is g(t), between 1 and the amplitude A, and the others weigh 1. Γ = C·g / Σg, so ΣΓ = C.
+// Phases are taken in float64: float32 cannot tell neighbouring steps apart beyond 2^24.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define DYNLOSS_HOST_DEVICE __host__ __device__
+#else
+#define DYNLOSS_HOST_DEVICE
+#endif
+#define DYNLOSS_ALWAYS_INLINE inline __attribute__((always_inline))
+
+namespace dynloss {
+
+enum class Waveform : int { triangle = 0, sine = 1, square = 2 };
+
+// One row of the `clock` tensor, column by column, all float64 (exact for every step below 2^53).
+struct Clock {
+  double amplitude;   // A >= 1
+  double period;      // T > 0, in steps
+  double turn;        // steps until the next class is raised: T, or T + 1 for closed turns
+  double start_step;  // Γ = 1 before
+  double stop_step;   // Γ = 1 from here on; +inf for never
+  double waveform;    // a Waveform
+};
+constexpr int64_t clock_columns = 6;
+static_assert(sizeof(Clock) == clock_columns * sizeof(double), "Clock mirrors a row of the clock tensor");
+
+// Γ of one step: a row of a table, or two values and the class that has the first.
+struct ClassWeights {
+  const double* table_row;  // (C,) or null
+  int64_t active;
+  double raised;
+  double rest;
+
+  DYNLOSS_HOST_DEVICE double operator[](int64_t class_index) const {
+    if (table_row != nullptr) return table_row[class_index];
+    return class_index == active ? raised : rest;
+  }
+};
+
+// What evaluates to Γ at a step; the pointers may be null.
+struct Schedule {
+  const Clock* clock;
+  const int64_t* class_order;  // (C,): the class raised in turn 0, 1, ...
+  const double* table;         // (S, C): row (step - start) mod S, instead of a waveform
+  int64_t table_rows;
+  int64_t num_classes;
+};
+
+// g(t) of the raised class, t in [0, turn).
+DYNLOSS_HOST_DEVICE inline double raw_weight(const Clock& clock, double t) {
+  const double rise = clock.amplitude - 1.0;
+  switch (static_cast<Waveform>(static_cast<int>(clock.waveform))) {
+    case Waveform::square:
+      return clock.amplitude;
+    case Waveform::sine:
+      return 1.0 + rise * sin(3.14159265358979323846 * (t / clock.period));
+    default:
+      return t < clock.period / 2 ? 1.0 + 2.0 * rise * t / clock.period
+                                  : 2.0 * clock.amplitude - 1.0 - 2.0 * rise * t / clock.period;
+  }
+}
+
+DYNLOSS_HOST_DEVICE inline ClassWeights weights_at(const Schedule& schedule, int64_t step) {
+  const Clock& clock = *schedule.clock;
+  const double s = static_cast<double>(step);
+  if (!(s >= clock.start_step && s < clock.stop_step)) return {nullptr, 0, 1.0, 1.0};
+  const double elapsed = s - clock.start_step;
+  if (schedule.table != nullptr) {
+    const int64_t row = static_cast<int64_t>(elapsed) % schedule.table_rows;
+    return {schedule.table + row * schedule.num_classes, 0, 1.0, 1.0};
+  }
+  // fmod is exact, so the remaining quotient is an integer up to one rounding.
+  const double t = fmod(elapsed, clock.turn);
+  const double turns = nearbyint((elapsed - t) / clock.turn);
+  const double classes = static_cast<double>(schedule.num_classes);
+  int64_t active = static_cast<int64_t>(fmod(turns, classes));
+  if (schedule.class_order != nullptr) active = schedule.class_order[active];
+  const double g = raw_weight(clock, t);
+  const double rest = classes / (classes - 1.0 + g);
+  return {nullptr, active, g * rest, rest};
+}
+
+}  // namespace dynloss

@@ -1,0 +1,515 @@
+// The cross-entropy ops on CPU: targets are checked and counted, Γ(step) is evaluated, and the rows are shared out
+// over threads in chunks that depend on the shape alone, so that the result has the same bits for every number of
+// threads.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include <algorithm>
+#include <limits>
+#include <tuple>
+#include <vector>
+
+#include "arguments.h"
+#include "core/oscillation.h"
+#include "cpu/kernel.h"
+#include "cpu/instruction_set.h"
+
+namespace dynloss::cpu {
+
+namespace {
+
+using Optional = std::optional<at::Tensor>;
+
+constexpr int64_t elements_per_chunk = 8192;
+constexpr int64_t elements_worth_a_thread = 32768;
+
+// ---- Γ(step)
+
+const int64_t* order_data(const Optional& class_order) {
+  return class_order ? class_order->const_data_ptr<int64_t>() : nullptr;
+}
+
+void check_class_order(const Optional& class_order, int64_t classes) {
+  if (!class_order) return;
+  const int64_t* order = order_data(class_order);
+  for (int64_t i = 0; i < classes; ++i)
+    TORCH_CHECK_INDEX(order[i] >= 0 && order[i] < classes, "class_order: class ", order[i], " at position ", i,
+                      " is out of range for ", classes, " classes");
+}
+
+Schedule member_schedule(const at::Tensor& clock, const Optional& class_order, const Optional& table, int64_t member,
+                         int64_t classes) {
+  const auto* clocks = reinterpret_cast<const Clock*>(clock.const_data_ptr<double>());
+  const int64_t rows = table ? table->size(-2) : 0;
+  const double* first = table ? table->const_data_ptr<double>() + member * rows * classes : nullptr;
+  return {clocks + member, order_data(class_order), first, rows, classes};
+}
+
+void write_weights(const Schedule& schedule, int64_t step, double* out) {
+  const ClassWeights weights = weights_at(schedule, step);
+  for (int64_t c = 0; c < schedule.num_classes; ++c) out[c] = weights[c];
+}
+
+at::Tensor oscillation_weights(const at::Tensor& steps, const at::Tensor& clock, const Optional& class_order,
+                               const Optional& table, int64_t classes) {
+  TORCH_CHECK_VALUE(steps.dim() == 1 && steps.scalar_type() == at::kLong, "steps: expected int64 of shape (S,), got ",
+                    steps.scalar_type(), " of shape ", steps.sizes());
+  check_schedule({clock, std::nullopt, class_order, table}, classes, steps.device());
+  check_class_order(class_order, classes);
+  const int64_t members = is_ensemble(clock) ? clock.size(0) : 1;
+  std::vector<int64_t> sizes = {steps.size(0)};
+  if (is_ensemble(clock)) sizes.push_back(members);
+  sizes.push_back(classes);
+  const at::Tensor weights = at::empty(sizes, steps.options().dtype(at::kDouble));
+  const at::Tensor clocks = clock.contiguous(), step_list = steps.contiguous();
+  const Optional tables = table ? Optional(table->contiguous()) : table;
+  const Optional order = class_order ? Optional(class_order->contiguous()) : class_order;
+  double* out = weights.mutable_data_ptr<double>();
+  for (int64_t s = 0; s < steps.size(0); ++s)
+    for (int64_t e = 0; e < members; ++e, out += classes)
+      write_weights(member_schedule(clocks, order, tables, e, classes), step_list.const_data_ptr<int64_t>()[s], out);
+  return weights;
+}
+
+// ---- tensors as blocks of rows
+
+// How logits lie in memory: `planes` where the rows of a block are neighbours, else each row is contiguous.
+struct Layout {
+  bool planes;
+  int64_t blocks;
+  int64_t rows;
+  int64_t classes;
+};
+
+// The stride that walks dimensions [first, last) of x, without the class dimension, as one; none if there is none.
+std::optional<int64_t> joint_stride(const at::Tensor& x, int64_t first, int64_t class_dim) {
+  int64_t stride = 0, expected = 0;
+  for (int64_t d = x.dim() - 1; d >= first; --d) {
+    if (d == class_dim || x.size(d) == 1) continue;
+    if (stride == 0)
+      stride = x.stride(d);
+    else if (x.stride(d) != expected)
+      return std::nullopt;
+    expected = x.stride(d) * x.size(d);
+  }
+  return stride;
+}
+
+std::optional<Operand> as_rows(const at::Tensor& x, bool ensemble) {
+  const int64_t class_dim = ensemble ? 2 : (x.dim() == 1 ? 0 : 1);
+  if (x.stride(class_dim) != 1 && x.size(class_dim) != 1) return std::nullopt;
+  const auto row_stride = joint_stride(x, ensemble ? 1 : 0, class_dim);
+  if (!row_stride) return std::nullopt;
+  return Operand{x.data_ptr(), ensemble ? x.stride(0) : 0, *row_stride, 1};
+}
+
+std::optional<Operand> as_planes(const at::Tensor& x, bool ensemble) {
+  if (ensemble || x.dim() < 2 || x.size(1) > max_plane_classes) return std::nullopt;
+  if (x.dim() == 2) {
+    if (x.stride(0) != 1) return std::nullopt;
+    return Operand{x.data_ptr(), 0, 1, x.stride(1)};
+  }
+  const auto inner = joint_stride(x, 2, 1);
+  if (!inner || *inner > 1) return std::nullopt;
+  return Operand{x.data_ptr(), x.stride(0), 1, x.stride(1)};
+}
+
+// The classes last in memory, if no cheaper way of walking x exists.
+at::Tensor rows_copy(const at::Tensor& x, bool ensemble) {
+  if (ensemble || x.dim() <= 2) return x.contiguous();
+  return x.movedim(1, -1).contiguous().movedim(-1, 1);
+}
+
+Layout layout_of(const at::Tensor& logits, bool ensemble, bool planes) {
+  const int64_t classes = logits.size(ensemble ? 2 : (logits.dim() == 1 ? 0 : 1));
+  const int64_t samples = logits.numel() / std::max<int64_t>(classes, 1);
+  int64_t blocks = 1;
+  if (ensemble)
+    blocks = logits.size(0);
+  else if (planes && logits.dim() > 2)
+    blocks = logits.size(0);
+  return {planes, blocks, blocks == 0 ? 0 : samples / blocks, classes};
+}
+
+// A fresh tensor of many megabytes spends more time in page faults than in arithmetic; large pages make them rare.
+void advise_huge_pages(const at::Tensor& fresh) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t page = uintptr_t(1) << 21;
+  const auto begin = (reinterpret_cast<uintptr_t>(fresh.data_ptr()) + page - 1) & ~(page - 1);
+  const auto end = (reinterpret_cast<uintptr_t>(fresh.data_ptr()) + fresh.nbytes()) & ~(page - 1);
+  if (end > begin + page) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
+at::Tensor new_gradient(const at::Tensor& logits) {
+  at::Tensor gradient = at::empty_like(logits);
+  advise_huge_pages(gradient);
+  return gradient;
+}
+
+// The operands of one call in a common layout. Those that do not fit are copied; so is the result, back into `out`.
+class Operands {
+ public:
+  Operands(const at::Tensor& logits, bool ensemble) : ensemble_(ensemble) {
+    planes_ = !as_rows(logits, ensemble) && as_planes(logits, ensemble);
+    this->logits = input(logits);
+    layout = layout_of(logits, ensemble, planes_);
+  }
+
+  Operand input(const at::Tensor& x) {
+    if (const auto operand = view(x)) return *operand;
+    // The copy is laid out for rows; planes can only be asked of what already lies so.
+    kept_.push_back(planes_ ? x.contiguous() : rows_copy(x, ensemble_));
+    if (planes_ && kept_.back().dim() == 2) kept_.back() = x.t().contiguous().t();
+    const auto operand = view(kept_.back());
+    TORCH_INTERNAL_ASSERT(operand.has_value(), "no common layout for strides ", x.strides());
+    return *operand;
+  }
+
+  Operand output(const at::Tensor& out) {
+    if (const auto operand = view(out)) return *operand;
+    result_ = planes_ && out.dim() == 2 ? at::empty_like(out.t().contiguous()).t() : rows_copy(out, ensemble_);
+    if (planes_ && out.dim() > 2) result_ = out.contiguous();
+    destination_ = out;
+    return *view(result_);
+  }
+
+  void finish() {
+    if (destination_.defined()) destination_.copy_(result_);
+  }
+
+  Operand logits;
+  Layout layout;
+
+ private:
+  std::optional<Operand> view(const at::Tensor& x) const {
+    return planes_ ? as_planes(x, ensemble_) : as_rows(x, ensemble_);
+  }
+
+  bool ensemble_, planes_;
+  std::vector<at::Tensor> kept_;
+  at::Tensor result_, destination_;
+};
+
+Storage storage_of(at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kFloat:
+      return Storage::float32;
+    case at::kDouble:
+      return Storage::float64;
+    case at::kHalf:
+      return Storage::float16;
+    default:
+      return Storage::bfloat16;
+  }
+}
+
+// ---- targets
+
+at::Tensor as_labels(const at::Tensor& target) { return target.to(at::kLong).contiguous(); }
+
+// The labels of block `index`; an ensemble may share them.
+const int64_t* block_labels(const at::Tensor& labels, const Layout& layout, int64_t index) {
+  const bool shared = layout.blocks > 1 && labels.numel() == layout.rows && layout.rows > 0;
+  return labels.const_data_ptr<int64_t>() + (shared ? 0 : index * layout.rows);
+}
+
+void check_labels(const at::Tensor& labels, int64_t classes, int64_t ignore_index) {
+  const int64_t* label = labels.const_data_ptr<int64_t>();
+  const int64_t count = labels.numel();
+  bool bad = false;
+  for (int64_t i = 0; i < count; ++i)
+    bad |= static_cast<uint64_t>(label[i]) >= static_cast<uint64_t>(classes) && label[i] != ignore_index;
+  if (!bad) return;
+  for (int64_t i = 0; i < count; ++i)
+    TORCH_CHECK_INDEX((label[i] >= 0 && label[i] < classes) || label[i] == ignore_index, "target: class index ",
+                      label[i], " at position ", i, " is out of range for ", classes, " classes");
+}
+
+// What a mean divides by: the samples that count, or Σ Γ_y over them.
+double mean_normalizer(const int64_t* labels, int64_t rows, int64_t ignore_index, const double* weights,
+                       bool by_weights) {
+  if (by_weights) {
+    double sum = 0;
+    for (int64_t i = 0; i < rows; ++i) sum += labels[i] == ignore_index ? 0.0 : weights[labels[i]];
+    return sum;
+  }
+  int64_t counted = 0;
+  for (int64_t i = 0; i < rows; ++i) counted += labels[i] != ignore_index;
+  return static_cast<double>(counted);
+}
+
+// ---- running the rows
+
+// All blocks of a call; Γ, the sum of Γ and the scale may differ from block to block.
+struct Run {
+  Layout layout;
+  Block block;  // what the blocks have in common
+  std::vector<const int64_t*> labels;
+  std::vector<const double*> weights;
+  std::vector<double> scale;
+  char* row_loss = nullptr;
+  const char* row_scale = nullptr;
+  int64_t item_size = 0;         // of row_loss
+  int64_t row_scale_size = 0;    // of row_scale
+
+  // The sum of the losses of each block.
+  std::vector<double> operator()() const {
+    const RunRows run_rows = selected_run_rows();
+    const int64_t classes = std::max<int64_t>(layout.classes, 1);
+    // A multiple of every vector's width, so that only the last chunk of a block has a partial vector.
+    const int64_t rows_per_chunk = std::max<int64_t>(64, elements_per_chunk / classes / 64 * 64);
+    const int64_t long_row_chunk = std::max<int64_t>(1, elements_per_chunk / classes);
+    const int64_t chunk = classes <= max_tile_classes || layout.planes ? rows_per_chunk : long_row_chunk;
+    const int64_t chunks = (layout.rows + chunk - 1) / chunk;
+    std::vector<double> partial(layout.blocks * chunks);
+    const int64_t grain = std::max<int64_t>(1, elements_worth_a_thread / (chunk * classes));
+    const std::vector<double> weight_sums = sums_of_weights();
+    at::parallel_for(0, layout.blocks * chunks, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t index = i / chunks, first = i % chunks * chunk;
+        partial[i] = run_rows(at(index, weight_sums), first, std::min(first + chunk, layout.rows));
+      }
+    });
+    std::vector<double> sums(layout.blocks, 0.0);
+    for (int64_t i = 0; i < layout.blocks * chunks; ++i) sums[i / chunks] += partial[i];
+    return sums;
+  }
+
+ private:
+  std::vector<double> sums_of_weights() const {
+    std::vector<double> sums(layout.blocks, 0.0);
+    if (block.label_smoothing == 0) return sums;
+    for (int64_t index = 0; index < layout.blocks; ++index) {
+      if (index > 0 && weights[index] == weights[index - 1]) {
+        sums[index] = sums[index - 1];
+        continue;
+      }
+      for (int64_t c = 0; c < layout.classes; ++c) sums[index] += weights[index][c];
+    }
+    return sums;
+  }
+
+  Block at(int64_t index, const std::vector<double>& weight_sums) const {
+    Block result = block;
+    const auto advance = [&](Operand& operand, int64_t size) {
+      if (operand.data != nullptr)
+        operand.data = static_cast<char*>(operand.data) + index * operand.block_stride * size;
+    };
+    for (Operand* operand : {&result.logits, &result.u, &result.v, &result.out}) advance(*operand, item_size);
+    result.labels = labels[index];
+    result.weights = weights[index];
+    result.weights_sum = weight_sums[index];
+    result.scale = scale[index];
+    if (row_loss != nullptr) result.row_loss = row_loss + index * layout.rows * item_size;
+    if (row_scale != nullptr) result.row_scale = row_scale + index * layout.rows * row_scale_size;
+    return result;
+  }
+};
+
+Run new_run(Kind kind, const Operands& operands, const at::Tensor& logits, const at::Tensor& labels,
+            const at::Tensor& weights, int64_t ignore_index, double label_smoothing) {
+  Run run;
+  run.layout = operands.layout;
+  run.item_size = logits.element_size();
+  run.block = {};
+  run.block.kind = kind;
+  run.block.storage = storage_of(logits.scalar_type());
+  run.block.num_classes = operands.layout.classes;
+  run.block.logits = operands.logits;
+  run.block.ignore_index = ignore_index;
+  run.block.label_smoothing = label_smoothing;
+  const bool ensemble = is_ensemble(weights);
+  for (int64_t index = 0; index < run.layout.blocks; ++index) {
+    run.labels.push_back(block_labels(labels, run.layout, index));
+    run.weights.push_back(weights.const_data_ptr<double>() + (ensemble ? index * run.layout.classes : 0));
+  }
+  run.scale.assign(run.layout.blocks, 1.0);
+  return run;
+}
+
+void write_loss(const at::Tensor& loss, const std::vector<double>& block_sums, const double* normalizer) {
+  const int64_t members = loss.numel();
+  for (int64_t e = 0; e < members; ++e) {
+    double sum = 0;
+    if (members > 1 || loss.dim() == 1)
+      sum = block_sums[e];
+    else
+      for (const double block_sum : block_sums) sum += block_sum;
+    const double value = sum / normalizer[2 * e];
+    if (loss.scalar_type() == at::kDouble)
+      loss.mutable_data_ptr<double>()[e] = value;
+    else
+      loss.mutable_data_ptr<float>()[e] = static_cast<float>(value);
+  }
+}
+
+// ---- the ops
+
+struct Forward {
+  at::Tensor loss, gradient, weights, normalizer;
+};
+
+Forward forward(bool with_gradient, const at::Tensor& logits, const at::Tensor& target, int64_t step,
+                const Optional& step_tensor, const at::Tensor& clock, const Optional& class_order,
+                const Optional& table, int64_t reduction, bool by_weights, int64_t ignore_index,
+                double label_smoothing) {
+  const bool ensemble = is_ensemble(clock);
+  const int64_t members = ensemble ? clock.size(0) : 1;
+  check_options(reduction, label_smoothing);
+  check_logits_and_target(logits, target, members, ensemble);
+  Operands operands(logits, ensemble);
+  const int64_t classes = operands.layout.classes;
+  check_schedule({clock, step_tensor, class_order, table}, classes, logits.device());
+  check_class_order(class_order, classes);
+  const at::Tensor labels = as_labels(target);
+  check_labels(labels, classes, ignore_index);
+
+  Forward result;
+  const auto doubles = clock.options();
+  result.weights = ensemble ? at::empty({members, classes}, doubles) : at::empty({classes}, doubles);
+  result.normalizer = ensemble ? at::empty({members, 2}, doubles) : at::empty({2}, doubles);
+  double* weights = result.weights.mutable_data_ptr<double>();
+  double* normalizer = result.normalizer.mutable_data_ptr<double>();
+  const at::Tensor clocks = clock.contiguous();
+  const Optional tables = table ? Optional(table->contiguous()) : table;
+  const Optional order = class_order ? Optional(class_order->contiguous()) : class_order;
+  const Optional steps = step_tensor ? Optional(step_tensor->contiguous()) : step_tensor;
+  const int64_t samples = labels.numel() / (target.dim() == 2 && ensemble ? std::max<int64_t>(members, 1) : 1);
+  for (int64_t e = 0; e < members; ++e) {
+    const int64_t offset = steps ? steps->const_data_ptr<int64_t>()[steps->dim() == 1 ? e : 0] : 0;
+    if (classes > 0) write_weights(member_schedule(clocks, order, tables, e, classes), step + offset, weights + e * classes);
+    const int64_t* own = labels.const_data_ptr<int64_t>() + (target.dim() == 2 && ensemble ? e * samples : 0);
+    normalizer[2 * e] = reduction == reduction_mean
+                            ? mean_normalizer(own, samples, ignore_index, weights + e * classes, by_weights)
+                            : 1.0;
+    normalizer[2 * e + 1] = normalizer[2 * e];
+  }
+
+  Run run = new_run(with_gradient ? Kind::loss_and_gradient : Kind::loss, operands, logits, labels, result.weights,
+                    ignore_index, label_smoothing);
+  if (with_gradient) {
+    result.gradient = new_gradient(logits);
+    run.block.out = operands.output(result.gradient);
+    for (int64_t index = 0; index < run.layout.blocks; ++index)
+      run.scale[index] = 1.0 / normalizer[ensemble ? 2 * index : 0];
+  }
+  const at::ScalarType dtype = loss_dtype(logits, reduction);
+  if (reduction == reduction_none) {
+    const auto sizes = ensemble ? at::DimVector{members, logits.size(1)} : at::DimVector(target.sizes());
+    result.loss = at::empty(sizes, logits.options().dtype(dtype));
+    // Empty tensors have no rows to write.
+    run.row_loss = static_cast<char*>(result.loss.data_ptr());
+    run();
+  } else {
+    result.loss = ensemble ? at::empty({members}, logits.options().dtype(dtype))
+                           : at::empty({}, logits.options().dtype(dtype));
+    write_loss(result.loss, run(), normalizer);
+  }
+  operands.finish();
+  return result;
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> cross_entropy(const at::Tensor& logits, const at::Tensor& target,
+                                                             int64_t step, const Optional& step_tensor,
+                                                             const at::Tensor& clock, const Optional& class_order,
+                                                             const Optional& table, int64_t reduction,
+                                                             bool by_weights, int64_t ignore_index,
+                                                             double label_smoothing) {
+  Forward result = forward(false, logits, target, step, step_tensor, clock, class_order, table, reduction, by_weights,
+                           ignore_index, label_smoothing);
+  return {result.loss, result.weights, result.normalizer};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> cross_entropy_with_gradient(
+    const at::Tensor& logits, const at::Tensor& target, int64_t step, const Optional& step_tensor,
+    const at::Tensor& clock, const Optional& class_order, const Optional& table, int64_t reduction, bool by_weights,
+    int64_t ignore_index, double label_smoothing) {
+  Forward result = forward(true, logits, target, step, step_tensor, clock, class_order, table, reduction, by_weights,
+                           ignore_index, label_smoothing);
+  return {result.loss, result.gradient, result.weights, result.normalizer};
+}
+
+// grad_output · gradient, for a gradient normalised as the loss is.
+void rescale_(at::Tensor& gradient, const at::Tensor& grad_output, const at::Tensor& normalizer) {
+  const bool ensemble = grad_output.dim() == 1;
+  const double* divisors = normalizer.const_data_ptr<double>();
+  bool untouched = true;
+  const at::Tensor factors = grad_output.to(at::kDouble).contiguous();
+  for (int64_t e = 0; e < factors.numel(); ++e)
+    untouched &= factors.const_data_ptr<double>()[e] == 1.0 && divisors[2 * e] == divisors[2 * e + 1];
+  if (untouched) return;
+  gradient.mul_((ensemble ? factors.reshape({-1, 1, 1}) : factors).to(gradient.scalar_type()));
+}
+
+at::Tensor derivative(Kind kind, const at::Tensor* u, const at::Tensor* v, const at::Tensor& grad_output,
+                      const at::Tensor& logits, const at::Tensor& target, const at::Tensor& weights,
+                      const at::Tensor& normalizer, int64_t ignore_index, double label_smoothing) {
+  check_derivative(grad_output, logits, target, weights, normalizer);
+  const bool ensemble = is_ensemble(weights);
+  Operands operands(logits, ensemble);
+  const at::Tensor labels = as_labels(target), gamma = weights.contiguous(), divisors = normalizer.contiguous();
+  check_labels(labels, operands.layout.classes, ignore_index);
+  Run run = new_run(kind, operands, logits, labels, gamma, ignore_index, label_smoothing);
+  if (u != nullptr) check_direction("u", *u, logits), run.block.u = operands.input(*u);
+  if (v != nullptr) check_direction("v", *v, logits), run.block.v = operands.input(*v);
+  at::Tensor out = new_gradient(logits);
+  run.block.out = operands.output(out);
+
+  const bool per_row = grad_output.dim() > (ensemble ? 1 : 0);
+  const auto arithmetic = logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const at::Tensor scale = grad_output.to(per_row ? arithmetic : at::kDouble).contiguous();
+  for (int64_t index = 0; index < run.layout.blocks; ++index) {
+    const int64_t e = ensemble ? index : 0;
+    run.scale[index] = 1.0 / divisors.const_data_ptr<double>()[2 * e];
+    if (!per_row) run.scale[index] *= scale.const_data_ptr<double>()[e];
+  }
+  if (per_row) {
+    run.row_scale = static_cast<const char*>(scale.const_data_ptr());
+    run.row_scale_size = scale.element_size();
+  }
+  run();
+  operands.finish();
+  return out;
+}
+
+at::Tensor cross_entropy_gradient(const at::Tensor& grad_output, const at::Tensor& logits, const at::Tensor& target,
+                                  const at::Tensor& weights, const at::Tensor& normalizer, int64_t ignore_index,
+                                  double label_smoothing) {
+  return derivative(Kind::gradient, nullptr, nullptr, grad_output, logits, target, weights, normalizer, ignore_index,
+                    label_smoothing);
+}
+
+at::Tensor cross_entropy_hessian(const at::Tensor& v, const at::Tensor& grad_output, const at::Tensor& logits,
+                                 const at::Tensor& target, const at::Tensor& weights, const at::Tensor& normalizer,
+                                 int64_t ignore_index, double label_smoothing) {
+  return derivative(Kind::hessian, nullptr, &v, grad_output, logits, target, weights, normalizer, ignore_index,
+                    label_smoothing);
+}
+
+at::Tensor cross_entropy_third(const at::Tensor& u, const at::Tensor& v, const at::Tensor& grad_output,
+                               const at::Tensor& logits, const at::Tensor& target, const at::Tensor& weights,
+                               const at::Tensor& normalizer, int64_t ignore_index, double label_smoothing) {
+  return derivative(Kind::third, &u, &v, grad_output, logits, target, weights, normalizer, ignore_index,
+                    label_smoothing);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(dynloss, CPU, library) {
+  library.impl("oscillation_weights", &oscillation_weights);
+  library.impl("cross_entropy", &cross_entropy);
+  library.impl("cross_entropy_with_gradient", &cross_entropy_with_gradient);
+  library.impl("rescale_", &rescale_);
+  library.impl("cross_entropy_gradient", &cross_entropy_gradient);
+  library.impl("cross_entropy_hessian", &cross_entropy_hessian);
+  library.impl("cross_entropy_third", &cross_entropy_third);
+}
+
+}  // namespace dynloss::cpu

@@ -1,0 +1,49 @@
+// The interface between the cross-entropy op on CPU and its kernels, which are compiled once per instruction set.
+#pragma once
+
+#include <cstdint>
+
+namespace dynloss::cpu {
+
+enum class Kind { loss, loss_and_gradient, gradient, hessian, third };
+enum class Storage { float32, float64, float16, bfloat16 };
+
+// A tensor seen as blocks of rows of classes; strides in elements.
+struct Operand {
+  void* data = nullptr;
+  int64_t block_stride = 0;
+  int64_t row_stride = 0;
+  int64_t class_stride = 0;
+};
+
+// Beyond this many classes a row is processed by itself, along the classes, instead of many rows side by side.
+constexpr int64_t max_tile_classes = 32;
+constexpr int64_t max_plane_classes = 256;  // where rows are neighbours in memory and loads need no transposition
+
+// One block: all its rows share their class weights. Either class_stride (rows) or row_stride (planes) of every
+// operand is 1.
+struct Block {
+  Kind kind;
+  Storage storage;
+  int64_t num_classes;
+  Operand logits, u, v, out;
+  const int64_t* labels;         // one per row
+  int64_t ignore_index;
+  const double* weights;         // (C,)
+  double weights_sum;
+  double label_smoothing;
+  double scale;                  // multiplies gradient, Hessian·v and third·u·v of every row
+  const void* row_scale;         // and this of each, or null; float, or double for float64 storage
+  void* row_loss;                // per row, in the storage type, or null
+};
+
+// Rows [begin, end) of the block: writes `out` and `row_loss`, returns the sum of the losses.
+using RunRows = double (*)(const Block& block, int64_t begin, int64_t end);
+
+double run_rows_default(const Block& block, int64_t begin, int64_t end);
+#if defined(__x86_64__)
+double run_rows_avx2(const Block& block, int64_t begin, int64_t end);
+double run_rows_avx512(const Block& block, int64_t begin, int64_t end);
+#endif
+
+}  // namespace dynloss::cpu

@@ -1,0 +1,23 @@
+// The portable kernels: 16-byte vectors, which every x86-64 and aarch64 has.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <type_traits>
+
+#include "core/cross_entropy_row.h"
+#include "cpu/kernel.h"
+
+#define INSTRUCTION_SET portable
+#define VECTOR_BYTES 16
+#include "cpu/rows.h"
+
+namespace dynloss::cpu {
+
+double run_rows_default(const Block& block, int64_t begin, int64_t end) {
+  return portable::run_rows(block, begin, end);
+}
+
+}  // namespace dynloss::cpu

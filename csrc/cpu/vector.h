@@ -1,0 +1,208 @@
+// Vectors of VECTOR_BYTES bytes through the compiler's vector extension, with the few functions the kernels need.
+// Included inside the namespace of one instruction set; no include guard on purpose.
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+template <typename T>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+  typedef float Real __attribute__((vector_size(VECTOR_BYTES)));
+  typedef int32_t Int __attribute__((vector_size(VECTOR_BYTES)));
+  typedef uint32_t Unsigned __attribute__((vector_size(VECTOR_BYTES)));
+  typedef uint16_t Short __attribute__((vector_size(VECTOR_BYTES / 2)));
+};
+template <>
+struct VectorOf<double> {
+  typedef double Real __attribute__((vector_size(VECTOR_BYTES)));
+  typedef int64_t Int __attribute__((vector_size(VECTOR_BYTES)));
+};
+
+template <typename T>
+using Vec = typename VectorOf<T>::Real;
+template <typename T>
+using Mask = typename VectorOf<T>::Int;
+template <typename T>
+constexpr int width = VECTOR_BYTES / sizeof(T);
+
+template <typename T>
+DYNLOSS_ALWAYS_INLINE Vec<T> broadcast(T x) {
+  return x - Vec<T>{};
+}
+
+// ---- loads and stores, with conversion from and to the storage type
+
+template <typename T>
+DYNLOSS_ALWAYS_INLINE Vec<T> load(const T* p) {
+  Vec<T> x;
+  std::memcpy(&x, p, sizeof(x));
+  return x;
+}
+
+template <typename T>
+DYNLOSS_ALWAYS_INLINE void store(T* p, Vec<T> x) {
+  std::memcpy(p, &x, sizeof(x));
+}
+
+using Bits = VectorOf<float>::Unsigned;
+using Shorts = VectorOf<float>::Short;
+
+DYNLOSS_ALWAYS_INLINE Bits load_shorts(const void* p) {
+  Shorts h;
+  std::memcpy(&h, p, sizeof(h));
+  return __builtin_convertvector(h, Bits);
+}
+
+DYNLOSS_ALWAYS_INLINE void store_shorts(void* p, Bits x) {
+  const Shorts h = __builtin_convertvector(x, Shorts);
+  std::memcpy(p, &h, sizeof(h));
+}
+
+DYNLOSS_ALWAYS_INLINE Vec<float> load(const BFloat16* p) { return (Vec<float>)(load_shorts(p) << 16); }
+
+DYNLOSS_ALWAYS_INLINE void store(BFloat16* p, Vec<float> x) {
+  const Bits bits = (Bits)x;
+  const Bits nearest_even = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  store_shorts(p, x == x ? nearest_even : Bits{} + 0x7fc0u);
+}
+
+// A half's exponent is re-biased by a multiplication, which also turns its denormals into normal floats.
+DYNLOSS_ALWAYS_INLINE Vec<float> load(const Half* p) {
+  const Bits half = load_shorts(p);
+  const Bits magnitude = (half & 0x7fffu) << 13;
+  const Vec<float> finite = (Vec<float>)magnitude * 0x1p112f;
+  const Bits special = magnitude | 0x7f800000u;
+  const Bits bits = (half & 0x7c00u) == 0x7c00u ? special : (Bits)finite;
+  return (Vec<float>)(bits | ((half & 0x8000u) << 16));
+}
+
+DYNLOSS_ALWAYS_INLINE void store(Half* p, Vec<float> x) {
+  const Bits bits = (Bits)x;
+  const Bits magnitude = bits & 0x7fffffffu;
+  const Bits normal = (magnitude + 0xfffu + ((magnitude >> 13) & 1u) - (112u << 23)) >> 13;
+  // Adding 0.5 makes the float unit round at the place value of a half's denormals.
+  const Bits denormal = (Bits)((Vec<float>)magnitude + 0.5f) - 0x3f000000u;
+  Bits half = magnitude < 0x38800000u ? denormal : normal;
+  half = magnitude >= 0x477ff000u ? Bits{} + 0x7c00u : half;
+  half = magnitude > 0x7f800000u ? Bits{} + 0x7e00u : half;
+  store_shorts(p, half | ((bits >> 16) & 0x8000u));
+}
+
+// The first `count` elements; the rest is `fill`.
+template <typename T, typename S>
+DYNLOSS_ALWAYS_INLINE Vec<T> load_part(const S* p, int count, T fill) {
+  S padded[width<T>] = {};
+  std::memcpy(padded, p, count * sizeof(S));
+  Vec<T> x = load(padded);
+  for (int i = count; i < width<T>; ++i) x[i] = fill;
+  return x;
+}
+
+template <typename T, typename S>
+DYNLOSS_ALWAYS_INLINE void store_part(S* p, Vec<T> x, int count) {
+  S padded[width<T>];
+  store(padded, x);
+  std::memcpy(p, padded, count * sizeof(S));
+}
+
+// ---- arithmetic
+
+template <typename V>
+DYNLOSS_ALWAYS_INLINE V maximum(V a, V b) {
+  return a > b ? a : b;
+}
+
+template <typename T>
+DYNLOSS_ALWAYS_INLINE T horizontal_max(Vec<T> x) {
+  T top = x[0];
+  for (int i = 1; i < width<T>; ++i) top = x[i] > top ? x[i] : top;
+  return top;
+}
+
+template <typename T>
+DYNLOSS_ALWAYS_INLINE T horizontal_sum(Vec<T> x) {
+  T parts[width<T>];
+  store(parts, x);
+  for (int half = width<T> / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) parts[i] += parts[i + half];
+  return parts[0];
+}
+
+// exp(x) for x <= 0: x = n log 2 + r, a polynomial in r, times 2^n through the exponent bits. Adding a large
+// constant rounds to n and leaves n + bias in the low bits. Below the smallest normal number: 0. NaN stays NaN.
+DYNLOSS_ALWAYS_INLINE Vec<float> exp_nonpositive(Vec<float> x) {
+  const Vec<float> shifted = x * 1.44269504088896341f + (12582912.0f + 127.0f);
+  const Vec<float> n = shifted - (12582912.0f + 127.0f);
+  const Vec<float> r = (x - n * 0.693145751953125f) - n * 1.42860682030941723212e-6f;
+  Vec<float> p = r * (1.0f / 5040) + 1.0f / 720;
+  p = p * r + 1.0f / 120;
+  p = p * r + 1.0f / 24;
+  p = p * r + 1.0f / 6;
+  p = p * r + 0.5f;
+  p = p * (r * r) + r + 1.0f;
+  const Vec<float> power = (Vec<float>)((Bits)shifted << 23);
+  return x < -87.0f ? Vec<float>{} : p * power;
+}
+
+DYNLOSS_ALWAYS_INLINE Vec<double> exp_nonpositive(Vec<double> x) {
+  const Vec<double> shifted = x * 1.4426950408889634074 + (6755399441055744.0 + 1023.0);
+  const Vec<double> n = shifted - (6755399441055744.0 + 1023.0);
+  const Vec<double> r = (x - n * 6.93147180369123816490e-1) - n * 1.90821492927058770002e-10;
+  Vec<double> p = r * (1.0 / 6227020800.0) + 1.0 / 479001600.0;
+  p = p * r + 1.0 / 39916800.0;
+  p = p * r + 1.0 / 3628800.0;
+  p = p * r + 1.0 / 362880.0;
+  p = p * r + 1.0 / 40320.0;
+  p = p * r + 1.0 / 5040.0;
+  p = p * r + 1.0 / 720.0;
+  p = p * r + 1.0 / 120.0;
+  p = p * r + 1.0 / 24.0;
+  p = p * r + 1.0 / 6.0;
+  p = p * r + 0.5;
+  p = p * (r * r) + r + 1.0;
+  const Vec<double> power = (Vec<double>)((Mask<double>)shifted << 52);
+  return x < -708.0 ? Vec<double>{} : p * power;
+}
+
+// log(x) for finite x >= 1: exponent · log 2 + log of the mantissa in [√½, √2) as 2 artanh((m - 1) / (m + 1)).
+// Anything else comes back as NaN through x - x.
+DYNLOSS_ALWAYS_INLINE Vec<float> log_of_sum(Vec<float> x) {
+  Mask<float> exponent = ((Mask<float>)x >> 23) - 127;
+  Vec<float> m = (Vec<float>)(((Mask<float>)x & 0x007fffff) | 0x3f800000);
+  const Mask<float> large = m > 1.41421356f;
+  m = large ? m * 0.5f : m;
+  exponent -= large;
+  const Vec<float> s = (m - 1.0f) / (m + 1.0f);
+  const Vec<float> s2 = s * s;
+  Vec<float> p = s2 * (2.0f / 9) + 2.0f / 7;
+  p = p * s2 + 2.0f / 5;
+  p = p * s2 + 2.0f / 3;
+  p = p * s2 * s + 2.0f * s;
+  return __builtin_convertvector(exponent, Vec<float>) * 0.693147180559945309f + p + (x - x);
+}
+
+DYNLOSS_ALWAYS_INLINE Vec<double> log_of_sum(Vec<double> x) {
+  Mask<double> exponent = ((Mask<double>)x >> 52) - 1023;
+  Vec<double> m = (Vec<double>)(((Mask<double>)x & 0x000fffffffffffffLL) | 0x3ff0000000000000LL);
+  const Mask<double> large = m > 1.4142135623730951;
+  m = large ? m * 0.5 : m;
+  exponent -= large;
+  const Vec<double> s = (m - 1.0) / (m + 1.0);
+  const Vec<double> s2 = s * s;
+  Vec<double> p = s2 * (2.0 / 21) + 2.0 / 19;
+  p = p * s2 + 2.0 / 17;
+  p = p * s2 + 2.0 / 15;
+  p = p * s2 + 2.0 / 13;
+  p = p * s2 + 2.0 / 11;
+  p = p * s2 + 2.0 / 9;
+  p = p * s2 + 2.0 / 7;
+  p = p * s2 + 2.0 / 5;
+  p = p * s2 + 2.0 / 3;
+  p = p * s2 * s + 2.0 * s;
+  return __builtin_convertvector(exponent, Vec<double>) * 0.693147180559945309417 + p + (x - x);
+}

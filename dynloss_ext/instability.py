@@ -1,0 +1,282 @@
+"""Instabilities of a recorded run: where they begin and end, at which curvature, with which period.
+
+Gradient descent with learning rate η on a quadratic of curvature λ oscillates and diverges for λ > 2/η. The
+dynamical loss drives the largest Hessian eigenvalue through that limit again and again; the loss then jumps
+from step to step with period 2, 4, ... or chaotically until the weights have moved to a flatter region
+(Ruiz-Garcia et al., ICML 2021, arXiv:2102.03793, Fig. 4).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Instability:
+    """One unstable window of a run, ends included.
+
+    Attributes:
+        start: last step before the first jump.
+        stop: step of the last jump's arrival.
+        lambda_start: largest Hessian eigenvalue at `start` (NaN where none was recorded).
+        lambda_stop: the same at `stop`.
+    """
+
+    start: int
+    stop: int
+    lambda_start: float
+    lambda_stop: float
+
+
+@dataclass(frozen=True)
+class PeriodSegment:
+    """A stretch of steps, ends included, in which the loss repeats itself every `period` steps.
+
+    `period` is 1 where the loss moves smoothly and None where no period up to the largest tried fits: chaos.
+    """
+
+    start: int
+    stop: int
+    period: int | None
+
+
+def detect_instabilities(
+    step: Any,
+    loss: Any,
+    lambda_step: Any,
+    lambda_max: Any,
+    *,
+    rule: str = "loss",
+    loss_jump: float = 1e-3,
+    lambda_jump: float = 0.1,
+    max_gap: int = 500,
+    min_samples: int | None = None,
+) -> list[Instability]:
+    """Find the unstable windows of a run.
+
+    A window is a maximal run of jumps, with gaps of up to `max_gap` steps between two of them. A value that is not
+    finite counts as a jump.
+
+    * ``rule="loss"``: a jump is \\|F(t) - F(t-1)\\| > `loss_jump`. A fast, smooth descent at the start of training
+      satisfies it too; `detect_periods` tells it (period 1) from an oscillation.
+    * ``rule="lambda"``: a jump is \\|λ(t) - λ(t-1)\\| > `lambda_jump` between neighbouring records of the largest
+      eigenvalue. The paper marks the times where the difference equals 0.1; every harmless rise of λ within a cycle
+      counts as well, and the result depends on how often λ was recorded.
+
+    Args:
+        step: (S,) strictly increasing steps of `loss`.
+        loss: (S,) weighted loss F.
+        lambda_step: (M,) strictly increasing steps of `lambda_max`; M may be 0 with ``rule="loss"``.
+        lambda_max: (M,) largest Hessian eigenvalue.
+        rule: "loss" or "lambda".
+        loss_jump: smallest jump of F (in units of F).
+        lambda_jump: smallest jump of λ.
+        max_gap: steps without a jump that do not yet end a window.
+        min_samples: jumps that a window must contain; by default 10 for "loss" and 1 for "lambda".
+
+    Returns:
+        The windows in order of time. The eigenvalue at a step is the first one recorded there or later (the last
+        one recorded, after that).
+
+    Raises:
+        ValueError: shapes that differ, steps that do not increase, an unknown rule, a bound that is not positive.
+    """
+    step, loss = _series("step", step, "loss", loss)
+    lambda_step, lambda_max = _series("lambda_step", lambda_step, "lambda_max", lambda_max)
+    if rule not in ("loss", "lambda"):
+        raise ValueError(f"rule: got {rule!r}, expected 'loss' or 'lambda'")
+    _check_positive(loss_jump=loss_jump, lambda_jump=lambda_jump, max_gap=max_gap)
+    if min_samples is None:
+        min_samples = 10 if rule == "loss" else 1
+    _check_positive(min_samples=min_samples)
+    if rule == "loss":
+        windows = _windows(step, loss, loss_jump, max_gap, min_samples)
+    else:
+        windows = _windows(lambda_step, lambda_max, lambda_jump, max_gap, min_samples)
+    return [
+        Instability(
+            start, stop, _value_at(start, lambda_step, lambda_max), _value_at(stop, lambda_step, lambda_max)
+        )
+        for start, stop in windows
+    ]
+
+
+def instability_threshold(instabilities: Iterable[Instability]) -> float:
+    """Mean largest eigenvalue over the starts and stops of all windows; NaN if there is none.
+
+    This is the horizontal line of the paper's Fig. 4, to be compared with `stability_limit`.
+    """
+    values = [value for window in instabilities for value in (window.lambda_start, window.lambda_stop)]
+    finite = [value for value in values if math.isfinite(value)]
+    return math.fsum(finite) / len(finite) if finite else math.nan
+
+
+def detect_periods(
+    step: Any,
+    loss: Any,
+    *,
+    start: int | None = None,
+    stop: int | None = None,
+    max_period: int = 16,
+    segment: int = 64,
+    tolerance: float = 0.1,
+    min_amplitude: float = 1e-4,
+) -> list[PeriodSegment]:
+    """Measure the period of F(t) along a window: a bifurcation cascade reads 1, 2, 4, 8, ..., chaos.
+
+    The window is cut into segments of `segment` steps and each is classified by itself:
+
+    * Smooth (period 1): the fourth differences are below the second differences in root mean square, as for every
+      oscillation slower than six steps, or the amplitude rms(Δ⁴F)/16 is below `min_amplitude`. (Differences of
+      that order do not see the trend of F; for F = a(-1)^t the amplitude is a.)
+    * Period p: the smallest p <= `max_period` with rms(F(t+p) - 2F(t) + F(t-p)) <= `tolerance` · rms(Δ²F). The left
+      side vanishes for every p-periodic signal whose amplitude and mean drift linearly.
+    * Otherwise chaotic (None).
+
+    Neighbouring segments of one period are joined.
+
+    Args:
+        step: (S,) consecutive steps, one apart within the window.
+        loss: (S,) loss at each of them.
+        start: first step to look at, by default the first recorded.
+        stop: last step to look at, by default the last recorded.
+        max_period: largest period tried.
+        segment: steps that are classified together, at least 3 `max_period`.
+        tolerance: largest relative deviation from periodicity.
+        min_amplitude: oscillations below it (in units of F) count as smooth.
+
+    Returns:
+        Segments that tile the window in order of time; none if the window has fewer than 6 steps.
+
+    Raises:
+        ValueError: bad shapes or bounds, or a step that is missing within the window.
+    """
+    step, loss = _series("step", step, "loss", loss)
+    _check_positive(max_period=max_period, segment=segment, tolerance=tolerance)
+    if segment < max(6, 3 * max_period):
+        raise ValueError(f"segment: got {segment}, expected at least {max(6, 3 * max_period)} (3 max_period)")
+    inside = np.ones(len(step), dtype=bool)
+    if start is not None:
+        inside &= step >= start
+    if stop is not None:
+        inside &= step <= stop
+    step, loss = step[inside], loss[inside]
+    if np.any(np.diff(step) != 1):
+        raise ValueError("step: a step is missing within the window, expected the loss at every step")
+    if len(step) < 6:
+        return []
+    segments: list[PeriodSegment] = []
+    count = max(1, len(step) // segment)
+    for part in np.array_split(np.arange(len(step)), count):
+        period = _period(loss[part], max_period, tolerance, min_amplitude)
+        first, last = int(step[part[0]]), int(step[part[-1]])
+        if segments and segments[-1].period == period:
+            first = segments.pop().start
+        segments.append(PeriodSegment(first, last, period))
+    return segments
+
+
+def stability_limit(optimizer: torch.optim.Optimizer) -> float:
+    """Largest curvature λ of a quadratic loss at which the optimizer still converges.
+
+    With learning rate η, momentum β, dampening τ and weight decay w, for `torch.optim.SGD`:
+
+    * plain: 2/η - w,
+    * heavy ball: 2(1 + β) / (η(1 - τ)) - w,
+    * Nesterov: 2(1 + β) / (η(1 + 2β)) - w
+
+    (O'Donoghue and Candès 2015, arXiv:1204.3982; Cohen et al. 2021, arXiv:2103.00065, eq. 1). A learning rate
+    of 0 gives infinity. Like torch, dampening is ignored without momentum.
+
+    Raises:
+        ValueError: an optimizer other than SGD, `maximize=True`, or parameter groups that differ in these settings.
+    """
+    if type(optimizer) is not torch.optim.SGD:
+        raise ValueError(
+            f"optimizer: got {type(optimizer).__name__}, expected torch.optim.SGD (no such limit is known for others)"
+        )
+    names = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
+    settings = {tuple(float(group[name]) for name in names) for group in optimizer.param_groups}
+    if len(settings) != 1:
+        raise ValueError(
+            f"optimizer: its parameter groups differ in {', '.join(names)}, expected equal settings"
+        )
+    lr, momentum, dampening, weight_decay, nesterov, maximize = settings.pop()
+    if maximize:
+        raise ValueError("optimizer: got maximize=True, expected an optimizer that minimises")
+    if lr == 0:
+        return math.inf
+    if momentum == 0:
+        rate = lr
+    elif nesterov:
+        rate = lr * (1 + 2 * momentum)
+    else:
+        rate = lr * (1 - dampening)
+    return (2 * (1 + momentum) / rate if rate > 0 else math.inf) - weight_decay
+
+
+def _series(step_name: str, step: Any, value_name: str, value: Any) -> tuple[Array, Array]:
+    step, value = _vector(step_name, step), _vector(value_name, value)
+    if len(step) != len(value):
+        raise ValueError(f"{value_name}: got {len(value)} values for {len(step)} steps in {step_name}")
+    if np.any(np.diff(step) <= 0):
+        raise ValueError(f"{step_name}: expected strictly increasing steps")
+    return step, value.astype(np.float64)
+
+
+def _vector(name: str, value: Any) -> Array:
+    array = np.asarray(value.detach().cpu() if isinstance(value, torch.Tensor) else value)
+    if array.ndim != 1:
+        raise ValueError(f"{name}: got shape {array.shape}, expected one dimension")
+    if array.dtype.kind not in "iuf":
+        raise TypeError(f"{name}: got dtype {array.dtype}, expected real numbers")
+    return array
+
+
+def _check_positive(**bounds: float) -> None:
+    for name, value in bounds.items():
+        if not value > 0:
+            raise ValueError(f"{name}: got {value}, expected a positive number")
+
+
+def _windows(step: Array, value: Array, jump: float, max_gap: int, min_samples: int) -> list[tuple[int, int]]:
+    """(first, last) step of every run of jumps, counting the step each jump leaves and the one it reaches."""
+    with np.errstate(invalid="ignore"):
+        calm = np.abs(np.diff(value)) <= jump  # False for NaN: a diverged run is unstable
+    jumps = np.flatnonzero(~calm)
+    if len(jumps) == 0:
+        return []
+    runs = np.split(jumps, np.flatnonzero(np.diff(step[jumps]) > max_gap) + 1)
+    return [(int(step[run[0]]), int(step[run[-1] + 1])) for run in runs if len(run) >= min_samples]
+
+
+def _value_at(when: int, step: Array, value: Array) -> float:
+    if len(step) == 0:
+        return math.nan
+    return float(value[min(int(np.searchsorted(step, when)), len(step) - 1)])
+
+
+def _period(loss: Array, max_period: int, tolerance: float, min_amplitude: float) -> int | None:
+    if not np.all(np.isfinite(loss)):
+        return None
+    second, fourth = _rms(np.diff(loss, 2)), _rms(np.diff(loss, 4))
+    if fourth < second or fourth / 16 < min_amplitude:
+        return 1
+    for period in range(2, min(max_period, (len(loss) - 1) // 2) + 1):
+        change = loss[2 * period :] - 2 * loss[period:-period] + loss[: -2 * period]
+        if _rms(change) <= tolerance * second:
+            return period
+    return None
+
+
+def _rms(values: Array) -> float:
+    return float(np.sqrt(np.mean(np.square(values))))

@@ -1,0 +1,251 @@
+"""The dynamical cross-entropy: one fused op for Γ(step), loss and gradient, differentiable to the third order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dynloss_ext import _vmap  # noqa: F401  (registers the batching rules)
+from dynloss_ext.oscillation import Oscillation
+
+__all__ = ["DynamicCrossEntropyLoss", "dynamic_cross_entropy", "loss_and_gradient"]
+
+_REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+_NORMALIZATIONS = {"samples": False, "weights": True}
+_ops = torch.ops.dynloss
+
+
+def _arguments(
+    logits: Tensor,
+    target: Tensor,
+    oscillation: Oscillation,
+    step: int | Tensor,
+    reduction: str,
+    normalization: str,
+    ignore_index: int,
+    label_smoothing: float,
+) -> tuple[Any, ...]:
+    """The arguments of the forward ops; what is not a tensor is checked here, tensors in csrc/arguments.cpp."""
+    if not isinstance(oscillation, Oscillation):
+        raise TypeError(f"oscillation: expected an Oscillation, got {type(oscillation).__name__}")
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"logits: expected a tensor, got {type(logits).__name__}")
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target: expected a tensor, got {type(target).__name__}")
+    if reduction not in _REDUCTIONS:
+        raise ValueError(f"reduction: expected 'none', 'mean' or 'sum', got {reduction!r}")
+    if normalization not in _NORMALIZATIONS:
+        raise ValueError(f"normalization: expected 'samples' or 'weights', got {normalization!r}")
+    if oscillation.ensemble_size is None:
+        class_dim = 0 if logits.dim() == 1 else 1
+    else:
+        class_dim = 2
+    if logits.dim() > class_dim and logits.shape[class_dim] != oscillation.num_classes:
+        raise ValueError(
+            f"logits: expected {oscillation.num_classes} classes, those of the oscillation, in dimension {class_dim}, "
+            f"got shape {tuple(logits.shape)}"
+        )
+    clock, class_order, table = oscillation.on(logits.device)
+    offset, step_tensor = 0, None
+    if isinstance(step, Tensor):
+        step_tensor = step
+    elif isinstance(step, bool) or not isinstance(step, (int, torch.SymInt)):
+        raise TypeError(f"step: expected an int or an int64 tensor, got {type(step).__name__}")
+    else:
+        offset = step
+    if oscillation.waveform == "function":
+        if torch.compiler.is_compiling() or not isinstance(step, int):
+            raise RuntimeError(
+                "oscillation: from_function calls Python at every step, which works in eager mode with an int step "
+                "only; use Oscillation.from_table"
+            )
+        table = oscillation.evaluate_function(step).to(logits.device)[None]
+    return (
+        logits,
+        target,
+        offset,
+        step_tensor,
+        clock,
+        class_order,
+        table,
+        _REDUCTIONS[reduction],
+        _NORMALIZATIONS[normalization],
+        ignore_index,
+        label_smoothing,
+    )
+
+
+def dynamic_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    oscillation: Oscillation,
+    step: int | Tensor,
+    *,
+    reduction: str = "mean",
+    normalization: str = "samples",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Cross-entropy with the class weights of ``oscillation`` at ``step``.
+
+    F(s) = (1/P) Σ_j Γ_{y_j}(s) · CE(logits_j, y_j), Eq. 1 of "Tilting the playing field" (ICML 2021). Γ is evaluated
+    inside the op; without a need for gradients only the loss is computed, otherwise the gradient comes with it in
+    the same pass. It can be differentiated three times, in reverse and forward mode, by ``torch.func`` and under
+    ``torch.compile``; a fourth derivative raises.
+
+    Args:
+        logits: (N, C), (N, C, d1, ...) or (C,); (E, N, C) with an ensemble oscillation. float32, float64, float16 or
+            bfloat16, any strides.
+        target: Class indices, int64, int32 or uint8: logits' shape without its class dimension; (E, N), or (N,) for
+            all members of an ensemble.
+        oscillation: Γ; C classes.
+        step: The optimisation step s: an int, or an int64 tensor () on the logits' device, or (E,) for an ensemble.
+            A tensor is read where it lies: no synchronisation, and a replayed CUDA graph sees its current value.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``. Mean and sum of an ensemble give (E,).
+        normalization: What a mean divides by: ``"samples"``, the number of targets that are not ignored (the paper),
+            or ``"weights"``, their Σ Γ_y (the rule of :func:`torch.nn.functional.cross_entropy`).
+        ignore_index: Rows with this target contribute nothing, not even a NaN.
+        label_smoothing: ε in [0, 1]: the target is (1-ε) one-hot + ε/C, and every class term has its own weight
+            Γ_c, as in :func:`torch.nn.functional.cross_entropy`.
+
+    Returns:
+        The loss: () or (E,) for mean and sum, in float32 at least; target's shape or (E, N) for ``"none"``, in the
+        dtype of the logits. Sums are taken in float64 over rows in a fixed order: the same bits on every run.
+
+    Raises:
+        ValueError, TypeError: an argument is not as described; the message names it.
+        IndexError: on CPU, a target outside [0, C). On CUDA its loss and gradient are NaN instead.
+    """
+    arguments = _arguments(
+        logits, target, oscillation, step, reduction, normalization, ignore_index, label_smoothing
+    )
+    loss: Tensor = _ops.cross_entropy(*arguments)[0]
+    return loss
+
+
+def loss_and_gradient(
+    logits: Tensor,
+    target: Tensor,
+    oscillation: Oscillation,
+    step: int | Tensor,
+    *,
+    reduction: str = "mean",
+    normalization: str = "samples",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Loss and its gradient in the logits in one pass, for loops that call ``logits.backward(gradient)``.
+
+    Arguments as for :func:`dynamic_cross_entropy`. Nothing is recorded by autograd: both results are constants.
+
+    Returns:
+        ``(loss, gradient)``; the gradient of the sum of the losses, with the shape and dtype of the logits.
+
+    Raises:
+        As :func:`dynamic_cross_entropy`; RuntimeError where a ``torch.func`` transform or forward mode would
+        differentiate through it.
+    """
+    arguments = _arguments(
+        logits, target, oscillation, step, reduction, normalization, ignore_index, label_smoothing
+    )
+    loss, gradient, _, normalizer = _ops.cross_entropy_with_gradient(*arguments)
+    if gradient.is_cuda:
+        _ops.rescale_(gradient, torch.ones(normalizer.shape[:-1], device=gradient.device), normalizer)
+    return loss, gradient
+
+
+class DynamicCrossEntropyLoss(nn.Module):
+    """:func:`dynamic_cross_entropy` as a module that counts the steps.
+
+    ``criterion(logits, target)`` uses the weights of ``current_step``; call ``criterion.step()`` once per
+    optimisation step. The step is a buffer (``current_step``, int64) and part of ``state_dict``, as is the
+    configuration: loading the state of another oscillation raises. ``eval()`` does not change Γ; for a plain
+    validation loss use :func:`torch.nn.functional.cross_entropy`.
+
+    Args:
+        oscillation: Γ.
+        reduction, normalization, ignore_index, label_smoothing: As for :func:`dynamic_cross_entropy`.
+
+    Example:
+        >>> criterion = DynamicCrossEntropyLoss(Oscillation(10, amplitude=50, period=100))
+        >>> loss = criterion(torch.zeros(4, 10, requires_grad=True), torch.arange(4))
+        >>> loss.backward()
+        >>> criterion.step()
+    """
+
+    current_step: Tensor
+
+    def __init__(
+        self,
+        oscillation: Oscillation,
+        *,
+        reduction: str = "mean",
+        normalization: str = "samples",
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+    ) -> None:
+        super().__init__()
+        _arguments(
+            torch.empty(0, oscillation.num_classes) if isinstance(oscillation, Oscillation) else torch.empty(0),
+            torch.empty(0, dtype=torch.int64),
+            oscillation,
+            0,
+            reduction,
+            normalization,
+            ignore_index,
+            label_smoothing,
+        ) if getattr(oscillation, "ensemble_size", None) is None else None
+        self.oscillation = oscillation
+        self.reduction = reduction
+        self.normalization = normalization
+        self.ignore_index = ignore_index
+        self.label_smoothing = label_smoothing
+        self.register_buffer("current_step", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        """The loss at ``current_step``; shapes as for :func:`dynamic_cross_entropy`."""
+        step: int | Tensor = self.current_step
+        if self.oscillation.waveform == "function" and not torch.compiler.is_compiling():
+            step = int(self.current_step)
+        return dynamic_cross_entropy(
+            logits,
+            target,
+            self.oscillation,
+            step,
+            reduction=self.reduction,
+            normalization=self.normalization,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+        )
+
+    def step(self) -> None:
+        """Goes on to the next optimisation step."""
+        self.current_step.add_(1)
+
+    def _config(self) -> dict[str, Any]:
+        return {
+            "oscillation": self.oscillation.config(),
+            "reduction": self.reduction,
+            "normalization": self.normalization,
+            "ignore_index": self.ignore_index,
+            "label_smoothing": self.label_smoothing,
+        }
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """The configuration, for ``state_dict``."""
+        return self._config()
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Checks that a state to load belongs to the same loss."""
+        own = self._config()
+        for key, value in own.items():
+            if state.get(key) != value:
+                raise ValueError(
+                    f"state_dict: this loss has {key} = {value}, the state to load has {state.get(key)}; build the "
+                    "loss with the same configuration before loading"
+                )
+
+    def extra_repr(self) -> str:
+        return f"{self.oscillation}, reduction={self.reduction!r}, normalization={self.normalization!r}"

@@ -1,0 +1,317 @@
+"""The oscillating class weights Γ(step) of the dynamical loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Union
+
+import torch
+from torch import Tensor
+
+from dynloss_ext import _C  # noqa: F401  (registers the ops)
+
+__all__ = ["Oscillation"]
+
+#: One number for all members of an ensemble, or one each.
+Parameter = Union[float, Tensor]
+
+_WAVEFORMS = {"triangle": 0, "sine": 1, "square": 2}
+
+
+def _parameter(name: str, value: Any, minimum: float, exclusive: bool) -> Tensor:
+    """``value`` as a finite float64 tensor () or (E,), with the lower bound checked."""
+    if isinstance(value, Tensor):
+        if value.requires_grad:
+            raise ValueError(f"{name}: expected a constant, got a tensor that requires grad; Γ is not differentiable in it")
+        if value.dim() > 1 or value.numel() == 0 or value.is_complex() or value.dtype == torch.bool:
+            raise ValueError(
+                f"{name}: expected a number or a non-empty 1-D tensor of real numbers, one per member of an ensemble, "
+                f"got shape {tuple(value.shape)} of {value.dtype}"
+            )
+        tensor = value.detach().to("cpu", torch.float64)
+    elif isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number or a 1-D tensor, got {type(value).__name__}")
+    else:
+        tensor = torch.tensor(float(value), dtype=torch.float64)
+    in_range = tensor > minimum if exclusive else tensor >= minimum
+    if not bool((in_range & tensor.isfinite()).all()):
+        bound = f"{'>' if exclusive else '>='} {minimum:g}"
+        raise ValueError(f"{name}: expected finite values {bound}, got {value}")
+    return tensor
+
+
+def _step_bound(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an int (a number of optimisation steps), got {type(value).__name__}")
+    if abs(value) >= 2**53:
+        raise ValueError(f"{name}: expected a step below 2**53, got {value}")
+    return value
+
+
+class Oscillation:
+    """Class weights Γ_i(step) that raise one class at a time, as an immutable description.
+
+    In the turn of class ``i`` its raw weight g(t) runs from 1 to the amplitude A and back within one period T (in
+    optimisation steps, not epochs), the others weigh 1, and Γ = C·g / Σg, so that ΣΓ = C (Ruiz-Garcia, Zhang,
+    Schoenholz, Liu, "Tilting the playing field: Dynamical loss functions for machine learning", ICML 2021, Eq. 2-3).
+    A = 1 is the plain cross-entropy.
+
+    Args:
+        num_classes: Number of classes C.
+        amplitude: A >= 1; a number, or a 1-D tensor (E,) for an ensemble of E oscillations.
+        period: T > 0 in steps, int or float; a number, or a 1-D tensor (E,). Scalars are broadcast over an ensemble.
+        waveform: ``"triangle"``, g = 1 + 2(A-1)t/T up to T/2 and back (the paper); ``"sine"``,
+            g = 1 + (A-1) sin(πt/T); ``"square"``, g = A.
+        class_order: A permutation of the classes, the one raised in the first turn first. Default 0, 1, ..., C-1.
+        closed: A turn lasts T + 1 steps with both ends at weight 1 (the authors' notebook), instead of T.
+        start_step: Γ = 1 before this step, and the first turn begins here.
+        stop_step: Γ = 1 from this step on.
+
+    Raises:
+        TypeError, ValueError: naming the argument, for anything else.
+
+    Example:
+        >>> Oscillation(3, amplitude=70, period=5000).weights(2500)
+        tensor([2.9167, 0.0417, 0.0417], dtype=torch.float64)
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        amplitude: Parameter,
+        period: Parameter,
+        *,
+        waveform: str = "triangle",
+        class_order: Sequence[int] | None = None,
+        closed: bool = False,
+        start_step: int = 0,
+        stop_step: int | None = None,
+    ) -> None:
+        if waveform not in _WAVEFORMS:
+            raise ValueError(f"waveform: expected one of {sorted(_WAVEFORMS)}, got {waveform!r}")
+        if not isinstance(closed, bool):
+            raise TypeError(f"closed: expected a bool, got {type(closed).__name__}")
+        amplitudes = _parameter("amplitude", amplitude, 1.0, exclusive=False)
+        periods = _parameter("period", period, 0.0, exclusive=True)
+        self._set_num_classes(num_classes)
+        self._set_clock(amplitudes, periods, _WAVEFORMS[waveform], closed, start_step, stop_step)
+        self._waveform = waveform
+        self._closed = closed
+        self._class_order = self._checked_order(class_order)
+        self._table: Tensor | None = None
+        self._function: Callable[[int], Tensor] | None = None
+        self._place()
+
+    @classmethod
+    def from_table(cls, gamma: Tensor, *, start_step: int = 0, stop_step: int | None = None) -> Oscillation:
+        """Any class weights, given step by step and repeated: Γ(s) = gamma[(s - start_step) mod S].
+
+        Args:
+            gamma: (S, C) finite weights >= 0, or (E, S, C) for an ensemble, any real dtype; used as they are, not
+                normalised. A copy is kept in float64.
+            start_step, stop_step: Γ = 1 before and from these steps on.
+
+        Raises:
+            TypeError, ValueError: naming the argument.
+        """
+        if not isinstance(gamma, Tensor):
+            raise TypeError(f"gamma: expected a tensor of shape (S, C) or (E, S, C), got {type(gamma).__name__}")
+        if gamma.requires_grad:
+            raise ValueError("gamma: expected a constant, got a tensor that requires grad")
+        if gamma.dim() not in (2, 3) or gamma.numel() == 0 or gamma.is_complex():
+            raise ValueError(f"gamma: expected a non-empty (S, C) or (E, S, C), got shape {tuple(gamma.shape)}")
+        table = gamma.detach().to("cpu", torch.float64).clone(memory_format=torch.contiguous_format)
+        if not bool((table.isfinite() & (table >= 0)).all()):
+            raise ValueError("gamma: expected finite weights >= 0, got negative, infinite or NaN entries")
+        self = cls.__new__(cls)
+        self._set_num_classes(table.shape[-1])
+        members = torch.ones(table.shape[0] if table.dim() == 3 else (), dtype=torch.float64)
+        self._set_clock(members, torch.tensor(float(table.shape[-2]), dtype=torch.float64), 0, False, start_step, stop_step)
+        self._waveform = "table"
+        self._closed = False
+        self._class_order = None
+        self._table = table
+        self._function = None
+        self._place()
+        return self
+
+    @classmethod
+    def from_function(cls, function: Callable[[int], Tensor], num_classes: int) -> Oscillation:
+        """Class weights computed by ``function(step) -> (C,)`` at each call, in eager mode with an int step only.
+
+        Under ``torch.compile``, ``torch.export`` or with a tensor as step it raises: use :meth:`from_table` there.
+
+        Args:
+            function: Called with the step (an int); returns finite weights >= 0 of shape (C,).
+            num_classes: Number of classes C.
+        """
+        if not callable(function):
+            raise TypeError(f"function: expected a callable step -> weights (C,), got {type(function).__name__}")
+        self = cls.__new__(cls)
+        self._set_num_classes(num_classes)
+        one = torch.tensor(1.0, dtype=torch.float64)
+        self._set_clock(one, one, 0, False, 0, None)
+        self._waveform = "function"
+        self._closed = False
+        self._class_order = None
+        self._table = None
+        self._function = function
+        self._place()
+        return self
+
+    # ---- construction
+
+    def _set_num_classes(self, num_classes: int) -> None:
+        if isinstance(num_classes, bool) or not isinstance(num_classes, int):
+            raise TypeError(f"num_classes: expected an int, got {type(num_classes).__name__}")
+        if num_classes < 1:
+            raise ValueError(f"num_classes: expected at least 1, got {num_classes}")
+        self._num_classes = num_classes
+
+    def _set_clock(
+        self, amplitude: Tensor, period: Tensor, waveform: int, closed: bool, start_step: int, stop_step: int | None
+    ) -> None:
+        start = _step_bound("start_step", start_step)
+        stop = math.inf if stop_step is None else _step_bound("stop_step", stop_step)
+        if stop < start:
+            raise ValueError(f"stop_step: expected a step >= start_step = {start}, got {stop_step}")
+        try:
+            amplitude, period = torch.broadcast_tensors(amplitude, period)
+        except RuntimeError:
+            raise ValueError(
+                f"period: expected one per amplitude, got {tuple(period.shape)} for {tuple(amplitude.shape)}"
+            ) from None
+        turn = period + 1 if closed else period
+        rest = torch.tensor([start, stop, waveform], dtype=torch.float64).expand(*amplitude.shape, 3)
+        self._start_step, self._stop_step = start, stop_step
+        #: (6,) or (E, 6), float64: what the kernels read (csrc/core/oscillation.h).
+        self._clock = torch.cat([torch.stack([amplitude, period, turn], -1), rest], -1)
+
+    def _checked_order(self, class_order: Sequence[int] | None) -> Tensor | None:
+        if class_order is None:
+            return None
+        order = [int(c) for c in class_order]
+        if sorted(order) != list(range(self._num_classes)):
+            raise ValueError(f"class_order: expected a permutation of 0..{self._num_classes - 1}, got {order}")
+        return torch.tensor(order, dtype=torch.int64)
+
+    def _place(self) -> None:
+        """Keeps copies of the description per device, so that a call moves nothing."""
+        self._placed: dict[torch.device, tuple[Tensor, Tensor | None, Tensor | None]] = {
+            torch.device("cpu"): (self._clock, self._class_order, self._table)
+        }
+
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Clock, class order and table on ``device``, as the ops take them."""
+        placed = self._placed.get(device)
+        if placed is None:
+            placed = tuple(None if x is None else x.to(device) for x in (self._clock, self._class_order, self._table))
+            self._placed[device] = placed
+        return placed
+
+    # ---- description
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes C."""
+        return self._num_classes
+
+    @property
+    def amplitude(self) -> Tensor:
+        """A, float64, () or (E,)."""
+        return self._clock[..., 0].clone()
+
+    @property
+    def period(self) -> Tensor:
+        """T in steps, float64, () or (E,)."""
+        return self._clock[..., 1].clone()
+
+    @property
+    def waveform(self) -> str:
+        """``"triangle"``, ``"sine"``, ``"square"``, ``"table"`` or ``"function"``."""
+        return self._waveform
+
+    @property
+    def ensemble_size(self) -> int | None:
+        """E, or None if this is a single oscillation."""
+        return self._clock.shape[0] if self._clock.dim() == 2 else None
+
+    def config(self) -> dict[str, Any]:
+        """Plain numbers, strings and lists that tell two oscillations apart."""
+        return {
+            "num_classes": self._num_classes,
+            "amplitude": self._clock[..., 0].tolist(),
+            "period": self._clock[..., 1].tolist(),
+            "waveform": self._waveform,
+            "class_order": None if self._class_order is None else self._class_order.tolist(),
+            "closed": self._closed,
+            "start_step": self._start_step,
+            "stop_step": self._stop_step,
+            "table": None if self._table is None else self._table.tolist(),
+        }
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Oscillation):
+            return NotImplemented
+        return self is other or (self._function is other._function and self.config() == other.config())
+
+    def __hash__(self) -> int:
+        return hash((self._num_classes, self._waveform, self._closed, self._start_step, self._stop_step))
+
+    def __repr__(self) -> str:
+        if self._waveform in ("table", "function"):
+            return f"Oscillation.from_{self._waveform}(num_classes={self._num_classes})"
+        size = "" if self.ensemble_size is None else f", ensemble_size={self.ensemble_size}"
+        amplitude, period = (x.tolist() if x.dim() == 0 or len(x) <= 4 else "..." for x in (self.amplitude, self.period))
+        return (
+            f"Oscillation(num_classes={self._num_classes}, amplitude={amplitude}, period={period}, "
+            f"waveform={self._waveform!r}, closed={self._closed}, start_step={self._start_step}, "
+            f"stop_step={self._stop_step}{size})"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_placed"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._place()
+
+    # ---- evaluation
+
+    def weights(self, step: int | Tensor) -> Tensor:
+        """Γ at a step, or at each of a list of steps.
+
+        Args:
+            step: An int, or an int64 tensor (S,).
+
+        Returns:
+            float64 on CPU: (C,) for an int, (S, C) for a tensor; (E, C) and (S, E, C) for an ensemble.
+
+        Raises:
+            TypeError, ValueError: naming the argument.
+        """
+        if isinstance(step, bool) or not isinstance(step, (int, Tensor)):
+            raise TypeError(f"step: expected an int or an int64 tensor (S,), got {type(step).__name__}")
+        if isinstance(step, Tensor) and (step.dim() != 1 or step.dtype != torch.int64):
+            raise ValueError(f"step: expected an int64 tensor (S,), got {step.dtype} of shape {tuple(step.shape)}")
+        steps = step.cpu() if isinstance(step, Tensor) else torch.tensor([step])
+        if self._function is not None:
+            weights = torch.stack([self.evaluate_function(int(s)) for s in steps]) if len(steps) else torch.empty(
+                0, self._num_classes, dtype=torch.float64
+            )
+        else:
+            weights = torch.ops.dynloss.oscillation_weights(
+                steps, self._clock, self._class_order, self._table, self._num_classes
+            )
+        return weights if isinstance(step, Tensor) else weights[0]
+
+    def evaluate_function(self, step: int) -> Tensor:
+        """Γ (C,) float64 from the user's function, checked."""
+        assert self._function is not None
+        gamma = torch.as_tensor(self._function(step)).detach().to("cpu", torch.float64)
+        if gamma.shape != (self._num_classes,) or not bool((gamma.isfinite() & (gamma >= 0)).all()):
+            raise ValueError(
+                f"function: expected finite weights >= 0 of shape ({self._num_classes},) at step {step}, got {gamma}"
+            )
+        return gamma

@@ -1,0 +1,363 @@
+"""Figures from recorded arrays. Nothing here computes: detect and measure first, then draw.
+
+Every function returns a `matplotlib.figure.Figure` made without pyplot, so no window opens, no backend is chosen
+and nothing has to be closed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, MaxNLocator
+from numpy.typing import NDArray
+
+from dynloss_ext.instability import Instability, instability_threshold
+
+Array = NDArray[Any]
+
+CLASS_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#999999")
+EIGENVALUE_COLOURS = ("#1b1b1b", "#0072b2", "#e69f00", "#009e73", "#cc79a7")
+START_COLOUR, STOP_COLOUR = "#1a9641", "#d7191c"
+STYLE: Any = {
+    "font.size": 8,
+    "axes.titlesize": 9,
+    "axes.labelsize": 9,
+    "axes.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.direction": "out",
+    "legend.frameon": False,
+    "legend.fontsize": 7,
+    "lines.linewidth": 0.8,
+    "path.simplify": True,
+}
+
+
+def trajectory(
+    step: Any,
+    *,
+    weights: Any,
+    weighted_loss: Any,
+    accuracy: Any,
+    eig_step: Any = (),
+    eigenvalues: Any = (),
+    loss: Any = None,
+    instabilities: Sequence[Instability] = (),
+    limit: Any = None,
+    ntk: Any = None,
+    zoom: tuple[float, float] | None = None,
+    class_names: Sequence[str] | None = None,
+    title: str | None = None,
+) -> Figure:
+    """The paper's Fig. 4: class weights, loss, its change, accuracy and curvature along a run.
+
+    Args:
+        step: (S,) steps of the per-step arrays.
+        weights: (S, C) class weights Γ.
+        weighted_loss: (S,) dynamical loss F.
+        accuracy: (S,) accuracy in [0, 1].
+        eig_step: (M,) steps of the eigenvalues.
+        eigenvalues: (M, k) largest Hessian eigenvalues, descending.
+        loss: (S,) plain cross-entropy, drawn behind F.
+        instabilities: windows to mark: their start green, their stop red, their mean curvature as a dashed line.
+        limit: the optimizer's stability limit, one number or (S,) where the learning rate changes.
+        ntk: (M,) largest eigenvalue of the neural tangent kernel, for one more panel.
+        zoom: (first, last) step of a second column.
+        class_names: C names for the legend.
+        title: a line above everything.
+
+    Raises:
+        ValueError: an array whose length differs from its steps'.
+    """
+    step, eig_step = _array("step", step, 1), _array("eig_step", eig_step, 1)
+    rows = {
+        "weights": _array("weights", weights, 2, len(step)),
+        "weighted_loss": _array("weighted_loss", weighted_loss, 1, len(step)),
+        "accuracy": _array("accuracy", accuracy, 1, len(step)),
+    }
+    if loss is not None:
+        rows["loss"] = _array("loss", loss, 1, len(step))
+    if np.ndim(limit) > 0:
+        limit = _array("limit", limit, 1, len(step))
+    eigenvalues = _array("eigenvalues", eigenvalues, 2, len(eig_step)) if len(eig_step) else np.empty((0, 0))
+    ntk = _array("ntk", ntk, 1, len(eig_step)) if ntk is not None else None
+    names = (
+        list(class_names) if class_names is not None else [str(i) for i in range(rows["weights"].shape[1])]
+    )
+    if len(names) != rows["weights"].shape[1]:
+        raise ValueError(f"class_names: got {len(names)}, expected {rows['weights'].shape[1]}")
+
+    panels = 4 + (len(eig_step) > 0) + (ntk is not None)
+    spans = [(float(step[0]), float(step[-1]))] if len(step) else [(0.0, 1.0)]
+    if zoom is not None:
+        spans.append((float(zoom[0]), float(zoom[1])))
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(
+            figsize=(5.2 * len(spans) if zoom else 7.2, 1.55 * panels + 0.6), layout="constrained"
+        )
+        axes = figure.subplots(panels, len(spans), squeeze=False, sharex="col")
+        for column, (first, last) in enumerate(spans):
+            inside = (step >= first) & (step <= last)
+            cut = {name: values[inside] for name, values in rows.items()}
+            _step_panels(axes[:4, column], step[inside], cut, names, fine=column > 0)
+            seen = (eig_step >= first) & (eig_step <= last)
+            if len(eig_step):
+                bound = limit if np.ndim(limit) == 0 else (step[inside], limit[inside])
+                _eigenvalue_panel(axes[4, column], eig_step[seen], eigenvalues[seen], instabilities, bound)
+                if column == 0:
+                    _legend_above(axes[4, 0])
+            if ntk is not None:
+                axes[-1, column].plot(eig_step[seen], ntk[seen], color="#5e3c99", lw=0.9)
+                axes[-1, column].set_ylabel(r"NTK $\lambda_{\max}$")
+            for axis in axes[:, column]:
+                _mark_windows(axis, instabilities)
+                axis.set_xlim(first, last)
+            axes[-1, column].set_xlabel("step")
+            axes[-1, column].xaxis.set_major_locator(MaxNLocator(7, integer=True))
+        if zoom is not None:
+            _mark_zoom(axes, zoom)
+        for axis in axes[:, 1:].flat:
+            axis.set_ylabel("")
+        figure.align_ylabels(axes[:, 0])
+        if title:
+            figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def phase_diagram(
+    periods: Any,
+    amplitudes: Any,
+    values: Any,
+    *,
+    spread: Any = None,
+    label: str = "accuracy",
+    baseline: float | None = None,
+    title: str | None = None,
+) -> Figure:
+    """A quantity over the plane of period T and amplitude A, as in the paper's Figs. 1 and 2.
+
+    Args:
+        periods: (n,) periods T in steps.
+        amplitudes: (m,) amplitudes A.
+        values: (m, n) quantity, row per amplitude; NaN where there is no run, drawn hatched.
+        spread: (m, n) standard deviation over seeds, written below the value.
+        label: the quantity's name.
+        baseline: its value without oscillations (A = 1), marked on the colour bar; colours then diverge from it.
+        title: a line above the map.
+
+    Raises:
+        ValueError: `values` or `spread` of another shape than (m, n).
+    """
+    periods, amplitudes = _array("periods", periods, 1), _array("amplitudes", amplitudes, 1)
+    values = _array("values", values, 2, len(amplitudes))
+    if values.shape[1] != len(periods):
+        raise ValueError(f"values: got shape {values.shape}, expected {(len(amplitudes), len(periods))}")
+    if spread is not None:
+        spread = _array("spread", spread, 2, len(amplitudes))
+        if spread.shape != values.shape:
+            raise ValueError(f"spread: got shape {spread.shape}, expected {values.shape}")
+    with matplotlib.rc_context(STYLE):
+        size = (1.8 + max(3.0, 0.62 * len(periods)), 1.2 + max(2.2, 0.45 * len(amplitudes)))
+        figure = Figure(figsize=size, layout="constrained")
+        axis = figure.subplots()
+        norm, colours = _map_colours(values, baseline)
+        axis.set_facecolor("#dddddd")
+        axis.patch.set_hatch("///")
+        axis.patch.set_edgecolor("#aaaaaa")
+        image = axis.imshow(
+            values, origin="lower", aspect="auto", norm=norm, cmap=colours, interpolation="nearest"
+        )
+        if values.size <= 200:
+            _write_cells(axis, values, spread, norm, matplotlib.colormaps[colours])
+        axis.set_xticks(range(len(periods)), [f"{value:g}" for value in periods])
+        axis.set_yticks(range(len(amplitudes)), [f"{value:g}" for value in amplitudes])
+        axis.tick_params(length=0)
+        axis.spines[:].set_visible(False)
+        axis.set_xlabel("period $T$ (steps)")
+        axis.set_ylabel("amplitude $A$")
+        bar = figure.colorbar(image, ax=axis, label=label, pad=0.02)
+        bar.outline.set_visible(False)
+        if baseline is not None:
+            bar.ax.axhline(baseline, color="black", lw=1.2)
+            bar.ax.text(
+                -0.25, baseline, "$A=1$ ", ha="right", va="center", transform=bar.ax.get_yaxis_transform()
+            )
+        if title:
+            axis.set_title(title)
+    return figure
+
+
+def spectral_density(
+    grid: Any,
+    density: Any,
+    *,
+    stderr: Any = None,
+    step: Any = None,
+    eigenvalues: Any = None,
+    title: str | None = None,
+) -> Figure:
+    """Density of the Hessian's eigenvalues on a logarithmic scale (Ghorbani et al., arXiv:1901.10159).
+
+    Args:
+        grid: (G,) points λ, or (D, G).
+        density: (G,) density, or (D, G) for D moments of a run, coloured by `step`.
+        stderr: standard error of `density`, drawn as a band.
+        step: (D,) steps of the rows of a (D, G) density.
+        eigenvalues: (k,) eigenvalues known exactly, drawn as ticks.
+        title: a line above the axes.
+
+    Raises:
+        ValueError: shapes that do not fit together.
+    """
+    density = _array("density", density, None)
+    if density.ndim not in (1, 2):
+        raise ValueError(f"density: got shape {density.shape}, expected (G,) or (D, G)")
+    curves = np.atleast_2d(density)
+    grids = np.broadcast_to(_array("grid", grid, None), curves.shape) if _fits(grid, curves) else None
+    if grids is None:
+        raise ValueError(f"grid: got shape {np.shape(grid)}, expected {curves.shape[1:]} or {curves.shape}")
+    errors = None if stderr is None else np.atleast_2d(_array("stderr", stderr, density.ndim))
+    if errors is not None and errors.shape != curves.shape:
+        raise ValueError(f"stderr: got shape {errors.shape}, expected {curves.shape}")
+    steps = None if step is None else _array("step", np.atleast_1d(step), 1, len(curves))
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(5.6, 3.4), layout="constrained")
+        axis = figure.subplots()
+        span = (float(steps.min()), float(steps.max())) if steps is not None else (0.0, float(len(curves)))
+        norm, colours = Normalize(*span), matplotlib.colormaps["viridis"]
+        top = float(np.nanmax(curves)) if curves.size else 1.0
+        for index, (x, y) in enumerate(zip(grids, curves, strict=True)):
+            shade = norm(steps[index] if steps is not None else index)
+            colour = colours(0.92 * float(shade)) if len(curves) > 1 else EIGENVALUE_COLOURS[1]
+            axis.plot(x, y, color=colour, lw=1.0)
+            if errors is not None:
+                low, high = np.maximum(y - errors[index], top * 1e-12), y + errors[index]
+                axis.fill_between(x, low, high, color=colour, alpha=0.25, lw=0)
+        if eigenvalues is not None:
+            for value in _array("eigenvalues", eigenvalues, 1):
+                axis.axvline(value, 0, 0.06, color=START_COLOUR, lw=1.0)
+        axis.set_yscale("log")
+        axis.set_ylim(top * 1e-7, top * 3)
+        axis.set_xlim(float(grids.min()), float(grids.max()))
+        axis.set_xlabel(r"eigenvalue $\lambda$")
+        axis.set_ylabel(r"density $\rho(\lambda)$")
+        if len(curves) > 1 and steps is not None:
+            figure.colorbar(matplotlib.cm.ScalarMappable(norm, "viridis"), ax=axis, label="step")
+        if title:
+            axis.set_title(title)
+    return figure
+
+
+def _array(name: str, value: Any, ndim: int | None, length: int | None = None) -> Array:
+    array = np.asarray(value.detach().cpu() if isinstance(value, torch.Tensor) else value)
+    if ndim is not None and array.ndim != ndim:
+        raise ValueError(f"{name}: got shape {array.shape}, expected {ndim} dimension(s)")
+    if length is not None and len(array) != length:
+        raise ValueError(f"{name}: got {len(array)} rows, expected {length}")
+    return array
+
+
+def _fits(grid: Any, curves: Array) -> bool:
+    return np.shape(grid) in (curves.shape, curves.shape[1:])
+
+
+def _step_panels(axes: Array, step: Array, rows: dict[str, Array], names: list[str], *, fine: bool) -> None:
+    """The four panels of per-step quantities.
+
+    The whole run spans decades of loss: logarithmic there, and F alone on a linear scale with a dot per step in
+    the zoom (`fine`), where the branches of a period show.
+    """
+    style: dict[str, Any] = {"rasterized": True, "lw": 0.5}
+    if fine:
+        style = {"rasterized": True, "lw": 0.2, "marker": ".", "ms": 1.8, "mew": 0}
+    for index, name in enumerate(names):
+        axes[0].plot(step, rows["weights"][:, index], color=_colour(CLASS_COLOURS, index), label=name, lw=0.9)
+    axes[0].set_ylabel(r"class weight $\Gamma_i$")
+    if "loss" in rows and not fine:
+        axes[1].plot(step, rows["loss"], color="#bbbbbb", label="plain cross-entropy", **style)
+    axes[1].plot(step, rows["weighted_loss"], color="black", label="dynamical loss $F$", **style)
+    axes[1].set_ylabel("loss")
+    axes[2].plot(step[1:], np.diff(rows["weighted_loss"]), color="#7b3294", **style)
+    axes[2].set_ylabel(r"$F(t)-F(t-1)$")
+    axes[3].plot(step, rows["accuracy"], color="#2c7bb6", **style)
+    axes[3].set_ylabel("accuracy")
+    if not fine:
+        axes[1].set_yscale("log")
+        axes[2].set_yscale("symlog", linthresh=1e-3)
+        axes[2].yaxis.set_major_locator(FixedLocator([-100, -1, -1e-2, 0, 1e-2, 1, 100]))
+        _legend_above(axes[1])
+        if len(names) <= 10:
+            _legend_above(axes[0], title_left="class")
+
+
+def _eigenvalue_panel(
+    axis: Axes, step: Array, values: Array, instabilities: Sequence[Instability], limit: Any
+) -> None:
+    for index in range(values.shape[1]):  # the largest on top
+        style: dict[str, Any] = {"color": _colour(EIGENVALUE_COLOURS, index), "zorder": 2.5 - 0.01 * index}
+        axis.plot(step, values[:, index], lw=0.9, label=f"$\\lambda_{index + 1}$", **style)
+    threshold = instability_threshold(instabilities)
+    if math.isfinite(threshold):
+        axis.axhline(
+            threshold, color="#555555", lw=1.0, ls="--", label=f"threshold {threshold:.2f}", zorder=3
+        )
+    style = {"color": STOP_COLOUR, "lw": 1.2, "ls": ":", "zorder": 3}
+    if isinstance(limit, tuple):
+        axis.plot(*limit, label="stability limit", **style)
+    elif limit is not None and math.isfinite(limit):
+        axis.axhline(limit, label=f"stability limit {limit:.3g}", **style)
+    axis.set_ylabel(r"Hessian $\lambda$")
+
+
+def _colour(palette: Sequence[str], index: int) -> str:
+    return palette[index % len(palette)]
+
+
+def _legend_above(axis: Axes, title_left: str | None = None) -> None:
+    """A legend in one row on top of the axes, where it hides no data."""
+    handles, labels = axis.get_legend_handles_labels()
+    if title_left:
+        handles, labels = [Line2D([], [], lw=0), *handles], [title_left, *labels]
+    place: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1.0, 0.97), "borderpad": 0.1}
+    axis.legend(handles, labels, ncols=len(handles), handlelength=1.4, columnspacing=1.2, **place)
+
+
+def _mark_windows(axis: Axes, instabilities: Sequence[Instability]) -> None:
+    for window in instabilities:
+        axis.axvline(window.start, color=START_COLOUR, lw=0.6, alpha=0.8, zorder=0.5)
+        axis.axvline(window.stop, color=STOP_COLOUR, lw=0.6, alpha=0.8, zorder=0.5)
+
+
+def _mark_zoom(axes: Array, zoom: tuple[float, float]) -> None:
+    for axis in axes[:, 0]:
+        axis.axvspan(*zoom, color="#fdae61", alpha=0.25, lw=0, zorder=0.1)
+    axes[0, 0].set_title("whole run", loc="left")
+    axes[0, 1].set_title(f"steps {zoom[0]:g} to {zoom[1]:g}", loc="left")
+
+
+def _map_colours(values: Array, baseline: float | None) -> tuple[Normalize, str]:
+    finite = values[np.isfinite(values)]
+    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
+    if baseline is None:
+        return Normalize(low, high), "viridis"
+    reach = max(abs(high - baseline), abs(low - baseline)) or 1.0
+    return Normalize(baseline - reach, baseline + reach), "RdBu"
+
+
+def _write_cells(axis: Axes, values: Array, spread: Array | None, norm: Normalize, colours: Any) -> None:
+    for (row, column), value in np.ndenumerate(values):
+        if not np.isfinite(value):
+            continue
+        red, green, blue, _ = colours(norm(value))
+        ink = "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "white"
+        text = f"{value:.3f}" if spread is None else f"{value:.3f}\n±{spread[row, column]:.3f}"
+        axis.text(column, row, text, ha="center", va="center", fontsize=6.5, color=ink)

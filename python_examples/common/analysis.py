@@ -1,0 +1,106 @@
+"""What every run is asked at its end: its instabilities, their periods, a summary, a figure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from dynloss_ext import plot
+from dynloss_ext.instability import (
+    Instability,
+    PeriodSegment,
+    detect_instabilities,
+    detect_periods,
+    instability_threshold,
+)
+
+Metrics = Mapping[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """Instabilities of a run, and for each the periods of F along it."""
+
+    instabilities: list[Instability]
+    periods: list[list[PeriodSegment]]
+    threshold: float
+
+    @property
+    def oscillating(self) -> list[Instability]:
+        """The windows in which F goes up and down; not the smooth, fast descent at the start of training."""
+        pairs = zip(self.instabilities, self.periods, strict=True)
+        return [window for window, parts in pairs if any(part.period != 1 for part in parts)]
+
+    def summary(self) -> dict[str, Any]:
+        windows = [
+            asdict(window) | {"periods": [asdict(part) for part in parts]}
+            for window, parts in zip(self.instabilities, self.periods, strict=True)
+        ]
+        return {
+            "num_instabilities": len(self.instabilities),
+            "num_oscillating": len(self.oscillating),
+            "threshold": self.threshold,
+            "instabilities": windows,
+        }
+
+    def table(self) -> str:
+        """One line per window: where, at which curvature, through which periods."""
+        lines = ["     start      stop  λ start   λ stop  period of F"]
+        for window, parts in zip(self.instabilities, self.periods, strict=True):
+            lines.append(
+                f"{window.start:10d}{window.stop:10d}{window.lambda_start:9.2f}{window.lambda_stop:9.2f}  "
+                f"{cascade(parts)}"
+            )
+        return "\n".join(lines)
+
+
+def analyse(metrics: Metrics, rule: str = "loss") -> Analysis:
+    """Detect the instabilities in recorded metrics (`metrics.npz`) and measure their periods."""
+    step, loss = metrics["step"], metrics["weighted_loss"]
+    has_eigenvalues = len(metrics["eig_step"]) > 0
+    lambda_max = metrics["eigenvalues"][:, 0] if has_eigenvalues else np.empty(0)
+    found = detect_instabilities(step, loss, metrics["eig_step"], lambda_max, rule=rule)
+    periods = [detect_periods(step, loss, start=window.start, stop=window.stop) for window in found]
+    return Analysis(found, periods, instability_threshold(found))
+
+
+def cascade(segments: list[PeriodSegment]) -> str:
+    """The sequence of periods in words: "2 → 4 → 8 → chaos → 2"."""
+    names = [
+        "chaos" if part.period is None else "smooth" if part.period == 1 else str(part.period)
+        for part in segments
+    ]
+    return " → ".join(names)
+
+
+def figure(metrics: Metrics, analysis: Analysis, limit: Any = None, title: str | None = None) -> Figure:
+    """The paper's figure of a run, with a zoom on its second instability."""
+    zoom = None
+    if analysis.oscillating:
+        window = analysis.oscillating[:2][-1]
+        margin = max(20, round(0.15 * (window.stop - window.start)))
+        last = int(metrics["step"][-1])
+        zoom = (max(0, window.start - margin), min(last, window.stop + margin))
+    names = ("weights", "weighted_loss", "loss", "accuracy", "eig_step", "eigenvalues")
+    recorded: dict[str, Any] = {name: metrics[name] for name in names}
+    return plot.trajectory(
+        metrics["step"],
+        **recorded,
+        ntk=metrics.get("ntk"),
+        instabilities=analysis.instabilities,
+        limit=limit,
+        zoom=zoom,
+        title=title,
+    )
+
+
+def comparison(threshold: float, limit: float) -> str:
+    """The measured threshold beside the theory's, in one line."""
+    measured = f"{threshold:.3f}" if math.isfinite(threshold) else "none measured"
+    return f"threshold {measured}, stability limit of the optimizer {limit:.3f}"

@@ -1,0 +1,107 @@
+"""The spiral classification task of the paper: its data set, its network, the network's initial values."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+INITIALISATIONS = ("glorot-normal", "lecun-normal")
+
+
+def spiral_data(
+    points: int = 100, classes: int = 3, noise: float = 0.2, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Interleaved spiral arms: r = linspace(0, 1), θ = linspace(2πj/C, 2πj/C + 4π) + noise · normal, class by class.
+
+    Returns:
+        (classes · points, 2) float64 inputs (r cos θ, r sin θ) and their (classes · points,) int64 classes.
+    """
+    random = np.random.RandomState(seed)
+    radius = np.linspace(0, 1, points)
+    arms = []
+    for label in range(classes):
+        offset = 2 * np.pi * label / classes
+        angle = np.linspace(offset, offset + 4 * np.pi, points) + noise * random.randn(points)
+        arms.append(np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1))
+    target = np.repeat(np.arange(classes), points)
+    return torch.from_numpy(np.concatenate(arms)), torch.from_numpy(target)
+
+
+class SpiralMLP(nn.Module):
+    """One hidden ReLU layer: relu(x @ w1 + b1) @ w2 + b2."""
+
+    def __init__(self, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> None:
+        super().__init__()
+        self.w1, self.b1, self.w2, self.b2 = (nn.Parameter(value.clone()) for value in (w1, b1, w2, b2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.relu(torch.addmm(self.b1, x, self.w1))
+        return torch.addmm(self.b2, hidden, self.w2)
+
+    @classmethod
+    def initialised(cls, scheme: str, inputs: int, width: int, classes: int, seed: int) -> SpiralMLP:
+        """A fresh float64 network.
+
+        Args:
+            scheme: "glorot-normal", weights of variance 2/(fan_in + fan_out) and biases N(0, 1e-2), or
+                "lecun-normal", weights of variance 1/fan_in and zero biases. All biases are trained. As in JAX, the
+                weights' normal distribution is cut at two standard deviations and widened to keep the variance.
+            inputs: number of input features.
+            width: hidden units.
+            classes: number of outputs.
+            seed: of the draw.
+        """
+        if scheme not in INITIALISATIONS:
+            raise ValueError(f"init: got {scheme!r}, expected one of {', '.join(INITIALISATIONS)}")
+        generator = torch.Generator().manual_seed(seed)
+        glorot = scheme == "glorot-normal"
+        values = []
+        for fan_in, fan_out in ((inputs, width), (width, classes)):
+            variance = 2 / (fan_in + fan_out) if glorot else 1 / fan_in
+            deviation = variance**0.5 / 0.87962566103423978  # the standard deviation of a normal cut at ±2
+            weight = torch.empty(fan_in, fan_out, dtype=torch.float64)
+            nn.init.trunc_normal_(weight, 0, deviation, -2 * deviation, 2 * deviation, generator=generator)
+            bias = torch.randn(fan_out, dtype=torch.float64, generator=generator) * (1e-2 if glorot else 0)
+            values += [weight, bias]
+        return cls(*values)
+
+
+def load_initial_values(path: Path) -> tuple[Tensor, Tensor, SpiralMLP]:
+    """Inputs, targets and network from an .npz with X (P, D), y (P,), w1 (D, H), b1 (H,), w2 (H, C), b2 (C,).
+
+    Raises:
+        ValueError: no such file, a missing array, shapes that do not fit, or a class that is not in [0, C).
+    """
+    if not path.is_file():
+        raise ValueError(
+            f"init: got {str(path)!r}, expected one of {', '.join(INITIALISATIONS)} or an .npz file"
+        )
+    names = ("X", "y", "w1", "b1", "w2", "b2")
+    with np.load(path, allow_pickle=False) as archive:
+        missing = [name for name in names if name not in archive]
+        if missing:
+            raise ValueError(f"init: {path} lacks {', '.join(missing)}; expected {', '.join(names)}")
+        arrays = {name: archive[name] for name in names}
+    _check_initial_values(path, arrays)
+    x, y, *values = (torch.from_numpy(arrays[name]) for name in names)
+    return x.double(), y.long(), SpiralMLP(*(value.double() for value in values))
+
+
+def _check_initial_values(path: Path, arrays: dict[str, NDArray[np.generic]]) -> None:
+    shapes = {name: array.shape for name, array in arrays.items()}
+    if [len(shapes[name]) for name in ("X", "y", "w1", "b1", "w2", "b2")] != [2, 1, 2, 1, 2, 1]:
+        raise ValueError(
+            f"init: {path} has shapes {shapes}, expected X, w1, w2 with two dimensions, the rest one"
+        )
+    (points, inputs), (width, classes) = shapes["X"], shapes["w2"]
+    expected = {"y": (points,), "w1": (inputs, width), "b1": (width,), "b2": (classes,)}
+    for name, shape in expected.items():
+        if shapes[name] != shape:
+            raise ValueError(f"init: {path}: {name} has shape {shapes[name]}, expected {shape}")
+    target = arrays["y"]
+    if target.dtype.kind not in "iu" or target.min() < 0 or target.max() >= classes:
+        raise ValueError(f"init: {path}: y has classes outside 0..{classes - 1} or is not of an integer type")

@@ -1,0 +1,331 @@
+"""The paper's Fig. 4 (supplementary Fig. 1): a small network on spirals under the dynamical loss.
+
+Full-batch gradient descent on 300 points; the class weights oscillate with period T and amplitude A; the
+largest Hessian eigenvalues are tracked along the way. Writes a run folder, see `common/recording.py`.
+
+    python python_examples/spiral_mlp.py --out runs/spiral
+"""
+# ruff: noqa: RUF009 - option() is dataclasses.field with help attached
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from common.analysis import analyse, comparison, figure
+from common.cli import BaseConfig, open_run, option, parse_config, resolve_device
+from common.recording import GracefulStop, RunFolder, Table
+from common.spiral import INITIALISATIONS, SpiralMLP, load_initial_values, spiral_data
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from dynloss_ext import (
+    EigenTracker,
+    HessianOperator,
+    Oscillation,
+    dynamic_cross_entropy,
+    loss_and_gradient,
+    ntk_eigenvalues,
+    plot,
+    spectral_density,
+    stability_limit,
+)
+
+BLOCK = 500  # steps between two looks at the metrics: one host synchronisation and one progress update
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpiralConfig(BaseConfig):
+    """The defaults are those of the authors' notebook."""
+
+    out: Path = option(Path("runs/spiral_mlp"), "run folder", metavar="DIR")
+    steps: int = option(70_000, "gradient descent steps", may_change=True)
+    amplitude: float = option(70.0, "amplitude A of the oscillation; 1 is plain cross-entropy", metavar="A")
+    period: int = option(5000, "period T of a class's turn, in steps", metavar="T")
+    closed: bool = option(True, "a turn lasts T + 1 steps, both ends included")
+    stop_step: int | None = option(65_013, "step from which on A = 1; 'none' for never")
+    lr: float = option(1.0, "learning rate")
+    init: str = option("glorot-normal", f"{', '.join(INITIALISATIONS)}, or an .npz with X, y, w1, b1, w2, b2")
+    width: int = option(100, "hidden units (unless --init is a file)")
+    points: int = option(100, "points per class (unless --init is a file)")
+    classes: int = option(3, "classes (unless --init is a file)")
+    noise: float = option(0.2, "noise on the spirals' angle (unless --init is a file)")
+    data_seed: int = option(0, "seed of the spirals")
+    dtype: str = option("float64", "precision of the training", choices=("float64", "float32"))
+    eig_every: int = option(25, "steps between two eigenvalue updates; 0 for none")
+    num_eigenvalues: int = option(3, "largest Hessian eigenvalues to track")
+    tol: float = option(1e-3, "their relative residual")
+    ntk: bool = option(False, "track the neural tangent kernel's largest eigenvalue too (first 50 points)")
+    density_every: int = option(
+        0, "steps between two spectral densities, a multiple of --eig-every; 0 for none"
+    )
+    rule: str = option("loss", "what marks an instability", choices=("loss", "lambda"), may_change=True)
+    threads: int = option(1, "CPU threads (more do not pay for so small a network)")
+    checkpoint_every: int = option(10_000, "steps between two checkpoints", may_change=True)
+
+    def __post_init__(self) -> None:
+        for name in (
+            "steps",
+            "period",
+            "width",
+            "points",
+            "classes",
+            "num_eigenvalues",
+            "threads",
+            "checkpoint_every",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
+        for name in ("eig_every", "density_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected 0 or more")
+        for name in ("lr", "tol"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected a positive number")
+        if self.density_every and (not self.eig_every or self.density_every % self.eig_every):
+            raise ValueError(
+                f"density_every: got {self.density_every}, expected a multiple of eig_every ({self.eig_every})"
+            )
+        if self.ntk and not self.eig_every:
+            raise ValueError("ntk: it is measured with the eigenvalues, but eig_every is 0")
+
+
+class SpiralRun:
+    """The state of one run: network, clock, recorded rows. All of it goes through the checkpoint."""
+
+    def __init__(self, config: SpiralConfig) -> None:
+        self.config = config
+        device, dtype = resolve_device(config.device), getattr(torch, config.dtype)
+        inputs, target, model = _task(config)
+        self.inputs, self.target, self.model = (
+            inputs.to(device, dtype),
+            target.to(device),
+            model.to(device, dtype),
+        )
+        self.params = list(self.model.parameters())
+        self.optimizer = torch.optim.SGD(self.params, lr=config.lr, foreach=True)
+        self.oscillation = Oscillation(
+            self.params[-1].numel(),
+            config.amplitude,
+            config.period,
+            closed=config.closed,
+            stop_step=config.stop_step,
+        )
+        self.tracker = EigenTracker(config.num_eigenvalues, tol=config.tol)
+        self.step = 0  # the next forward pass: parameters after `step` updates, weights Γ(step)
+        self.seconds = self.eigen_seconds = 0.0
+        self.rows = Table("weighted_loss", "loss", "accuracy")
+        eigen_columns = ("eig_step", "eigenvalues", "residuals", "num_hvp", "converged")
+        self.eigen_rows = Table(*eigen_columns, *(("ntk",) if config.ntk else ()))
+        self.density_rows = Table("density_step", "density_grid", "density", "density_stderr")
+        self._loss: list[Tensor] = []
+        self._logits: list[Tensor] = []
+
+    def advance(self) -> None:
+        """One update; the row before it is measured on the forward pass that the update needs anyway."""
+        logits, gradient = self._forward()
+        self.optimizer.zero_grad()
+        logits.backward(gradient)
+        self.optimizer.step()
+        self.step += 1
+
+    def measure_last_row(self) -> None:
+        """The row after the last update, which no further update measures."""
+        self._forward()
+        self.collect()
+
+    def collect(self) -> None:
+        """Move the finished rows into the table; accuracy and plain cross-entropy are computed for all at once."""
+        if not self._loss:
+            return
+        logits = torch.stack(self._logits)  # (rows, N, C)
+        log_sum = logits.logsumexp(-1)
+        chosen = logits.gather(-1, self.target.expand(len(logits), -1).unsqueeze(-1)).squeeze(-1)
+        self.rows.extend(
+            weighted_loss=torch.stack(self._loss),
+            loss=(log_sum - chosen).mean(-1),
+            accuracy=(logits.argmax(-1) == self.target).double().mean(-1),
+        )
+        self._loss.clear()
+        self._logits.clear()
+
+    def metrics(self) -> dict[str, NDArray[Any]]:
+        """Everything recorded, as it goes into metrics.npz."""
+        steps = torch.arange(len(self.rows))
+        weights = self.oscillation.weights(steps + 1).cpu().numpy()
+        density = self.density_rows.arrays() if self.config.density_every else {}
+        recorded = self.rows.arrays() | self.eigen_rows.arrays() | density
+        recorded["eig_step"] = recorded["eig_step"].astype(np.int64)
+        return {"step": steps.numpy(), "weights": weights, **recorded}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "seconds": self.seconds,
+            "eigen_seconds": self.eigen_seconds,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "tracker": self.tracker.state_dict(),
+            "rows": self.rows.state_dict(),
+            "eigen_rows": self.eigen_rows.state_dict(),
+            "density_rows": self.density_rows.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step, self.seconds, self.eigen_seconds = state["step"], state["seconds"], state["eigen_seconds"]
+        for name in ("model", "optimizer", "tracker", "rows", "eigen_rows", "density_rows"):
+            getattr(self, name).load_state_dict(state[name])
+
+    def _forward(self) -> tuple[Tensor, Tensor]:
+        logits = self.model(self.inputs)
+        loss, gradient = loss_and_gradient(logits, self.target, self.oscillation, self.step)
+        row = self.step - 1  # rows are taken after an update, with the weights of the next step
+        if row == len(self.rows) + len(self._loss):  # not so at step 0, nor when a finished run is extended
+            self._loss.append(loss)
+            self._logits.append(logits.detach())
+            if self.config.eig_every and row % self.config.eig_every == 0:
+                self._track_curvature(row, logits)
+        return logits, gradient
+
+    def _track_curvature(self, row: int, logits: Tensor) -> None:
+        config, began = self.config, time.perf_counter()
+        loss = dynamic_cross_entropy(logits, self.target, self.oscillation, self.step)
+        hessian = HessianOperator(loss, self.params)
+        turn = config.period + config.closed
+        new_turn = row == 0 or self.step // turn != (self.step - config.eig_every) // turn
+        result = self.tracker.update(hessian, audit=new_turn)
+        values = {"ntk": ntk_eigenvalues(self.model, self.inputs[:50], k=1)[0]} if config.ntk else {}
+        self.eigen_rows.append(
+            eig_step=row,
+            eigenvalues=result.values,
+            residuals=result.residuals,
+            num_hvp=result.num_hvp,
+            converged=result.converged,
+            **values,
+        )
+        if config.density_every and row % config.density_every == 0:
+            spectrum = spectral_density(hessian)
+            self.density_rows.append(
+                density_step=row,
+                density_grid=spectrum.grid,
+                density=spectrum.density,
+                density_stderr=spectrum.stderr,
+            )
+        self.eigen_seconds += time.perf_counter() - began
+
+
+def train(run: SpiralRun, folder: RunFolder) -> None:
+    """Run to the last step, or to a Ctrl-C; the folder is left with a checkpoint either way."""
+    config = run.config
+    with GracefulStop() as stop, tqdm(total=config.steps, initial=len(run.rows), unit="step") as bar:
+        while run.step < config.steps and not stop.requested:
+            began = time.perf_counter()
+            end = min(run.step - run.step % BLOCK + BLOCK, config.steps)
+            while run.step < end and not stop.requested:
+                run.advance()
+            run.collect()
+            if run.step == config.steps:
+                run.measure_last_row()
+            run.seconds += time.perf_counter() - began
+            if run.step % config.checkpoint_every < BLOCK:
+                save(run, folder)
+            _show_progress(bar, run)
+        save(run, folder)
+
+
+def save(run: SpiralRun, folder: RunFolder) -> None:
+    folder.write_metrics(run.metrics())
+    folder.write_checkpoint(run.state_dict())
+
+
+def finish(run: SpiralRun, folder: RunFolder) -> dict[str, Any]:
+    """Analyse what was recorded; write the summary and the figures; print both."""
+    config, metrics = run.config, run.metrics()
+    limit = stability_limit(run.optimizer)
+    analysis = analyse(metrics, config.rule)
+    rows, updates = len(metrics["step"]), len(metrics["eig_step"])
+    summary = {
+        "finished": rows == config.steps,
+        "steps": rows,
+        **{name: metrics[name][-1] for name in ("accuracy", "loss", "weighted_loss") if rows},
+        "stability_limit": limit,
+        **analysis.summary(),
+        "seconds": run.seconds,
+        "eigen_seconds": run.eigen_seconds,
+        "eigen_updates": updates,
+        "products_per_update": float(metrics["num_hvp"].mean()) if updates else None,
+        "unconverged_updates": int((~metrics["converged"].astype(bool)).any(axis=-1).sum()) if updates else 0,
+    }
+    folder.write_summary(summary)
+    if rows > 1:
+        title = f"Spiral, A = {config.amplitude:g}, T = {config.period}, learning rate {config.lr:g}"
+        folder.write_figure(figure(metrics, analysis, limit, title))
+    if config.density_every and len(metrics["density_step"]):
+        densities = plot.spectral_density(
+            metrics["density_grid"],
+            metrics["density"],
+            stderr=metrics["density_stderr"],
+            step=metrics["density_step"],
+        )
+        folder.write_figure(densities, "density.png")
+    if rows:
+        print(analysis.table())
+        print(_report(summary, folder))
+    return summary
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    config = parse_config(SpiralConfig, (__doc__ or "").splitlines()[0], argv)
+    torch.set_num_threads(config.threads)
+    try:
+        run = SpiralRun(config)
+        folder = open_run(config)
+    except ValueError as error:
+        raise SystemExit(f"spiral_mlp.py: {error}") from None
+    if config.resume:
+        run.load_state_dict(folder.read_checkpoint(resolve_device(config.device)))
+    train(run, folder)
+    return finish(run, folder)
+
+
+def _task(config: SpiralConfig) -> tuple[Tensor, Tensor, SpiralMLP]:
+    if config.init not in INITIALISATIONS:
+        return load_initial_values(Path(config.init))
+    inputs, target = spiral_data(config.points, config.classes, config.noise, config.data_seed)
+    return inputs, target, SpiralMLP.initialised(config.init, 2, config.width, config.classes, config.seed)
+
+
+def _show_progress(bar: Any, run: SpiralRun) -> None:
+    rows, eigen = run.rows.arrays(), run.eigen_rows.arrays()
+    bar.update(len(run.rows) - bar.n)
+    shown = {"F": f"{rows['weighted_loss'][-1]:.3f}", "accuracy": f"{rows['accuracy'][-1]:.3f}"}
+    if len(run.eigen_rows):
+        shown["λ_max"] = f"{eigen['eigenvalues'][-1, 0]:.2f}"
+    bar.set_postfix(shown)
+
+
+def _report(summary: dict[str, Any], folder: RunFolder) -> str:
+    state = "finished" if summary["finished"] else "interrupted; --resume continues it"
+    lines = [
+        f"{summary['steps']} steps in {summary['seconds']:.1f} s ({summary['eigen_seconds']:.1f} s of it curvature), {state}",
+        f"final accuracy {summary['accuracy']:.4f}, F {summary['weighted_loss']:.3g}",
+        f"{summary['num_instabilities']} instabilities, {summary['num_oscillating']} of them oscillating",
+        comparison(summary["threshold"], summary["stability_limit"]),
+    ]
+    if summary["eigen_updates"]:
+        lines.append(
+            f"{summary['eigen_updates']} eigenvalue updates, {summary['products_per_update']:.2f} products each, "
+            f"{summary['unconverged_updates']} not converged"
+        )
+    return "\n".join([*lines, f"files in {folder.path}"])
+
+
+if __name__ == "__main__":
+    sys.exit(0 if main()["finished"] else 130)  # 130: the shell's code for Ctrl-C

@@ -1,0 +1,257 @@
+"""Instabilities, their periods and the optimizer's stability limit, against cases with known answers."""
+
+import itertools
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dynloss_ext.instability import (
+    Instability,
+    detect_instabilities,
+    detect_periods,
+    instability_threshold,
+    stability_limit,
+)
+
+ROOT = Path(__file__).parent.parent
+FULL_REFERENCE = ROOT.parent / "shared" / "data" / "spiral_reference.npz"
+CUT = ROOT / "tests" / "data" / "spiral_reference_5000.npz"
+
+
+def jumpy_loss(length, windows, jump=0.01):
+    """A flat loss that alternates by `jump` between `start` and `stop`: stop - start jumps."""
+    loss = np.zeros(length)
+    for start, stop in windows:
+        step = np.arange(start, stop + 1)
+        loss[start : stop + 1] += jump * ((step - start) % 2)
+        loss[stop + 1 :] = loss[stop]
+    return loss
+
+
+def logistic_map(growth, length=1000, transient=3000):
+    x, values = 0.3, []
+    for _ in range(transient + length):
+        x = growth * x * (1 - x)
+        values.append(x)
+    return np.array(values[transient:])
+
+
+# ---- windows -------------------------------------------------------------------------------------------------
+
+
+def test_windows_start_before_the_first_jump_and_stop_after_the_last():
+    steps = np.arange(5000)
+    lambda_step = np.arange(0, 5000, 25)
+    lambda_max = lambda_step / 1000
+    found = detect_instabilities(
+        steps, jumpy_loss(5000, [(1000, 1100), (3000, 3041)]), lambda_step, lambda_max
+    )
+    assert [(w.start, w.stop) for w in found] == [(1000, 1100), (3000, 3041)]
+    assert [(w.lambda_start, w.lambda_stop) for w in found] == [(1.0, 1.1), (3.0, 3.05)]
+    assert instability_threshold(found) == pytest.approx((1.0 + 1.1 + 3.0 + 3.05) / 4)
+
+
+@pytest.mark.parametrize(("max_gap", "count"), [(199, 2), (201, 1)])
+def test_gaps_up_to_max_gap_are_merged(max_gap, count):
+    loss = jumpy_loss(2000, [(500, 600), (799, 900)])
+    assert len(detect_instabilities(np.arange(2000), loss, [], [], max_gap=max_gap)) == count
+
+
+def test_windows_with_few_jumps_are_dropped():
+    loss = jumpy_loss(2000, [(500, 509)])  # nine jumps
+    assert detect_instabilities(np.arange(2000), loss, [], []) == []
+    assert len(detect_instabilities(np.arange(2000), loss, [], [], min_samples=9)) == 1
+
+
+def test_a_calm_run_has_no_instability_and_no_threshold():
+    found = detect_instabilities(np.arange(100), np.linspace(1, 0.99, 100), [0, 50], [1.0, 1.1])
+    assert found == []
+    assert math.isnan(instability_threshold(found))
+
+
+def test_a_diverged_run_is_unstable_to_its_end():
+    loss = jumpy_loss(1000, [(500, 600)])
+    loss[600:] = np.nan
+    (window,) = detect_instabilities(np.arange(1000), loss, [0, 500], [1.0, np.inf])
+    assert (window.start, window.stop) == (500, 999)
+    assert math.isnan(instability_threshold([window]))  # λ is infinite at both ends: no finite threshold
+
+
+def test_recorded_steps_may_be_sparse():
+    loss = jumpy_loss(200, [(50, 70)])
+    (window,) = detect_instabilities(1000 + 10 * np.arange(200), loss, [], [])
+    assert (window.start, window.stop) == (1500, 1700)
+    assert math.isnan(window.lambda_start)
+
+
+def test_lambda_rule_marks_jumps_between_neighbouring_eigenvalues():
+    lambda_step = np.arange(0, 4000, 25)
+    lambda_max = np.ones(len(lambda_step))
+    lambda_max[40:44] = [1.2, 1.6, 2.1, 1.5]  # from step 1000 on
+    lambda_max[44:] = 1.45
+    (window,) = detect_instabilities(np.arange(4000), np.zeros(4000), lambda_step, lambda_max, rule="lambda")
+    assert window == Instability(975, 1075, 1.0, 1.5)
+    assert detect_instabilities([], [], lambda_step, lambda_max, rule="lambda", lambda_jump=0.7) == []
+
+
+def test_tensors_are_accepted():
+    loss = torch.from_numpy(jumpy_loss(2000, [(500, 600)]))
+    (window,) = detect_instabilities(torch.arange(2000), loss, torch.tensor([0]), torch.tensor([2.0]))
+    assert window == Instability(500, 600, 2.0, 2.0)
+
+
+@pytest.mark.skipif(not FULL_REFERENCE.exists(), reason="../shared/data/spiral_reference.npz is not here")
+@pytest.mark.parametrize("max_gap", [100, 500, 1000])
+def test_reference_trajectory_has_ten_windows_at_two(max_gap):
+    with np.load(FULL_REFERENCE) as data:
+        loss, lambda_step, lambda_max = data["weighted_loss"], data["eig_step"], data["eig_top5"][:, 0]
+    found = detect_instabilities(np.arange(len(loss)), loss, lambda_step, lambda_max, max_gap=max_gap)
+    assert len(found) == 10
+    assert instability_threshold(found) == pytest.approx(2.02, abs=5e-3)
+    assert found[1].start == 4223
+    assert found[-1].stop < 46_000
+
+
+def test_first_instability_of_the_shipped_cut():
+    with np.load(CUT) as data:
+        loss, lambda_step, lambda_max = data["weighted_loss"], data["eig_step"], data["eig_top5"][:, 0]
+    descent, instability = detect_instabilities(np.arange(len(loss)), loss, lambda_step, lambda_max)
+    assert (descent.start, descent.stop) == (0, 288)
+    assert (instability.start, instability.stop) == (4223, 4999)
+    assert instability.lambda_start == lambda_max[lambda_step == 4225]
+    steps = np.arange(len(loss))
+    assert [s.period for s in detect_periods(steps, loss, start=descent.start, stop=descent.stop)] == [1]
+    assert [s.period for s in detect_periods(steps, loss, start=4223)] == [2]
+
+
+# ---- periods -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    (
+        "growth",
+        "period",
+    ),  # textbook: doublings at 3, 3.4495, 3.5441, 3.5644; chaos from 3.5699; a 3-window at 3.83
+    [(2.8, 1), (3.2, 2), (3.5, 4), (3.56, 8), (3.5685, 16), (3.7, None), (3.84, 3), (3.95, None)],
+)
+def test_periods_of_the_logistic_map(growth, period):
+    (segment,) = detect_periods(np.arange(1000), logistic_map(growth), tolerance=0.02)
+    assert (segment.start, segment.stop, segment.period) == (0, 999, period)
+
+
+def test_a_cascade_is_measured_in_order_and_tiles_the_window():
+    growths = (2.8, 3.2, 3.5, 3.56, 3.7, 3.2)
+    loss = np.concatenate([logistic_map(growth, 640) for growth in growths])
+    segments = detect_periods(np.arange(100, 100 + len(loss)), loss, tolerance=0.05)
+    assert [s.period for s in segments] == [1, 2, 4, 8, None, 2]
+    assert [s.start for s in segments] == [100 + 640 * i for i in range(6)]
+    assert all(a.stop + 1 == b.start for a, b in itertools.pairwise(segments))
+
+
+@pytest.mark.parametrize("period", [2, 3, 4, 5, 7, 8, 12, 16])
+def test_period_is_found_on_a_trend_with_growing_amplitude(period):
+    pattern = np.random.default_rng(period).normal(size=period)
+    step = np.arange(256)
+    loss = 5 - 0.02 * step + 0.01 * (1 + step / 256) * pattern[step % period]
+    assert [s.period for s in detect_periods(step, loss)] == [period]
+
+
+def test_smooth_motion_and_tiny_oscillations_have_period_one():
+    step = np.arange(400)
+    smooth = np.exp(-step / 50) + 0.2 * np.sin(step / 10)
+    assert [s.period for s in detect_periods(step, smooth)] == [1]
+    assert [s.period for s in detect_periods(step, smooth + 5e-5 * (-1.0) ** step)] == [1]
+    assert [s.period for s in detect_periods(step, smooth + 2e-2 * (-1.0) ** step)] == [2]
+
+
+def test_noise_and_divergence_are_chaotic():
+    noise = np.random.default_rng(0).normal(size=256)
+    assert [s.period for s in detect_periods(np.arange(256), noise)] == [None]
+    noise[100] = np.inf
+    assert [s.period for s in detect_periods(np.arange(256), noise)] == [None]
+
+
+def test_a_window_too_short_for_differences_has_no_segment():
+    assert detect_periods(np.arange(5), np.zeros(5)) == []
+
+
+# ---- stability limit -----------------------------------------------------------------------------------------
+
+
+def final_distance(curvature, settings, steps=6000):
+    weight = torch.tensor([1.0], dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.SGD([weight], **settings)
+    limit = stability_limit(optimizer)
+    for _ in range(steps):
+        weight.grad = curvature(limit) * weight.detach()
+        optimizer.step()
+        if not abs(weight.item()) < 1e9:
+            break
+    return abs(weight.item())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"lr": 1.0},
+        {"lr": 0.3, "weight_decay": 0.5},
+        {"lr": 0.3, "dampening": 0.5},  # without momentum torch ignores it
+        {"lr": 0.1, "momentum": 0.9},
+        {"lr": 0.1, "momentum": 0.5, "dampening": 0.3, "weight_decay": 0.2},
+        {"lr": 0.1, "momentum": 0.9, "nesterov": True},
+        {"lr": 0.2, "momentum": 0.6, "nesterov": True, "weight_decay": 0.1},
+    ],
+)
+def test_sgd_on_a_quadratic_converges_below_the_limit_and_diverges_above(settings):
+    assert final_distance(lambda limit: 0.99 * limit, settings) < 1e-6
+    assert final_distance(lambda limit: 1.01 * limit, settings) > 1e6
+
+
+def test_limit_of_a_tensor_learning_rate_and_of_zero():
+    weight = torch.zeros(1, requires_grad=True)
+    assert stability_limit(torch.optim.SGD([weight], lr=torch.tensor(0.5))) == 4
+    assert stability_limit(torch.optim.SGD([weight], lr=0.0)) == math.inf
+
+
+def test_unknown_limits_are_refused():
+    a, b = torch.zeros(1, requires_grad=True), torch.zeros(1, requires_grad=True)
+    with pytest.raises(ValueError, match="Adam"):
+        stability_limit(torch.optim.Adam([a]))
+    with pytest.raises(ValueError, match="groups differ"):
+        stability_limit(torch.optim.SGD([{"params": [a], "lr": 0.1}, {"params": [b], "lr": 0.2}]))
+    with pytest.raises(ValueError, match="maximize"):
+        stability_limit(torch.optim.SGD([a], lr=0.1, maximize=True))
+
+
+# ---- bad input -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rule": "paper"}, "rule: got 'paper'"),
+        ({"loss": np.zeros(9)}, "loss: got 9 values for 10 steps"),
+        ({"loss": np.zeros((10, 1))}, r"loss: got shape \(10, 1\)"),
+        ({"lambda_max": np.zeros((2, 3))}, r"lambda_max: got shape \(2, 3\)"),
+        ({"step": np.zeros(10)}, "step: expected strictly increasing"),
+        ({"loss_jump": 0.0}, "loss_jump: got 0.0"),
+        ({"max_gap": -1}, "max_gap: got -1"),
+        ({"min_samples": 0}, "min_samples: got 0"),
+    ],
+)
+def test_bad_arguments_are_named(change, message):
+    arguments = {"step": np.arange(10), "loss": np.zeros(10), "lambda_step": [0, 5], "lambda_max": [1.0, 1.0]}
+    with pytest.raises(ValueError, match=message):
+        detect_instabilities(**{**arguments, **change})
+
+
+def test_bad_arguments_of_detect_periods_are_named():
+    with pytest.raises(ValueError, match="segment: got 32, expected at least 48"):
+        detect_periods(np.arange(100), np.zeros(100), segment=32)
+    with pytest.raises(ValueError, match="a step is missing"):
+        detect_periods(np.arange(0, 200, 2), np.zeros(100))
+    with pytest.raises(TypeError, match="loss: got dtype"):
+        detect_periods(np.arange(3), ["a", "b", "c"])

@@ -1,0 +1,168 @@
+"""Figures show the arrays they are given, refuse arrays that do not fit, and can be saved."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+from dynloss_ext import plot
+from dynloss_ext.instability import Instability
+
+CUT = Path(__file__).parent / "data" / "spiral_reference_5000.npz"
+
+
+@pytest.fixture(scope="module")
+def run():
+    with np.load(CUT) as data:
+        rows = np.arange(len(data["loss"]))
+        phase = rows / 5000
+        return {
+            "step": rows,
+            "weights": np.stack([1 + phase, 1 - phase / 2, 1 - phase / 2], axis=1),
+            "weighted_loss": data["weighted_loss"],
+            "loss": data["loss"],
+            "accuracy": data["accuracy"],
+            "eig_step": data["eig_step"],
+            "eigenvalues": data["eig_top5"][:, :3],
+        }
+
+
+WINDOWS = [Instability(0, 288, 0.6, 0.9), Instability(4223, 4999, 2.4, 1.6)]
+
+
+def draw(run, **options):
+    arguments = {**run, "instabilities": WINDOWS, "limit": 2.0, **options}
+    return plot.trajectory(arguments.pop("step"), **arguments)
+
+
+def rendered(figure):
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=40)
+    return buffer.getvalue()
+
+
+def lines_with_label(axis, label):
+    return [line for line in axis.get_lines() if line.get_label() == label]
+
+
+def test_trajectory_draws_the_recorded_arrays(run):
+    figure = draw(run)
+    assert isinstance(figure, Figure)
+    assert len(figure.axes) == 5
+    weights, loss, change, accuracy, eigen = figure.axes
+    assert len(lines_with_label(weights, "0")) == 1
+    np.testing.assert_array_equal(
+        lines_with_label(loss, "dynamical loss $F$")[0].get_ydata(), run["weighted_loss"]
+    )
+    np.testing.assert_array_equal(change.get_lines()[0].get_ydata(), np.diff(run["weighted_loss"]))
+    np.testing.assert_array_equal(accuracy.get_lines()[0].get_ydata(), run["accuracy"])
+    for index in range(3):
+        (line,) = lines_with_label(eigen, f"$\\lambda_{index + 1}$")
+        np.testing.assert_array_equal(line.get_xdata(), run["eig_step"])
+        np.testing.assert_array_equal(line.get_ydata(), run["eigenvalues"][:, index])
+    assert rendered(figure)
+
+
+def test_trajectory_marks_starts_stops_threshold_and_limit(run):
+    eigen = draw(run).axes[4]
+    at = {
+        colour: [line.get_xdata()[0] for line in eigen.get_lines() if line.get_color() == colour]
+        for colour in (plot.START_COLOUR, plot.STOP_COLOUR)
+    }
+    assert at[plot.START_COLOUR] == [0, 4223]
+    assert at[plot.STOP_COLOUR][-2:] == [288, 4999]
+    (threshold,) = lines_with_label(eigen, "threshold 1.38")  # the mean of 0.6, 0.9, 2.4 and 1.6
+    assert threshold.get_ydata()[0] == pytest.approx(1.375)
+    (limit,) = lines_with_label(eigen, "stability limit 2")
+    assert limit.get_ydata()[0] == 2
+
+
+def test_zoom_adds_a_column_with_the_rows_inside(run):
+    figure = draw(run, zoom=(4200, 4400), ntk=np.ones(len(run["eig_step"])))
+    assert len(figure.axes) == 12
+    zoomed = [axis for axis in figure.axes if axis.get_xlim() == (4200, 4400)]
+    assert len(zoomed) == 6
+    (line,) = lines_with_label(zoomed[1], "dynamical loss $F$")
+    np.testing.assert_array_equal(line.get_ydata(), run["weighted_loss"][4200:4401])
+    assert rendered(figure)
+
+
+def test_trajectory_without_curvature_windows_or_plain_loss(run):
+    bare = {name: run[name] for name in ("weights", "weighted_loss", "accuracy")}
+    assert len(plot.trajectory(run["step"], **bare).axes) == 4
+
+
+def test_stability_limit_may_change_along_the_run(run):
+    limit = np.linspace(4, 1, len(run["step"]))
+    eigen = draw(run, limit=limit, zoom=(100, 200)).axes[8]
+    (line,) = lines_with_label(eigen, "stability limit")
+    np.testing.assert_array_equal(line.get_ydata(), limit)
+
+
+def test_tensors_are_accepted(run):
+    tensors = {name: torch.from_numpy(np.asarray(value)) for name, value in run.items()}
+    assert len(draw(tensors).axes) == 5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"accuracy": np.zeros(7)}, "accuracy: got 7 rows, expected 5000"),
+        ({"eigenvalues": np.zeros(200)}, r"eigenvalues: got shape \(200,\), expected 2"),
+        ({"eigenvalues": np.zeros((3, 3))}, "eigenvalues: got 3 rows, expected 200"),
+        ({"limit": np.zeros(3)}, "limit: got 3 rows, expected 5000"),
+        ({"class_names": ["a", "b"]}, "class_names: got 2, expected 3"),
+    ],
+)
+def test_trajectory_refuses_arrays_that_do_not_fit(run, change, message):
+    with pytest.raises(ValueError, match=message):
+        draw(run, **change)
+
+
+def test_phase_diagram_puts_amplitudes_in_rows():
+    values = np.array([[0.70, 0.72, 0.74], [0.71, np.nan, 0.79]])
+    figure = plot.phase_diagram([10, 100, 1000], [2, 50], values, baseline=0.73, spread=np.full((2, 3), 0.01))
+    axis = figure.axes[0]
+    np.testing.assert_array_equal(np.asarray(axis.get_images()[0].get_array()), values)
+    assert [text.get_text() for text in axis.get_xticklabels()] == ["10", "100", "1000"]
+    assert [text.get_text() for text in axis.get_yticklabels()] == ["2", "50"]
+    written = {text.get_position(): text.get_text() for text in axis.texts}
+    assert written[(2, 1)] == "0.790\n±0.010"
+    assert (1, 1) not in written  # no run there
+    assert axis.get_images()[0].norm.vmin == pytest.approx(0.67)  # symmetric about the baseline
+    assert rendered(figure)
+
+
+def test_phase_diagram_without_any_run_can_be_drawn():
+    assert rendered(plot.phase_diagram([1, 2], [3], np.full((1, 2), np.nan)))
+
+
+def test_phase_diagram_refuses_a_transposed_map():
+    with pytest.raises(ValueError, match="values: got 3 rows, expected 2"):
+        plot.phase_diagram([10, 100, 1000], [2, 50], np.zeros((3, 2)))
+    with pytest.raises(ValueError, match=r"spread: got shape \(2, 2\), expected \(2, 3\)"):
+        plot.phase_diagram([10, 100, 1000], [2, 50], np.zeros((2, 3)), spread=np.zeros((2, 2)))
+
+
+def test_spectral_density_of_one_moment_and_of_several():
+    grid = np.linspace(-1, 3, 50)
+    density = np.exp(-(grid**2))
+    single = plot.spectral_density(grid, density, stderr=0.1 * density, eigenvalues=[2.5])
+    np.testing.assert_array_equal(single.axes[0].get_lines()[0].get_ydata(), density)
+    several = plot.spectral_density(grid, np.stack([density, 2 * density]), step=[0, 1000])
+    assert [len(axis.get_lines()) for axis in several.axes[:1]] == [2]
+    assert len(several.axes) == 2  # and the colour bar of the steps
+    assert rendered(single)
+    assert rendered(several)
+
+
+def test_spectral_density_refuses_shapes_that_do_not_fit():
+    with pytest.raises(ValueError, match=r"grid: got shape \(3,\)"):
+        plot.spectral_density(np.zeros(3), np.ones(4))
+    with pytest.raises(ValueError, match=r"stderr: got shape \(1, 3\)"):
+        plot.spectral_density(np.zeros(4), np.ones(4), stderr=np.ones(3))
+    with pytest.raises(ValueError, match="step: got 3 rows, expected 2"):
+        plot.spectral_density(np.zeros(4), np.ones((2, 4)), step=[1, 2, 3])
