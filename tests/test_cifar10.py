@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
 from common import cifar10, download
 from common.batches import Batches
 from common.cifar10 import BINARY, PYTHON, Split, load_cifar10, synthetic_cifar10
@@ -63,7 +62,8 @@ def check_equal(data: cifar10.Dataset, table: np.ndarray, num_train: int = 20) -
     images = np.concatenate([data.train.images.numpy(), data.test.images.numpy()])
     labels = np.concatenate([data.train.labels.numpy(), data.test.labels.numpy()])
     assert len(data.train) == num_train
-    assert data.train.images.dtype == torch.uint8 and data.train.labels.dtype == torch.int64
+    assert data.train.images.dtype == torch.uint8
+    assert data.train.labels.dtype == torch.int64
     np.testing.assert_array_equal(images.reshape(len(table), -1), table[:, 1:])
     np.testing.assert_array_equal(labels, table[:, 0])
 
@@ -91,10 +91,11 @@ def test_pickle_written_by_python_2() -> None:
         + b"tbU\x06labelsq\x08]q\x09K\x07au."
     )
     data, labels = PYTHON.decode(stream, "test_batch")
-    assert data.tobytes() == pixels and labels.tolist() == [7]
+    assert data.tobytes() == pixels
+    assert labels.tolist() == [7]
 
 
-@pytest.mark.parametrize("version, write", [(BINARY, write_binary), (PYTHON, write_python)])
+@pytest.mark.parametrize(("version", "write"), [(BINARY, write_binary), (PYTHON, write_python)])
 @pytest.mark.parametrize("official_name", [True, False])
 def test_archive_is_read_in_place_and_warns_of_other_bytes(tmp_path, version, write, official_name) -> None:
     table = write(tmp_path / "source" / version.folder)
@@ -139,7 +140,7 @@ def test_label_above_nine_is_an_error(tmp_path: Path) -> None:
     content = bytearray((tmp_path / "test_batch.bin").read_bytes())
     content[2 * 3073] = 10
     (tmp_path / "test_batch.bin").write_bytes(content)
-    with pytest.raises(ValueError, match="test_batch.bin: record 2 has label 10, expected 0 to 9"):
+    with pytest.raises(ValueError, match=r"test_batch\.bin: record 2 has label 10, expected 0 to 9"):
         load_cifar10(tmp_path)
 
 
@@ -159,7 +160,7 @@ def test_empty_split_and_missing_file_are_errors(tmp_path: Path) -> None:
     (tmp_path / "missing" / "data_batch_4.bin").unlink()
     with pytest.raises(FileNotFoundError, match=r"data_batch_4.bin is missing"):
         load_cifar10(tmp_path / "missing")
-    with pytest.raises(FileNotFoundError, match="no CIFAR-10 data at .*nowhere"):
+    with pytest.raises(FileNotFoundError, match=r"no CIFAR-10 data at .*nowhere"):
         load_cifar10(tmp_path / "nowhere")
 
 
@@ -252,11 +253,11 @@ def test_synthetic_is_reproducible_balanced_and_learnable() -> None:
     assert 0.5 < accuracy <= 1.0  # far above chance, by the simplest classifier
 
 
-# --- download -------------------------------------------------------------------------------------------------
+# --- download -------------------------------------------------------------------------------------
 
 
 class Server:
-    """A loopback HTTP server of one file; `cut` bytes after which each answer breaks off, `ranges` known or not."""
+    """A loopback HTTP server of one file; each answer breaks off after `cut` bytes; `ranges` known or not."""
 
     def __init__(self, content: bytes, ranges: bool = True, cut: int | None = None) -> None:
         requests: list[str | None] = []
@@ -300,7 +301,8 @@ FAKE = replace(BINARY, md5=hashlib.md5(CONTENT).hexdigest())
 def test_download_verifies_and_keeps_the_archive(tmp_path: Path) -> None:
     with Server(CONTENT) as server:
         path = download_cifar10(tmp_path, version=FAKE, address=server.address)
-        assert path == tmp_path / BINARY.archive and path.read_bytes() == CONTENT
+        assert path == tmp_path / BINARY.archive
+        assert path.read_bytes() == CONTENT
         download_cifar10(tmp_path, version=FAKE, address=server.address)
         assert server.requests == [None]  # the second call found the file
     assert list(tmp_path.iterdir()) == [path]
@@ -332,9 +334,9 @@ def test_download_accepts_a_complete_part_file(tmp_path: Path) -> None:
 
 
 def test_download_with_the_wrong_checksum_is_removed(tmp_path: Path) -> None:
-    with Server(CONTENT[:-1] + b"!") as server:
-        with pytest.raises(ValueError, match=f"expected {FAKE.md5}; the download is removed"):
-            download_cifar10(tmp_path, version=FAKE, address=server.address)
+    message = f"expected {FAKE.md5}; the download is removed"
+    with Server(CONTENT[:-1] + b"!") as server, pytest.raises(ValueError, match=message):
+        download_cifar10(tmp_path, version=FAKE, address=server.address)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -350,7 +352,7 @@ def test_download_gives_up_clearly_and_keeps_what_it_has(
     assert (tmp_path / (BINARY.archive + ".part")).stat().st_size == 2000
 
 
-# --- batches --------------------------------------------------------------------------------------------------
+# --- batches --------------------------------------------------------------------------------------
 
 
 def numbered(count: int) -> Split:
@@ -361,7 +363,8 @@ def numbered(count: int) -> Split:
 
 def test_an_epoch_visits_every_image_once_in_a_new_order() -> None:
     batches = Batches(numbered(23), 5, seed=3, dtype=torch.float64)
-    assert batches.per_epoch == 5 and [batches.size(step) for step in range(6)] == [5, 5, 5, 5, 3, 5]
+    assert batches.per_epoch == 5
+    assert [batches.size(step) for step in range(6)] == [5, 5, 5, 5, 3, 5]
     scale = 255 * cifar10.CHANNEL_STD[0]
     orders = []
     for epoch in range(2):
@@ -379,9 +382,8 @@ def test_a_batch_depends_on_seed_and_step_only() -> None:
     forward = [straight.get(step) for step in range(12)]
     for step in (11, 0, 7, 3):
         batch = jumping.get(step)
-        assert torch.equal(batch.images, forward[step].images) and torch.equal(
-            batch.labels, forward[step].labels
-        )
+        assert torch.equal(batch.images, forward[step].images)
+        assert torch.equal(batch.labels, forward[step].labels)
     assert not torch.equal(make(4).get(0).labels, forward[0].labels)
 
 
@@ -430,4 +432,5 @@ def test_channels_last_changes_the_layout_only() -> None:
     split = synthetic_cifar10(4, 1).train
     a = Batches(split, 8, augment=True).get(0).images
     b = Batches(split, 8, augment=True, channels_last=True).get(0).images
-    assert b.is_contiguous(memory_format=torch.channels_last) and torch.equal(a, b)
+    assert b.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(a, b)

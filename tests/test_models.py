@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
-
 from common.models import mlp, myrtle5, num_parameters, wide_resnet
+from torch import nn
 
 
 @pytest.mark.parametrize(
-    "options, expected",
+    ("options", "expected"),
     [
         ({}, 113_226),
         ({"bias": False}, 112_960),
@@ -38,7 +37,8 @@ def test_myrtle5_matches_its_description() -> None:
 
 
 @pytest.mark.parametrize(
-    "depth, widen, expected", [(28, 10, 36_479_194), (16, 4, 2_748_890), (40, 4, 8_949_210), (10, 1, 77_850)]
+    ("depth", "widen", "expected"),
+    [(28, 10, 36_479_194), (16, 4, 2_748_890), (40, 4, 8_949_210), (10, 1, 77_850)],
 )
 def test_wide_resnet_parameter_count(depth: int, widen: int, expected: int) -> None:
     with torch.device("meta"):

@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-
 from common.batches import Batches
 from common.config import TrainingConfig, build_model, build_schedule, load_data
 from common.distributed import World
@@ -72,7 +71,7 @@ def triangle(step: int, amplitude: float, period: float, classes: int = 3) -> to
     return classes * gamma / gamma.sum()
 
 
-# --- schedules ------------------------------------------------------------------------------------------------
+# --- schedules ------------------------------------------------------------------------------------
 
 
 def test_piecewise_schedule_at_the_named_epochs() -> None:
@@ -92,7 +91,7 @@ def test_cosine_and_constant_schedules() -> None:
     assert constant(0.3)(12345) == 0.3
 
 
-# --- what a run computes --------------------------------------------------------------------------------------
+# --- what a run computes --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -150,7 +149,9 @@ def test_validation_is_plain_cross_entropy_on_the_test_images(tmp_path: Path) ->
     model.load_state_dict(RunFolder(config.out).read_checkpoint()["model"])
     batch = Batches(load_data(config).test, dtype=torch.float64).get(0)
     logits = model.eval()(batch.images)
-    assert metrics["validation_loss"][-1] == pytest.approx(F.cross_entropy(logits, batch.labels).item(), rel=1e-12)
+    assert metrics["validation_loss"][-1] == pytest.approx(
+        F.cross_entropy(logits, batch.labels).item(), rel=1e-12
+    )
     accuracy = (logits.argmax(1) == batch.labels).double().mean().item()
     assert metrics["validation_accuracy"][-1] == pytest.approx(accuracy)
 
@@ -170,7 +171,9 @@ def test_recorded_eigenvalues_are_those_of_the_dense_hessian(tmp_path: Path, cha
         sizes, shapes = [p.numel() for p in values], [p.shape for p in values]
         gamma = triangle(row + 1, config.amplitude, config.period)[batch.labels]
 
-        def loss(flat: torch.Tensor, names=names, sizes=sizes, shapes=shapes, twin=twin, gamma=gamma) -> torch.Tensor:
+        def loss(
+            flat: torch.Tensor, names=names, sizes=sizes, shapes=shapes, twin=twin, gamma=gamma
+        ) -> torch.Tensor:
             parts = [part.view(shape) for part, shape in zip(flat.split(sizes), shapes, strict=True)]
             logits = torch.func.functional_call(twin, dict(zip(names, parts, strict=True)), (batch.images,))
             return (gamma * F.cross_entropy(logits, batch.labels, reduction="none")).mean()
@@ -190,7 +193,8 @@ def test_measuring_changes_nothing(tmp_path: Path) -> None:
     states = [RunFolder(config.out).read_checkpoint()["model"] for config in (plain, measured)]
     for name in states[0]:
         assert torch.equal(states[0][name], states[1][name]), name
-    assert b["eig_step"].tolist() == b["step"].tolist() and a["eig_step"].size == 0
+    assert b["eig_step"].tolist() == b["step"].tolist()
+    assert a["eig_step"].size == 0
 
 
 def test_shards_have_their_own_batchnorm_statistics(tmp_path: Path) -> None:
@@ -205,7 +209,8 @@ def test_shards_have_their_own_batchnorm_statistics(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"precision": "bfloat16"}, {"precision": "float16"}, {"precision": "float32", "channels_last": True}]
+    "changes",
+    [{"precision": "bfloat16"}, {"precision": "float16"}, {"precision": "float32", "channels_last": True}],
 )
 def test_fast_modes_follow_float64(tmp_path: Path, changes: dict[str, Any]) -> None:
     reference = run(small(tmp_path / "a", epochs=12))
@@ -216,7 +221,10 @@ def test_fast_modes_follow_float64(tmp_path: Path, changes: dict[str, Any]) -> N
 
 def test_compiled_network_follows_the_eager_one(tmp_path: Path) -> None:
     options = {"precision": "float32", "batch_size": 25, "epochs": 2, "eig_every": 2}
-    eager, compiled = run(small(tmp_path / "a", **options)), run(small(tmp_path / "b", compile=True, **options))
+    eager, compiled = (
+        run(small(tmp_path / "a", **options)),
+        run(small(tmp_path / "b", compile=True, **options)),
+    )
     np.testing.assert_allclose(compiled["weighted_loss"], eager["weighted_loss"], rtol=1e-4)
     np.testing.assert_allclose(compiled["eigenvalues"], eager["eigenvalues"], rtol=1e-2)
 
@@ -225,21 +233,25 @@ def test_summary_and_files(tmp_path: Path) -> None:
     config = small(tmp_path / "run", eig_every=3, tensorboard=True)
     summary = train(config)
     assert summary == json.loads((config.out / "summary.json").read_text())
-    assert summary["finished"] and not summary["diverged"]
+    assert summary["finished"]
+    assert not summary["diverged"]
     assert summary["num_parameters"] == sum(p.numel() for p in build_model(config).parameters())
-    assert summary["steps"] == 6 and summary["num_training_images"] == 60
+    assert summary["steps"] == 6
+    assert summary["num_training_images"] == 60
     assert list((config.out / "tensorboard").iterdir())
     saved = json.loads((config.out / "config.json").read_text())
-    assert saved["amplitude"] == 20.0 and saved["width"] == 4
+    assert saved["amplitude"] == 20.0
+    assert saved["width"] == 4
 
 
 def test_a_diverging_run_ends_early_and_says_so(tmp_path: Path) -> None:
     summary = train(small(tmp_path / "run", lr=1e300, epochs=50, checkpoint_every=10))
-    assert summary["diverged"] and summary["steps"] == 10
+    assert summary["diverged"]
+    assert summary["steps"] == 10
 
 
 @pytest.mark.parametrize(
-    "changes, message",
+    ("changes", "message"),
     [
         ({"amplitude": 0.5}, "amplitude: got 0.5, expected at least 1"),
         ({"classes": 1}, "classes: got 1, expected 2 to 10"),
@@ -255,7 +267,7 @@ def test_bad_options_are_refused_by_name(tmp_path: Path, changes: dict[str, Any]
         small(tmp_path, **changes)
 
 
-# --- resume ---------------------------------------------------------------------------------------------------
+# --- resume ---------------------------------------------------------------------------------------
 
 SCRIPT = """
 import sys
@@ -277,12 +289,14 @@ def command(config: TrainingConfig) -> list[str]:
 
 
 def test_resume_after_sigkill_at_random_moments_is_bit_for_bit(tmp_path: Path) -> None:
-    """Mini-batches, augmentation, BatchNorm, momentum, eigenvalues, validation: nothing may differ by a bit."""
+    """Mini-batches, augmentation, BatchNorm, momentum, eigenvalues, validation: no bit may differ."""
     options = {
         "batch_size": 16, "augment": True, "batchnorm": True, "momentum": 0.9, "eig_every": 3, "epochs": 60,
         "validate_every": 5, "checkpoint_every": 7, "precision": "float32", "width": 8,
     }  # fmt: skip
-    subprocess.run(command(small(tmp_path / "straight", **options)), check=True, timeout=300, capture_output=True)
+    subprocess.run(
+        command(small(tmp_path / "straight", **options)), check=True, timeout=300, capture_output=True
+    )
     rng = random.Random(0)
     kills = 0
     for attempt in range(100):
@@ -328,26 +342,34 @@ def test_sigterm_leaves_a_checkpoint_of_the_last_whole_step(tmp_path: Path) -> N
     try:
         deadline = time.monotonic() + 100
         while not _checkpoint_time(config.out):
-            assert time.monotonic() < deadline and process.poll() is None
+            assert time.monotonic() < deadline
+            assert process.poll() is None
             time.sleep(0.05)
         time.sleep(1.0)
         process.send_signal(signal.SIGTERM)
         _, errors = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 0 and "--resume continues" in errors
+    assert process.returncode == 0
+    assert "--resume continues" in errors
     state = RunFolder(config.out).read_checkpoint()
-    assert state["step"] > 0 and len(state["rows"]["metrics"]) == state["step"] - 1
+    assert state["step"] > 0
+    assert len(state["rows"]["metrics"]) == state["step"] - 1
 
 
-# --- several processes ----------------------------------------------------------------------------------------
+# --- several processes ----------------------------------------------------------------------------
 
 
 def torchrun(config: TrainingConfig, processes: int = 2) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    environment = {
+        **os.environ,
+        "GLOO_SOCKET_IFNAME": "lo",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
     environment |= {"WORLD_SIZE": str(processes), "OMP_NUM_THREADS": "1"}
     children = [
         subprocess.Popen(command(config), env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)})
@@ -364,8 +386,8 @@ def torchrun(config: TrainingConfig, processes: int = 2) -> None:
 @pytest.mark.parametrize("precision", ["float32", "float64"])
 def test_two_processes_train_as_one_on_the_global_batch(tmp_path: Path, precision: str) -> None:
     options: dict[str, Any] = {
-        "batch_size": 25, "augment": True, "momentum": 0.9, "epochs": 8, "precision": precision, "eig_every": 5,
-        "validate_every": 2,
+        "batch_size": 25, "augment": True, "momentum": 0.9, "epochs": 8, "precision": precision,
+        "eig_every": 5, "validate_every": 2,
     }  # fmt: skip
     one = run(small(tmp_path / "one", **options))
     torchrun(small(tmp_path / "two", **options))
@@ -378,8 +400,14 @@ def test_two_processes_train_as_one_on_the_global_batch(tmp_path: Path, precisio
 
 
 def test_two_processes_have_the_shards_of_one(tmp_path: Path) -> None:
-    """Per-shard BatchNorm is the same whether one process or two work on the shards; resume works there, too."""
-    options: dict[str, Any] = {"batch_size": 24, "batchnorm": True, "shards": 4, "checkpoint_every": 5, "epochs": 4}
+    """Per-shard BatchNorm is the same whether one process or two do the shards; resume works there, too."""
+    options: dict[str, Any] = {
+        "batch_size": 24,
+        "batchnorm": True,
+        "shards": 4,
+        "checkpoint_every": 5,
+        "epochs": 4,
+    }
     one = run(small(tmp_path / "one", **options))
     two = small(tmp_path / "two", **options)
     torchrun(two)
@@ -399,4 +427,5 @@ def test_metric_arrays_before_the_first_row_are_empty(tmp_path: Path) -> None:
     config = small(tmp_path / "run", eig_every=2)
     arrays = metric_arrays(Trainer(config, load_data(config), CPU))
     assert {name: len(values) for name, values in arrays.items() if len(values)} == {}
-    assert arrays["weights"].shape == (0, 3) and arrays["eigenvalues"].shape == (0, 3)
+    assert arrays["weights"].shape == (0, 3)
+    assert arrays["eigenvalues"].shape == (0, 3)

@@ -1,4 +1,4 @@
-"""Batches of a data set that lives on the device: order, crops and flips are a pure function of (seed, epoch).
+"""Batches of a data set on the device: order, crops and flips are a pure function of (seed, epoch).
 
 Nothing is drawn from a running random state, so an interrupted run finds its place from the step alone, and
 every process of a distributed run sees the same global batch and takes its own part of it.
@@ -80,7 +80,7 @@ class Batches:
         return min(self.batch_size, len(self.split) - start)
 
     def get(self, step: int, shard: int = 0, num_shards: int = 1) -> Batch:
-        """Shard `shard` of the global batch of optimisation step `step`; shards differ by one image at most."""
+        """Shard `shard` of the global batch of step `step`; shards differ by one image at most."""
         epoch, position = divmod(step, self.per_epoch)
         first, size = position * self.batch_size, self.size(step)
         rows = slice(first + shard * size // num_shards, first + (shard + 1) * size // num_shards)

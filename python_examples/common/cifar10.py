@@ -84,8 +84,8 @@ class Split:
                 share = count // num_classes + (label < count % num_classes)
                 if len(members) < share:
                     warnings.warn(
-                        f"class {label} ({CLASS_NAMES[label]}) has {len(members)} images, {share} were asked for: "
-                        "using all of them",
+                        f"class {label} ({CLASS_NAMES[label]}) has {len(members)} images, {share} were "
+                        "asked for: using all of them",
                         stacklevel=2,
                     )
                 members = members[:share]
@@ -238,7 +238,7 @@ def _load_archive(archive: Path, version: Version) -> Dataset:
     md5 = file_md5(archive)
     if md5 != version.md5:
         warnings.warn(
-            f"{archive}: md5 {md5} is not the official {version.md5}: these are other bytes than the published ones",
+            f"{archive}: md5 {md5} is not the official {version.md5}: not the bytes that were published",
             stacklevel=3,
         )
     wanted = {*version.train_files, *version.test_files}
@@ -266,7 +266,7 @@ def _assemble(version: Version, read: Callable[[str], bytes], origin: str) -> Da
             bad = np.flatnonzero((batch_labels < 0) | (batch_labels >= NUM_CLASSES))
             if len(bad):
                 raise ValueError(
-                    f"{origin}: {name}: record {bad[0]} has label {batch_labels[bad[0]]}, expected 0 to {NUM_CLASSES - 1}"
+                    f"{origin}: {name}: record {bad[0]} has label {batch_labels[bad[0]]}, expected 0 to 9"
                 )
             pixels.append(batch_pixels)
             labels.append(batch_labels)
@@ -287,7 +287,7 @@ def file_md5(path: Path) -> str:
 
 
 def synthetic_cifar10(train_per_class: int = 500, test_per_class: int = 100, seed: int = 0) -> Dataset:
-    """A small learnable stand-in: each class is a smooth colour pattern, shifted, dimmed and drowned in noise."""
+    """A small learnable stand-in: each class is a smooth colour pattern, shifted, dimmed and noisy."""
     rng = np.random.default_rng(seed)
     coarse = rng.uniform(0.0, 1.0, (NUM_CLASSES, 3, 4, 4)).astype(np.float32)
     patterns = torch.nn.functional.interpolate(

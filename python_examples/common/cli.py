@@ -62,8 +62,8 @@ def parse_config(
 ) -> Config:
     """Read the command line into a `config_class`; a bad value ends the program with a usage error.
 
-    With `--resume` the options default to those of the run in `--out`, so none has to be repeated; giving one a
-    value that would change the trajectory is an error.
+    With `--resume` the options default to those of the run in `--out`, so none has to be repeated; giving one
+    a value that would change the trajectory is an error.
 
     Args:
         config_class: its fields are the options.
@@ -76,7 +76,9 @@ def parse_config(
     parser = _parser(config_class, description)
     parser.set_defaults(**(defaults or {}))
     if presets:
-        parser.add_argument("--preset", choices=tuple(presets), help="a named set of defaults instead of the paper's")
+        parser.add_argument(
+            "--preset", choices=tuple(presets), help="a named set of defaults instead of the paper's"
+        )
     namespace = parser.parse_args(arguments)
     saved: dict[str, Any] = {}
     if namespace.resume:

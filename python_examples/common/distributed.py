@@ -25,7 +25,7 @@ class World:
         return self.rank == 0
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
-        """Replaces each tensor by its sum over the processes: one all-reduce for all of one dtype and device."""
+        """Replaces each tensor (of one dtype) by its sum over the processes, in one all-reduce."""
         if self.size == 1:
             return
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
@@ -57,11 +57,16 @@ class World:
             dist.barrier()
 
 
+def is_main_process() -> bool:
+    """Whether this is the process that talks and writes, also outside of `join_world`."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @contextmanager
 def join_world(device: torch.device) -> Iterator[World]:
     """Joins the processes that torchrun started (its environment variables tell), or stays alone.
 
-    On CUDA each process takes the device of its local rank.
+    On CUDA each process takes the device of its local rank.  May be nested: the outermost leaves the group.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
@@ -70,6 +75,10 @@ def join_world(device: torch.device) -> Iterator[World]:
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
+    if dist.is_initialized():
+        yield World(device, dist.get_rank(), size)
+        return
+    if device.type == "cuda":
         dist.init_process_group("nccl", device_id=device)
     else:
         dist.init_process_group("gloo")

@@ -50,8 +50,8 @@ def myrtle5(
 ) -> nn.Module:
     """Myrtle5 (Shankar et al., arXiv 2003.02237): images (N, 3, 32, 32) -> logits (N, num_classes).
 
-    Four 3x3 convolutions of constant width, average pooling after the second (2), third (2) and fourth (8), one
-    linear layer.  At width 64 and ten classes: 113,226 parameters, 112,960 without biases.
+    Four 3x3 convolutions of constant width, average pooling after the second (2), third (2) and fourth (8),
+    one linear layer.  At width 64 and ten classes: 113,226 parameters, 112,960 without biases.
     """
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     inputs = 3

@@ -19,7 +19,7 @@ from dynloss_ext import EigenTracker, HessianOperator, Oscillation, dynamic_cros
 class CurvatureTracker:
     """Follows the top eigenvalues; leaves parameters, gradients and BatchNorm's statistics as they are.
 
-    The network is in train mode, so with BatchNorm the whole set is one batch.  Neither autocast nor TF32 is used.
+    The network is in train mode, so with BatchNorm the whole set is one batch.  No autocast, no TF32.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class CurvatureTracker:
         self.batches = [batches.normalise(images, labels) for images, labels in parts]
         self.model, self.oscillation, self.period = model, oscillation, config.period
         self.tracker = EigenTracker(k=config.num_eigenvalues, tol=config.eig_tol)
-        self.rows = Table("step", "eigenvalues", "residuals", "num_hvp")
+        self.rows = Table("step", "eigenvalues", "residuals", "num_hvp", "converged")
 
     def update(self, row: int) -> None:
         """Records the eigenvalues after update `row`, with the weights of step row + 1."""
@@ -52,7 +52,11 @@ class CurvatureTracker:
                 hessian = HessianOperator.from_batches(loss_and_count, parameters, self.batches)
             result = self.tracker.update(hessian, audit=self._class_has_changed(step))
         self.rows.append(
-            step=row, eigenvalues=result.values, residuals=result.residuals, num_hvp=result.num_hvp
+            step=row,
+            eigenvalues=result.values,
+            residuals=result.residuals,
+            num_hvp=result.num_hvp,
+            converged=result.converged,
         )
 
     def _class_has_changed(self, step: int) -> bool:

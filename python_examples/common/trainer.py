@@ -74,7 +74,9 @@ class Trainer:
         """This process's part of the batch's shards."""
         num_shards, size = self.num_shards, self.world.size
         if num_shards % size:
-            raise ValueError(f"shards: got {num_shards}, expected a multiple of the number of processes, {size}")
+            raise ValueError(
+                f"shards: got {num_shards}, expected a multiple of the number of processes, {size}"
+            )
         own = num_shards // size
         if self.config.sync_batchnorm and (own > 1 or self.world.device.type != "cuda"):
             raise ValueError("sync_batchnorm: expected CUDA and one shard per process")
@@ -87,7 +89,9 @@ class Trainer:
     def _place(self, model: nn.Module) -> nn.Module:
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d) and module.momentum is not None:
-                module.momentum /= len(self.shards)  # a step makes that many updates of the running statistics
+                module.momentum /= len(
+                    self.shards
+                )  # a step makes that many updates of the running statistics
         if self.config.sync_batchnorm:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         memory_format = torch.channels_last if self.config.channels_last else torch.contiguous_format
@@ -123,8 +127,10 @@ class Trainer:
                 parameter.grad = torch.zeros_like(parameter)
         return metrics
 
-    def _measure(self, batch: Batch, network: Callable[[Tensor], Tensor], total: int, metrics: Tensor) -> Tensor:
-        """This batch's share of F = (1 / total) Σ Γ CE; adds its share of (F, loss, accuracy) to `metrics`."""
+    def _measure(
+        self, batch: Batch, network: Callable[[Tensor], Tensor], total: int, metrics: Tensor
+    ) -> Tensor:
+        """This batch's share of F = (1 / total) Σ Γ CE; adds those of (F, loss, accuracy) to `metrics`."""
         with self._autocast():
             logits = network(batch.images)
             weighted = dynamic_cross_entropy(
@@ -144,7 +150,7 @@ class Trainer:
 
     @torch.no_grad()
     def measure_last(self) -> None:
-        """The last row: the forward pass of an update that is not made; BatchNorm's statistics stay as they are."""
+        """The last row: the forward pass of an update that is not made; BatchNorm's statistics stay."""
         if len(self.rows) >= self.step:
             return
         metrics = torch.zeros(3, dtype=parameter_dtype(self.config), device=self.world.device)

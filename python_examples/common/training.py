@@ -21,15 +21,16 @@ from common.distributed import World, join_world
 from common.models import num_parameters
 from common.recording import GracefulStop, RunFolder
 from common.trainer import Trainer
+from dynloss_ext.instability import stability_limit
 
 _TICK = 1.0  # seconds between two looks at the device, which each wait for it
 
 
-def train(config: TrainingConfig) -> dict[str, Any] | None:
+def train(config: TrainingConfig) -> dict[str, Any]:
     """Runs one configuration to its end, or continues it (`config.resume`).
 
     Returns:
-        What is in summary.json; None in all processes but the main one, and after an interruption.
+        What is in summary.json, in every process; `finished` is False after Ctrl-C or SIGTERM.
     """
     with join_world(resolve_device(config.device)) as world:
         folder = open_run(config) if world.is_main else RunFolder(config.out)
@@ -60,7 +61,7 @@ class _Loop:
         if self.config.tensorboard and self.world.is_main:
             self.writer = _summary_writer(self.folder, purge_step=self.logged)
 
-    def run(self) -> dict[str, Any] | None:
+    def run(self) -> dict[str, Any]:
         trainer = self.trainer
         self._announce()
         if trainer.step == 0:
@@ -75,10 +76,13 @@ class _Loop:
                 if self._must_stop(stop):
                     self._checkpoint()
                     self._say(f"stopped after step {trainer.step}; --resume continues")
-                    return None
+                    return {"finished": False, "steps": trainer.step}
         trainer.measure_last()
         self._checkpoint()
-        return self._finish() if self.world.is_main else None
+        if self.world.is_main:
+            self.folder.write_summary(self._summary())
+        self.world.barrier()
+        return self.folder.read_summary()
 
     def _after_update(self) -> None:
         trainer, row = self.trainer, self.trainer.step - 1
@@ -121,7 +125,7 @@ class _Loop:
             torch.cuda.synchronize()
         self.trainer.seconds[what] += time.perf_counter() - start
 
-    # --- telling ----------------------------------------------------------------------------------------------
+    # --- telling --------------------------------------------------------------------------------
 
     def _say(self, text: str) -> None:
         if self.world.is_main:
@@ -130,10 +134,11 @@ class _Loop:
     def _announce(self) -> None:
         trainer, config = self.trainer, self.config
         self._say(
-            f"{config.model}: {num_parameters(trainer.model):,} parameters; {len(trainer.batches.split):,} training and "
-            f"{len(trainer.validation.split):,} validation images of {config.classes} classes; "
-            f"{trainer.num_steps:,} steps of {trainer.batches.batch_size} images; A = {config.amplitude:g}, "
-            f"T = {config.period:g}; {self.world.size} x {self.world.device.type}"
+            f"{config.model}: {num_parameters(trainer.model):,} parameters; "
+            f"{len(trainer.batches.split):,} training and {len(trainer.validation.split):,} validation "
+            f"images of {config.classes} classes; {trainer.num_steps:,} steps of "
+            f"{trainer.batches.batch_size} images; "
+            f"A = {config.amplitude:g}, T = {config.period:g}; {self.world.size} x {self.world.device.type}"
         )
         if trainer.step:
             self._say(f"continuing after step {trainer.step}")
@@ -176,12 +181,12 @@ class _Loop:
         self.logged = len(arrays["step"])
         self.writer.flush()
 
-    def _finish(self) -> dict[str, Any]:
+    def _summary(self) -> dict[str, Any]:
         trainer = self.trainer
         arrays = metric_arrays(trainer)
         images = trainer.step * trainer.batches.batch_size
         validation = arrays["validation_accuracy"]
-        summary = {
+        return {
             "finished": True,
             "diverged": trainer.diverged,
             "num_parameters": num_parameters(trainer.model),
@@ -194,14 +199,13 @@ class _Loop:
             "accuracy": arrays["accuracy"][-1],
             "validation_accuracy": validation[-1] if len(validation) else None,
             "largest_eigenvalue": arrays["eigenvalues"][:, 0].max() if len(arrays["eig_step"]) else None,
+            "stability_limit": stability_limit(trainer.optimizer),  # at the last learning rate
             "seconds": trainer.seconds,
             "images_per_second": images / trainer.seconds["training"],
             "processes": self.world.size,
             "device": _device_name(self.world.device),
             "torch": torch.__version__,
         }
-        self.folder.write_summary(summary)
-        return self.folder.read_summary()
 
 
 def metric_arrays(trainer: Trainer) -> dict[str, NDArray[Any]]:
@@ -221,6 +225,7 @@ def metric_arrays(trainer: Trainer) -> dict[str, NDArray[Any]]:
         "eigenvalues": curvature["eigenvalues"] if curvature else np.empty((0, k)),
         "residuals": curvature["residuals"] if curvature else np.empty((0, k)),
         "num_hvp": curvature["num_hvp"] if curvature else np.empty(0, np.int64),
+        "converged": curvature["converged"] if curvature else np.empty((0, k), bool),
         "validation_step": validation["step"].astype(np.int64),
         "validation_loss": validation["loss"],
         "validation_accuracy": validation["accuracy"],
@@ -231,9 +236,15 @@ def _summary_writer(folder: RunFolder, purge_step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise ValueError("--tensorboard: the package tensorboard is not installed (pip install tensorboard)") from error
+        raise ValueError(
+            "--tensorboard: the package tensorboard is not installed (pip install tensorboard)"
+        ) from error
     return SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step or None)
 
 
 def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    return (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"cpu, {torch.get_num_threads()} threads"
+    )
