@@ -67,6 +67,7 @@ def choose_cuda(torch_cuda: str | None) -> Path | None:
     if toolkit is None:
         if wish == "1":
             sys.exit("DYNLOSS_EXT_CUDA=1, but nvcc was not found: put it on PATH or set CUDA_HOME")
+        print("dynloss_ext: nvcc was not found, building without CUDA kernels", file=sys.stderr)
         return None
     release = re.search(r"release (\d+)\.(\d+)", output_of(toolkit / "bin" / "nvcc", "--version"))
     major = torch_cuda.split(".")[0]

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _C
-from .hessian import HessianOperator
+from dynloss_ext import _C
+from dynloss_ext.hessian import HessianOperator
 
 __all__ = ["ConvergenceWarning", "EigenResult", "eigsh"]
 
@@ -95,9 +95,7 @@ def eigsh(
     check_count("max_hvp", max_hvp, k, None, "")
     check_count("max_basis", max_basis, min(size, k + 2), None, "")
     start = None if v0 is None else _check_start(v0, size, like, max_basis)
-    result = _solve(
-        op, k=k, which=which, tol=tol, v0=start, max_hvp=max_hvp, max_basis=max_basis, seed=seed % 2**64
-    )[0]
+    result = _solve(op, k=k, which=which, tol=tol, v0=start, max_hvp=max_hvp, max_basis=max_basis, seed=seed % 2**64)[0]
     if result.status != "converged":
         reached = f"{int(result.converged.sum())} of {k} eigenpairs"
         warnings.warn(
@@ -110,7 +108,7 @@ def eigsh(
 
 
 def _solve(
-    op: Any, *, k: int, which: str, audit: bool = True, num_guards: int = 0, **settings: Any
+    op: _C.SymmetricOperator, *, k: int, which: str, audit: bool = True, num_guards: int = 0, **settings: Any
 ) -> tuple[EigenResult, Tensor]:
     """Runs the driver; also returns the Ritz vectors to start the next problem from, (m, P), wanted first."""
     out = _C.eigsh(op, k=k, which=which, audit=audit, num_guards=num_guards, **settings)
@@ -133,7 +131,7 @@ def _resolve(
     dtype: torch.dtype | None,
     device: torch.device | str | None,
     v0: Tensor | None,
-) -> tuple[Any, int, Tensor]:
+) -> tuple[_C.SymmetricOperator, int, Tensor]:
     """The C++ operator, its size, and an empty tensor with its dtype and device."""
     if isinstance(H, HessianOperator):
         for name, given, own in (("n", n, H.shape[0]), ("dtype", dtype, H.dtype)):

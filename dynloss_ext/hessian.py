@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from . import _C
+from dynloss_ext import _C
 
 __all__ = ["HessianOperator"]
 
@@ -106,9 +106,7 @@ def record_gradients(loss: Tensor, params: Sequence[Tensor]) -> tuple[Tensor | N
 def check_loss(loss: object) -> Tensor:
     """The loss itself, or an error that says why it has no Hessian here."""
     if not isinstance(loss, Tensor):
-        raise TypeError(
-            f"loss must be a 0-d torch.Tensor or a closure returning one, got {type(loss).__name__}"
-        )
+        raise TypeError(f"loss must be a 0-d torch.Tensor or a closure returning one, got {type(loss).__name__}")
     if loss.dim() != 0:
         raise ValueError(f"loss must be a 0-d tensor, got shape {tuple(loss.shape)}: reduce it first")
     if not loss.dtype.is_floating_point:
@@ -121,7 +119,7 @@ def check_loss(loss: object) -> Tensor:
 def _evaluate(loss: Tensor | Callable[[], Tensor]) -> Tensor:
     if isinstance(loss, Tensor) or not callable(loss):
         return check_loss(loss)
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices), torch.enable_grad():
         first = check_loss(loss())
         second = check_loss(loss())

@@ -192,7 +192,7 @@ class Oscillation:
         if stop < start:
             raise ValueError(f"stop_step: expected a step >= start_step = {start}, got {stop_step}")
         try:
-            shape = torch.broadcast_shapes(amplitude.shape, period.shape)
+            shape = torch.Size(torch.broadcast_shapes(amplitude.shape, period.shape))  # type: ignore[no-untyped-call]
         except RuntimeError:
             raise ValueError(
                 f"period: expected one per amplitude, got {tuple(period.shape)} for {tuple(amplitude.shape)}"

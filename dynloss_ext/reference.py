@@ -40,7 +40,7 @@ def weights(oscillation: Oscillation, step: int, member: int | None = None) -> T
     config = oscillation.config()
     classes = config["num_classes"]
     stop = math.inf if config["stop_step"] is None else config["stop_step"]
-    g = torch.ones(classes, dtype=torch.float64)
+    g: Tensor = torch.ones(classes, dtype=torch.float64)
     if oscillation.waveform == "function":
         return oscillation.evaluate_function(step)
     if not config["start_step"] <= step < stop:
@@ -48,7 +48,7 @@ def weights(oscillation: Oscillation, step: int, member: int | None = None) -> T
     elapsed = step - config["start_step"]
     if config["table"] is not None:
         table = of_member(config["table"])
-        return torch.as_tensor(table[elapsed % len(table)], dtype=torch.float64)
+        return torch.tensor(table[elapsed % len(table)], dtype=torch.float64)
     amplitude, period = of_member(config["amplitude"]), of_member(config["period"])
     turns, t = divmod(elapsed, period + 1 if config["closed"] else period)
     active = int(turns) % classes
@@ -109,7 +109,8 @@ class _Problem:
         total = self.q.sum(-1, keepdim=True)
 
         def mean(x: Tensor) -> Tensor:
-            return (p * x).sum(-1, keepdim=True)
+            weighted: Tensor = p * x
+            return weighted.sum(-1, keepdim=True)
 
         if len(directions) == 0:
             rows = total * p - self.q
@@ -159,12 +160,12 @@ def cross_entropy(
     label_smoothing: float = 0.0,
 ) -> Tensor:
     """Σ_c q_c (lse - z_c) per row, reduced. Twin of :func:`dynloss_ext.dynamic_cross_entropy`; autograd works."""
-    options = dict(
-        reduction=reduction,
-        normalization=normalization,
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-    )
+    options = {
+        "reduction": reduction,
+        "normalization": normalization,
+        "ignore_index": ignore_index,
+        "label_smoothing": label_smoothing,
+    }
     return _per_member(lambda problem, _: problem.loss(), logits, target, oscillation, step, (), options)
 
 
@@ -176,7 +177,7 @@ def _derivative(
     directions: tuple[Tensor, ...],
     options: dict[str, Any],
 ) -> Tensor:
-    defaults = dict(reduction="mean", normalization="samples", ignore_index=-100, label_smoothing=0.0)
+    defaults = {"reduction": "mean", "normalization": "samples", "ignore_index": -100, "label_smoothing": 0.0}
     unknown = options.keys() - defaults.keys()
     if unknown:
         raise TypeError(f"unexpected keywords {sorted(unknown)}, expected {sorted(defaults)}")

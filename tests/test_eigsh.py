@@ -4,14 +4,13 @@ import math
 import os
 import signal
 import threading
-import warnings
 
 import numpy as np
 import pytest
 import torch
+from curvature_problems import dense_hessian, loss_of, mlp
 
 from dynloss_ext import ConvergenceWarning, HessianOperator, eigsh
-from problems import dense_hessian, loss_of, mlp
 
 pytestmark = pytest.mark.filterwarnings("error::dynloss_ext.ConvergenceWarning")
 
@@ -250,15 +249,13 @@ def test_callable_keeps_its_grad_mode_and_cannot_harm_the_driver():
 
 def test_interruptible():
     """Ctrl-C during products that never run Python: the driver looks for signals itself."""
-    size = 400
+    size = 2000
     p = torch.randn(size, dtype=torch.float64, requires_grad=True)
     A = torch.randn(size, size, dtype=torch.float64)
     H = HessianOperator(torch.sin(A @ p).sum(), [p])
     threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
-    with pytest.raises(KeyboardInterrupt), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for _ in range(100):
-            eigsh(H, 20, tol=0.0, max_hvp=100_000)
+    with pytest.raises(KeyboardInterrupt):
+        eigsh(H, 20, tol=0.0, max_hvp=10**9)
 
 
 @pytest.mark.parametrize(

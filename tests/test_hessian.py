@@ -5,10 +5,10 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from curvature_problems import X, Y, dense_hessian, loss_of, mlp
 from torch import nn
 
 from dynloss_ext import HessianOperator, eigsh
-from problems import X, Y, dense_hessian, loss_of, mlp
 
 
 @pytest.mark.parametrize("as_closure", [False, True])
@@ -98,9 +98,7 @@ def test_no_python_runs_between_products():
     calls = []
     v = torch.ones(H.shape[0], dtype=torch.float64)
     eigsh(H)  # imports and caches
-    sys.setprofile(
-        lambda frame, event, arg: calls.append((event, getattr(arg, "__name__", frame.f_code.co_name)))
-    )
+    sys.setprofile(lambda frame, event, arg: calls.append((event, getattr(arg, "__name__", frame.f_code.co_name))))
     try:
         op.apply(v)
     finally:

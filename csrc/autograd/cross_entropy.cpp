@@ -124,6 +124,16 @@ Tensor rescaled(const Tensor& gradient, const Tensor& grad_output, const Tensor&
   return gradient * factor.to(gradient.scalar_type());
 }
 
+// On the CPU a look tells whether there is anything to do, for less than the call of an op.
+bool needs_no_rescaling(const Tensor& grad_output, const Tensor& normalizer) {
+  if (!grad_output.is_cpu() || grad_output.dim() != 0) return false;
+  const double* divisors = normalizer.const_data_ptr<double>();
+  const bool one = grad_output.scalar_type() == at::kDouble ? *grad_output.const_data_ptr<double>() == 1.0
+                   : grad_output.scalar_type() == at::kFloat ? *grad_output.const_data_ptr<float>() == 1.0f
+                                                             : false;
+  return one && divisors[0] == divisors[1];
+}
+
 struct CrossEntropyBackward : public ResolvedNode {
   std::string name() const override { return "DynamicCrossEntropyBackward"; }
 
@@ -144,7 +154,7 @@ struct CrossEntropyBackward : public ResolvedNode {
       return {rescaled(saved, grad_output, normalizer)};
     // Nobody else will ask for the buffer: hand it over, so that a leaf can keep it as its .grad.
     gradient_.reset_data();
-    ops::rescale_(saved, grad_output, normalizer);
+    if (!needs_no_rescaling(grad_output, normalizer)) ops::rescale_(saved, grad_output, normalizer);
     return {std::move(saved)};
   }
 

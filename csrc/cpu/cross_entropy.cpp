@@ -218,7 +218,9 @@ Storage storage_of(at::ScalarType dtype) {
 
 // ---- targets
 
-at::Tensor as_labels(const at::Tensor& target) { return target.to(at::kLong).contiguous(); }
+at::Tensor as_labels(const at::Tensor& target) {
+  return target.scalar_type() == at::kLong ? target.contiguous() : target.to(at::kLong).contiguous();
+}
 
 // The labels of block `index`; an ensemble may share them.
 const int64_t* block_labels(const at::Tensor& labels, const Layout& layout, int64_t index) {

@@ -23,6 +23,22 @@ struct VectorOf<double> {
   typedef int64_t Int __attribute__((vector_size(VECTOR_BYTES)));
 };
 
+// One lane of a mask, and as many float64 as there are lanes of T.
+template <typename T>
+struct LaneIndex;
+template <>
+struct LaneIndex<float> {
+  using type = int32_t;
+  typedef double Wide __attribute__((vector_size(VECTOR_BYTES * 2)));
+};
+template <>
+struct LaneIndex<double> {
+  using type = int64_t;
+  typedef double Wide __attribute__((vector_size(VECTOR_BYTES)));
+};
+
+template <typename T>
+using Wide = typename LaneIndex<T>::Wide;
 template <typename T>
 using Vec = typename VectorOf<T>::Real;
 template <typename T>

@@ -8,7 +8,7 @@ import dataclasses
 import sys
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -50,22 +50,44 @@ class BaseConfig:
     resume: bool = option(False, "continue the run in --out exactly where it stopped", may_change=True)
 
 
-def parse_config(config_class: type[Config], description: str, argv: Sequence[str] | None = None) -> Config:
+def parse_config(
+    config_class: type[Config],
+    description: str,
+    argv: Sequence[str] | None = None,
+    *,
+    defaults: Mapping[str, Any] | None = None,
+    presets: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Config:
     """Read the command line into a `config_class`; a bad value ends the program with a usage error.
 
-    With `--resume` the options default to those of the run in `--out`, so none has to be repeated; giving
-    one a value that would change the trajectory is an error.
+    With `--resume` the options default to those of the run in `--out`, so none has to be repeated; giving one
+    a value that would change the trajectory is an error.
+
+    Args:
+        config_class: its fields are the options.
+        description: shown by `--help`.
+        argv: the arguments; None: those of the program.
+        defaults: a script's own defaults, before those of the class.
+        presets: named sets of defaults that `--preset` chooses from; options given beside it win.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = _parser(config_class, description)
+    parser.set_defaults(**(defaults or {}))
+    if presets:
+        parser.add_argument(
+            "--preset", choices=tuple(presets), help="a named set of defaults instead of the paper's"
+        )
     namespace = parser.parse_args(arguments)
     saved: dict[str, Any] = {}
     if namespace.resume:
         saved = _saved_config(parser, namespace.out)
         parser.set_defaults(**{key: value for key, value in saved.items() if key not in ("out", "resume")})
-        namespace = parser.parse_args(arguments)
+    if presets and namespace.preset:
+        parser.set_defaults(**presets[namespace.preset])
+    values = vars(parser.parse_args(arguments))
+    values.pop("preset", None)  # what it stands for is recorded instead
     try:
-        config = config_class(**vars(namespace))
+        config = config_class(**values)
     except (TypeError, ValueError) as error:
         parser.error(str(error))
     _refuse_changes(parser, config, saved)

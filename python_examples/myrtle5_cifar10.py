@@ -1,0 +1,159 @@
+"""Myrtle5 on CIFAR-10 with and without oscillation, over several seeds (supplementary Fig. 3, main Fig. 1).
+
+    python python_examples/myrtle5_cifar10.py --data DATA --out runs/myrtle5
+    torchrun --nproc-per-node 4 python_examples/myrtle5_cifar10.py --data DATA --out runs/myrtle5
+
+Every training is a run folder of its own under --out; --resume goes on with the one that was interrupted
+and skips those that are done.  The figure shows the validation curves; dotted: where the oscillation stops.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from common.cli import open_run, option, parse_config, resolve_device
+from common.config import TrainingConfig
+from common.curves import training_curves
+from common.distributed import World, join_world
+from common.recording import RunFolder
+from common.training import train
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SeedsConfig(TrainingConfig):
+    """Adds which runs to make."""
+
+    seeds: int = option(3, "trainings of each kind, with seeds --seed, --seed + 1, ...")
+    baseline: bool = option(True, "also train with A = 1")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.seeds < 1:
+            raise ValueError(f"seeds: got {self.seeds}, expected at least 1")
+        if self.validate_every < 1:
+            raise ValueError(f"validate_every: got {self.validate_every}, expected at least 1")
+
+    @property
+    def amplitudes(self) -> tuple[float, ...]:
+        return (1.0, self.amplitude) if self.baseline and self.amplitude != 1 else (self.amplitude,)
+
+    def runs(self, amplitude: float) -> list[TrainingConfig]:
+        """The trainings at one amplitude, each with its own folder."""
+        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(TrainingConfig)}
+        return [
+            TrainingConfig(
+                **own
+                | {
+                    "amplitude": amplitude,
+                    "seed": seed,
+                    "out": self.out / f"A{amplitude:g}_seed{seed}",
+                    "resume": (self.out / f"A{amplitude:g}_seed{seed}" / "checkpoint.pt").exists(),
+                }
+            )
+            for seed in range(self.seed, self.seed + self.seeds)
+        ]
+
+
+PAPER: dict[str, Any] = {
+    "model": "myrtle5",
+    "width": 64,
+    "amplitude": 50.0,
+    "period": 100.0,
+    "stop_epoch": 600,
+    "epochs": 700,
+    "batch_size": 512,
+    "lr": 0.02,
+    "schedule": "piecewise",
+    "peak_epoch": 300,
+    "final_lr": 0.002,
+    "momentum": 0.9,
+    "nesterov": True,
+    "validate_every": 5,
+}
+PRESETS: dict[str, dict[str, Any]] = {
+    # 24 steps an epoch: T = 24 is about one epoch a class, as in the paper
+    "cpu": {
+        "width": 16,
+        "train_images": 3000,
+        "validation_images": 2000,
+        "batch_size": 128,
+        "epochs": 70,
+        "peak_epoch": 30,
+        "stop_epoch": 60,
+        "period": 24.0,
+        "seeds": 1,
+        "validate_every": 1,
+    },
+    "smoke": {
+        "width": 4,
+        "train_images": 300,
+        "validation_images": 100,
+        "batch_size": 100,
+        "epochs": 4,
+        "peak_epoch": 2,
+        "stop_epoch": 3,
+        "period": 3.0,
+        "seeds": 1,
+        "validate_every": 1,
+    },
+}
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    description = (__doc__ or "").splitlines()[0]
+    config = parse_config(SeedsConfig, description, argv, defaults=PAPER, presets=PRESETS)
+    with join_world(resolve_device(config.device)) as world:
+        if world.is_main:
+            open_run(config).write_checkpoint({})  # the state is in the runs' own folders
+        world.barrier()
+        for amplitude in config.amplitudes:
+            for run in config.runs(amplitude):
+                if not _is_finished(run.out, world) and not train(run)["finished"]:
+                    return {"finished": False}
+        return report(config) if world.is_main else {"finished": True}
+
+
+def report(config: SeedsConfig) -> dict[str, Any]:
+    """Gathers the runs into one metrics.npz, one summary and one figure."""
+    folder = RunFolder(config.out)
+    groups, arrays, accuracy = {}, {}, {}
+    for amplitude in config.amplitudes:
+        metrics = [RunFolder(run.out).read_metrics() for run in config.runs(amplitude)]
+        groups[f"A = {amplitude:g}"] = metrics
+        for name in ("validation_step", "validation_accuracy", "validation_loss"):
+            arrays[f"{name}_A{amplitude:g}"] = np.stack([run[name] for run in metrics])
+        final = np.array([run["validation_accuracy"][-1] for run in metrics])
+        accuracy[f"A{amplitude:g}"] = {"mean": final.mean(), "std": final.std(), "seeds": final.tolist()}
+    first = RunFolder(config.runs(config.amplitude)[0].out).read_summary()
+    summary = {
+        "finished": True,
+        "num_parameters": first["num_parameters"],
+        "validation_accuracy": accuracy,
+        "device": first["device"],
+        "images_per_second": first["images_per_second"],
+    }
+    folder.write_metrics(arrays)
+    folder.write_summary(summary)
+    title = f"Myrtle5 (width {config.width}), T = {config.period:g}, {config.seeds} seed(s)"
+    steps_per_epoch = first["steps"] // config.epochs
+    folder.write_figure(training_curves(groups, steps_per_epoch, stop_epoch=config.stop_epoch, title=title))
+    for name, values in accuracy.items():
+        print(f"{name:>6}: validation accuracy {values['mean']:.4f} ± {values['std']:.4f}")
+    print(f"files in {folder.path}")
+    return summary
+
+
+def _is_finished(out: Path, world: World) -> bool:
+    """All processes decide alike: each looks before any goes on."""
+    finished = (out / "summary.json").exists() and RunFolder(out).read_summary()["finished"]
+    world.barrier()
+    return finished
+
+
+if __name__ == "__main__":
+    sys.exit(0 if main()["finished"] else 130)  # 130: the shell's code for Ctrl-C

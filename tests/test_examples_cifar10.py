@@ -1,0 +1,119 @@
+"""Each CIFAR-10 script from its command line to its figure, on synthetic data."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import myrtle5_bifurcations
+import myrtle5_cifar10
+import numpy as np
+import pytest
+import torch
+import wrn28_10_cifar10
+from common.config import TrainingConfig, build_model, build_schedule
+
+SCRIPTS = [myrtle5_bifurcations, myrtle5_cifar10, wrn28_10_cifar10]
+RUN_FILES = {"config.json", "metrics.npz", "summary.json", "figure.png", "checkpoint.pt"}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def smoke(script: ModuleType, out: Path, *options: str) -> dict[str, Any]:
+    arguments = ["--preset", "smoke", "--synthetic", "--device", "cpu", "--out", str(out), *options]
+    summary: dict[str, Any] = script.main(arguments)
+    assert summary["finished"]
+    assert {path.name for path in out.iterdir()} >= RUN_FILES
+    assert (out / "figure.png").stat().st_size > 5000
+    return summary
+
+
+def test_bifurcations(tmp_path: Path) -> None:
+    summary = smoke(myrtle5_bifurcations, tmp_path / "run")
+    assert summary == json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["stability_limit"] == pytest.approx(2 / 0.05)
+    assert "threshold" in summary
+    metrics = np.load(tmp_path / "run" / "metrics.npz")
+    assert metrics["eigenvalues"].shape == (len(metrics["eig_step"]), 3)
+    assert metrics["step"].tolist() == list(range(60))
+    assert metrics["weights"].shape == (60, 3)
+
+
+def test_myrtle5_with_and_without_oscillation(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    summary = smoke(myrtle5_cifar10, out, "--seeds", "2")
+    assert {path.name for path in out.iterdir() if path.is_dir()} == {
+        f"A{amplitude}_seed{seed}" for amplitude in (1, 50) for seed in (0, 1)
+    }
+    for run in ("A1_seed0", "A50_seed1"):
+        assert {path.name for path in (out / run).iterdir()} >= RUN_FILES - {"figure.png"}
+    metrics = np.load(out / "metrics.npz")
+    assert metrics["validation_accuracy_A50"].shape == (2, 4)
+    assert summary["validation_accuracy"]["A50"]["mean"] == metrics["validation_accuracy_A50"][:, -1].mean()
+    weights = np.load(out / "A50_seed0" / "metrics.npz")["weights"]  # 3 steps an epoch, plain from epoch 3
+    assert np.ptp(weights[6]) > 1
+    assert np.all(weights[8:] == 1)
+
+
+def test_myrtle5_resume_redoes_only_what_is_missing(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    first = smoke(myrtle5_cifar10, out)
+    (out / "summary.json").unlink()
+    (out / "A50_seed0" / "summary.json").unlink()
+    untouched = (out / "A1_seed0" / "checkpoint.pt").stat().st_mtime_ns
+    again = smoke(myrtle5_cifar10, out, "--resume")
+    assert again["validation_accuracy"] == first["validation_accuracy"]
+    assert (out / "A1_seed0" / "checkpoint.pt").stat().st_mtime_ns == untouched
+
+
+def test_wide_resnet(tmp_path: Path) -> None:
+    summary = smoke(wrn28_10_cifar10, tmp_path / "run")
+    assert summary["num_parameters"] == 77_850
+    assert summary["steps"] == 8
+    assert 0 <= summary["validation_accuracy"] <= 1
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_without_data_the_script_says_what_it_needs(script: ModuleType, tmp_path: Path, capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        script.main(["--out", str(tmp_path / "run")])
+    assert "data: got None, expected a folder with CIFAR-10 (or use --synthetic)" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_presets_ask_for_at_most_300_images_a_class(script: ModuleType) -> None:
+    for preset in script.PRESETS.values():
+        options = script.PAPER | preset
+        assert options["train_images"] <= 300 * options.get("classes", 10)
+
+
+def paper(script: ModuleType) -> TrainingConfig:
+    return TrainingConfig(synthetic=True, **script.PAPER)
+
+
+def test_the_defaults_are_the_papers() -> None:
+    myrtle = paper(myrtle5_cifar10)
+    assert sum(p.numel() for p in build_model(myrtle).parameters()) == 113_226
+    lr = build_schedule(myrtle, 98)
+    assert [lr(98 * epoch) for epoch in (0, 300, 700)] == pytest.approx([0.0, 0.02, 0.002])
+    assert (myrtle.batch_size, myrtle.stop_epoch, myrtle.amplitude, myrtle.period) == (512, 600, 50, 100)
+    assert (myrtle.momentum, myrtle.nesterov, myrtle.augment, myrtle.batchnorm) == (0.9, True, False, False)
+    wide = paper(wrn28_10_cifar10)
+    assert (wide.depth, wide.widen, wide.epochs, wide.batch_size, wide.shards) == (28, 10, 200, 1024, 8)
+    assert build_schedule(wide, 49)(0) == 0.1
+    assert wide.augment
+    three = paper(myrtle5_bifurcations)
+    assert (three.classes, three.train_images, three.batch_size) == (3, 3000, None)
+    with torch.device("meta"):
+        count = sum(p.numel() for p in build_model(dataclasses.replace(wide, seed=0)).parameters())
+    assert count == 36_479_194

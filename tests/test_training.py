@@ -1,0 +1,431 @@
+"""The training loop against a loop written out by hand, and its resume, by killing it."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from common.batches import Batches
+from common.config import TrainingConfig, build_model, build_schedule, load_data
+from common.distributed import World
+from common.recording import RunFolder
+from common.schedules import constant, cosine, piecewise_linear
+from common.trainer import Trainer
+from common.training import metric_arrays, train
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "python_examples"
+CPU = World(torch.device("cpu"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """These networks are too small for more, and threads that wait for each other crawl on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def small(out: Path, **changes: Any) -> TrainingConfig:
+    options: dict[str, Any] = {
+        "out": out,
+        "device": "cpu",
+        "synthetic": True,
+        "classes": 3,
+        "train_images": 60,
+        "validation_images": 30,
+        "width": 4,
+        "precision": "float64",
+        "amplitude": 20.0,
+        "period": 8.0,
+        "lr": 0.05,
+        "epochs": 6,
+    }
+    return TrainingConfig(**{**options, **changes})
+
+
+def run(config: TrainingConfig) -> dict[str, np.ndarray]:
+    assert train(config) is not None
+    return RunFolder(config.out).read_metrics()
+
+
+def triangle(step: int, amplitude: float, period: float, classes: int = 3) -> torch.Tensor:
+    """Γ of the paper, written out for an even period."""
+    gamma = torch.ones(classes, dtype=torch.float64)
+    turn, t = divmod(step, int(period))
+    up = 2 * (amplitude - 1) * t / period
+    gamma[turn % classes] = 1 + up if t < period / 2 else 2 * amplitude - 1 - up
+    return classes * gamma / gamma.sum()
+
+
+# --- schedules ------------------------------------------------------------------------------------
+
+
+def test_piecewise_schedule_at_the_named_epochs() -> None:
+    lr = piecewise_linear(((0, 0.0), (300, 0.02), (700, 0.002)), steps_per_epoch=98)
+    named = {0: 0.0, 150: 0.01, 300: 0.02, 500: 0.011, 600: 0.0065, 700: 0.002, 800: 0.002}
+    assert {epoch: lr(98 * epoch) for epoch in named} == pytest.approx(named)
+    assert lr(49) == pytest.approx(0.5 * 0.02 / 300)
+    with pytest.raises(ValueError, match="must increase"):
+        piecewise_linear(((0, 0.0), (300, 0.02), (300, 0.002)), 98)
+
+
+def test_cosine_and_constant_schedules() -> None:
+    lr = cosine(0.1, 200 * 49)
+    assert [lr(49 * epoch) for epoch in (0, 50, 100, 200, 201)] == pytest.approx(
+        [0.1, 0.05 + 0.05 * 0.5**0.5, 0.05, 0.0, 0.0], abs=1e-15
+    )
+    assert constant(0.3)(12345) == 0.3
+
+
+# --- what a run computes --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"epochs": 20},
+        {"epochs": 20, "stop_epoch": 9},
+        {"batch_size": 16, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-3, "schedule": "piecewise",
+         "peak_epoch": 3, "final_lr": 0.01},
+        {"batch_size": 16, "schedule": "cosine", "augment": True, "batchnorm": True, "momentum": 0.5},
+        {"model": "mlp", "amplitude": 1.0, "shards": 3},
+    ],
+    ids=["full-batch", "stop", "nesterov", "batchnorm", "shards"],
+)  # fmt: skip
+def test_a_run_is_gradient_descent_on_the_dynamical_loss(tmp_path: Path, changes: dict[str, Any]) -> None:
+    config = small(tmp_path / "run", **changes)
+    metrics = run(config)
+    data = load_data(config)
+    batches = Batches(
+        data.train, config.batch_size, seed=config.seed, augment=config.augment, dtype=torch.float64
+    )
+    model = build_model(config)
+    options = {"momentum": config.momentum, "nesterov": config.nesterov, "weight_decay": config.weight_decay}
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, **options)
+    lr = build_schedule(config, batches.per_epoch)
+    steps = config.epochs * batches.per_epoch
+    rows, gammas = [], []
+    for step in range(steps + 1):
+        batch = batches.get(step)
+        stopped = config.stop_epoch is not None and step >= config.stop_epoch * batches.per_epoch
+        gamma = triangle(step, 1.0 if stopped else config.amplitude, config.period)
+        logits = model(batch.images)
+        loss = F.cross_entropy(logits, batch.labels, reduction="none")
+        weighted = (gamma[batch.labels] * loss).mean()
+        accuracy = (logits.argmax(1) == batch.labels).double().mean()
+        rows.append([weighted.item(), loss.mean().item(), accuracy.item()])
+        gammas.append(gamma)
+        optimizer.param_groups[0]["lr"] = lr(step)
+        optimizer.zero_grad()
+        weighted.backward()
+        if step < steps:
+            optimizer.step()
+    recorded = np.stack([metrics["weighted_loss"], metrics["loss"], metrics["accuracy"]], axis=1)
+    np.testing.assert_array_equal(metrics["step"], np.arange(steps))
+    np.testing.assert_allclose(recorded, rows[1:], rtol=1e-9)
+    np.testing.assert_allclose(metrics["weights"], torch.stack(gammas[1:]), rtol=1e-14)
+    assert recorded[-1, 0] != recorded[-2, 0]
+
+
+def test_validation_is_plain_cross_entropy_on_the_test_images(tmp_path: Path) -> None:
+    config = small(tmp_path / "run", validate_every=3, batchnorm=True, epochs=7)
+    metrics = run(config)
+    assert metrics["validation_step"].tolist() == [2, 5, 6]
+    model = build_model(config)
+    model.load_state_dict(RunFolder(config.out).read_checkpoint()["model"])
+    batch = Batches(load_data(config).test, dtype=torch.float64).get(0)
+    logits = model.eval()(batch.images)
+    assert metrics["validation_loss"][-1] == pytest.approx(
+        F.cross_entropy(logits, batch.labels).item(), rel=1e-12
+    )
+    accuracy = (logits.argmax(1) == batch.labels).double().mean().item()
+    assert metrics["validation_accuracy"][-1] == pytest.approx(accuracy)
+
+
+@pytest.mark.parametrize("changes", [{}, {"eig_images": 30, "eig_batch": 7}, {"batchnorm": True}])
+def test_recorded_eigenvalues_are_those_of_the_dense_hessian(tmp_path: Path, changes: dict[str, Any]) -> None:
+    config = small(tmp_path / "run", width=2, eig_every=2, eig_tol=1e-6, epochs=5, **changes)
+    trainer = Trainer(config, load_data(config), CPU)
+    images = trainer.batches.split.subset(3, config.eig_images)
+    batch = trainer.batches.normalise(images.images, images.labels)
+    for row in range(3):
+        trainer.update()
+        trainer.curvature.update(row)
+        twin = build_model(config)
+        twin.load_state_dict(trainer.model.state_dict())
+        names, values = zip(*twin.named_parameters(), strict=True)
+        sizes, shapes = [p.numel() for p in values], [p.shape for p in values]
+        gamma = triangle(row + 1, config.amplitude, config.period)[batch.labels]
+
+        def loss(
+            flat: torch.Tensor, names=names, sizes=sizes, shapes=shapes, twin=twin, gamma=gamma
+        ) -> torch.Tensor:
+            parts = [part.view(shape) for part, shape in zip(flat.split(sizes), shapes, strict=True)]
+            logits = torch.func.functional_call(twin, dict(zip(names, parts, strict=True)), (batch.images,))
+            return (gamma * F.cross_entropy(logits, batch.labels, reduction="none")).mean()
+
+        flat = torch.cat([p.detach().reshape(-1) for p in values])
+        dense = torch.autograd.functional.hessian(loss, flat, vectorize=True)
+        expected = torch.linalg.eigvalsh(dense).flip(0)[:3]
+        recorded = trainer.curvature.rows.arrays()["eigenvalues"][-1]
+        np.testing.assert_allclose(recorded, expected, rtol=1e-5)
+
+
+def test_measuring_changes_nothing(tmp_path: Path) -> None:
+    plain = small(tmp_path / "a", batchnorm=True, batch_size=20, validate_every=0)
+    measured = small(tmp_path / "b", batchnorm=True, batch_size=20, eig_every=1, validate_every=1)
+    a, b = run(plain), run(measured)
+    np.testing.assert_array_equal(a["weighted_loss"], b["weighted_loss"])
+    states = [RunFolder(config.out).read_checkpoint()["model"] for config in (plain, measured)]
+    for name in states[0]:
+        assert torch.equal(states[0][name], states[1][name]), name
+    assert b["eig_step"].tolist() == b["step"].tolist()
+    assert a["eig_step"].size == 0
+
+
+def test_shards_have_their_own_batchnorm_statistics(tmp_path: Path) -> None:
+    whole = run(small(tmp_path / "a", batchnorm=True))
+    sharded = run(small(tmp_path / "b", batchnorm=True, shards=4))
+    assert abs(whole["weighted_loss"] - sharded["weighted_loss"]).max() > 1e-4
+    statistics = []
+    for name in "ab":  # one step's worth of running average each, whatever the number of shards
+        state = RunFolder(tmp_path / name).read_checkpoint()["model"]
+        statistics.append(state["norm1.running_mean"])
+    torch.testing.assert_close(*statistics, rtol=0.1, atol=5e-3)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"precision": "bfloat16"}, {"precision": "float16"}, {"precision": "float32", "channels_last": True}],
+)
+def test_fast_modes_follow_float64(tmp_path: Path, changes: dict[str, Any]) -> None:
+    reference = run(small(tmp_path / "a", epochs=12))
+    fast = run(small(tmp_path / "b", epochs=12, **changes))
+    tolerance = 1e-4 if changes["precision"] == "float32" else 0.03
+    np.testing.assert_allclose(fast["weighted_loss"], reference["weighted_loss"], rtol=tolerance)
+
+
+def test_compiled_network_follows_the_eager_one(tmp_path: Path) -> None:
+    options = {"precision": "float32", "batch_size": 25, "epochs": 2, "eig_every": 2}
+    eager, compiled = (
+        run(small(tmp_path / "a", **options)),
+        run(small(tmp_path / "b", compile=True, **options)),
+    )
+    np.testing.assert_allclose(compiled["weighted_loss"], eager["weighted_loss"], rtol=1e-4)
+    np.testing.assert_allclose(compiled["eigenvalues"], eager["eigenvalues"], rtol=1e-2)
+
+
+def test_summary_and_files(tmp_path: Path) -> None:
+    config = small(tmp_path / "run", eig_every=3, tensorboard=True)
+    summary = train(config)
+    assert summary == json.loads((config.out / "summary.json").read_text())
+    assert summary["finished"]
+    assert not summary["diverged"]
+    assert summary["num_parameters"] == sum(p.numel() for p in build_model(config).parameters())
+    assert summary["steps"] == 6
+    assert summary["num_training_images"] == 60
+    assert list((config.out / "tensorboard").iterdir())
+    saved = json.loads((config.out / "config.json").read_text())
+    assert saved["amplitude"] == 20.0
+    assert saved["width"] == 4
+
+
+def test_a_diverging_run_ends_early_and_says_so(tmp_path: Path) -> None:
+    summary = train(small(tmp_path / "run", lr=1e300, epochs=50, checkpoint_every=10))
+    assert summary["diverged"]
+    assert summary["steps"] == 10
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"amplitude": 0.5}, "amplitude: got 0.5, expected at least 1"),
+        ({"classes": 1}, "classes: got 1, expected 2 to 10"),
+        ({"nesterov": True}, "nesterov: got True, expected a momentum above 0"),
+        ({"synthetic": False}, "data: got None, expected a folder"),
+        ({"schedule": "piecewise", "peak_epoch": 9}, r"peak_epoch: got 9, expected less than epochs \(6\)"),
+        ({"batch_size": 0}, "batch_size: got 0, expected at least 1"),
+        ({"sync_batchnorm": True, "eig_every": 1}, "sync_batchnorm: got True"),
+    ],
+)
+def test_bad_options_are_refused_by_name(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        small(tmp_path, **changes)
+
+
+# --- resume ---------------------------------------------------------------------------------------
+
+SCRIPT = """
+import sys
+from pathlib import Path
+sys.path[:0] = [{root!r}, {examples!r}]
+import torch
+torch.set_num_threads(1)
+from common.config import TrainingConfig
+from common.training import train
+options = eval(sys.argv[1])
+train(TrainingConfig(**{{**options, "out": Path(options["out"])}}))
+"""
+
+
+def command(config: TrainingConfig) -> list[str]:
+    options = {field: getattr(config, field) for field in config.__dataclass_fields__}
+    options["out"] = str(config.out)
+    return [sys.executable, "-c", SCRIPT.format(root=str(ROOT), examples=str(EXAMPLES)), repr(options)]
+
+
+def test_resume_after_sigkill_at_random_moments_is_bit_for_bit(tmp_path: Path) -> None:
+    """Mini-batches, augmentation, BatchNorm, momentum, eigenvalues, validation: no bit may differ."""
+    options = {
+        "batch_size": 16, "augment": True, "batchnorm": True, "momentum": 0.9, "eig_every": 3, "epochs": 60,
+        "validate_every": 5, "checkpoint_every": 7, "precision": "float32", "width": 8,
+    }  # fmt: skip
+    subprocess.run(
+        command(small(tmp_path / "straight", **options)), check=True, timeout=300, capture_output=True
+    )
+    rng = random.Random(0)
+    kills = 0
+    for attempt in range(100):
+        config = small(tmp_path / "killed", **options, resume=attempt > 0)
+        process = subprocess.Popen(command(config), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            deadline = time.monotonic() + 100
+            before = _checkpoint_time(config.out)
+            while process.poll() is None and _checkpoint_time(config.out) == before:
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            process.wait(rng.uniform(0.0, 0.8) if kills < 4 else 100)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills += 1
+            continue
+        finally:
+            process.kill()
+            process.wait()
+        assert process.returncode == 0
+        break
+    assert kills >= 2
+    straight, killed = RunFolder(tmp_path / "straight"), RunFolder(tmp_path / "killed")
+    a, b = straight.read_metrics(), killed.read_metrics()
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+    first, second = straight.read_checkpoint(), killed.read_checkpoint()
+    for name, value in first["model"].items():
+        assert torch.equal(value, second["model"][name]), name
+    assert not [path for path in killed.path.iterdir() if path.name.endswith(".tmp")]
+
+
+def _checkpoint_time(out: Path) -> int:
+    path = out / "checkpoint.pt"
+    return path.stat().st_mtime_ns if path.exists() else 0
+
+
+def test_sigterm_leaves_a_checkpoint_of_the_last_whole_step(tmp_path: Path) -> None:
+    config = small(tmp_path / "run", epochs=100_000, checkpoint_every=100_000, validate_every=0)
+    process = subprocess.Popen(command(config), stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 100
+        while not _checkpoint_time(config.out):
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.05)
+        time.sleep(1.0)
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 0
+    assert "--resume continues" in errors
+    state = RunFolder(config.out).read_checkpoint()
+    assert state["step"] > 0
+    assert len(state["rows"]["metrics"]) == state["step"] - 1
+
+
+# --- several processes ----------------------------------------------------------------------------
+
+
+def torchrun(config: TrainingConfig, processes: int = 2) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {
+        **os.environ,
+        "GLOO_SOCKET_IFNAME": "lo",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    environment |= {"WORLD_SIZE": str(processes), "OMP_NUM_THREADS": "1"}
+    children = [
+        subprocess.Popen(command(config), env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(processes)
+    ]
+    try:
+        for child in children:
+            assert child.wait(timeout=200) == 0
+    finally:
+        for child in children:
+            child.kill()
+
+
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+def test_two_processes_train_as_one_on_the_global_batch(tmp_path: Path, precision: str) -> None:
+    options: dict[str, Any] = {
+        "batch_size": 25, "augment": True, "momentum": 0.9, "epochs": 8, "precision": precision,
+        "eig_every": 5, "validate_every": 2,
+    }  # fmt: skip
+    one = run(small(tmp_path / "one", **options))
+    torchrun(small(tmp_path / "two", **options))
+    two = RunFolder(tmp_path / "two").read_metrics()
+    tolerance = 1e-6 if precision == "float32" else 1e-12
+    for name in ("weighted_loss", "loss", "accuracy", "validation_loss", "validation_accuracy", "weights"):
+        np.testing.assert_allclose(two[name], one[name], rtol=tolerance, atol=tolerance, err_msg=name)
+    np.testing.assert_allclose(two["eigenvalues"], one["eigenvalues"], rtol=1e-2)
+    assert RunFolder(tmp_path / "two").read_summary()["processes"] == 2
+
+
+def test_two_processes_have_the_shards_of_one(tmp_path: Path) -> None:
+    """Per-shard BatchNorm is the same whether one process or two do the shards; resume works there, too."""
+    options: dict[str, Any] = {
+        "batch_size": 24,
+        "batchnorm": True,
+        "shards": 4,
+        "checkpoint_every": 5,
+        "epochs": 4,
+    }
+    one = run(small(tmp_path / "one", **options))
+    two = small(tmp_path / "two", **options)
+    torchrun(two)
+    torchrun(small(tmp_path / "two", **options, resume=True))
+    metrics = RunFolder(two.out).read_metrics()
+    np.testing.assert_allclose(metrics["weighted_loss"], one["weighted_loss"], rtol=1e-9)
+    np.testing.assert_allclose(metrics["validation_loss"], one["validation_loss"], rtol=0.05)
+
+
+def test_shards_must_divide_among_the_processes(tmp_path: Path) -> None:
+    config = small(tmp_path / "run", shards=3)
+    with pytest.raises(ValueError, match="shards: got 3, expected a multiple of the number of processes, 2"):
+        Trainer(config, load_data(config), World(torch.device("cpu"), rank=0, size=2))
+
+
+def test_metric_arrays_before_the_first_row_are_empty(tmp_path: Path) -> None:
+    config = small(tmp_path / "run", eig_every=2)
+    arrays = metric_arrays(Trainer(config, load_data(config), CPU))
+    assert {name: len(values) for name, values in arrays.items() if len(values)} == {}
+    assert arrays["weights"].shape == (0, 3)
+    assert arrays["eigenvalues"].shape == (0, 3)
