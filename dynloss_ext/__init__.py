@@ -6,6 +6,7 @@ from dynloss_ext.eigen import ConvergenceWarning, EigenResult, eigsh
 from dynloss_ext.hessian import HessianOperator
 from dynloss_ext.instability import Instability, detect_instabilities, instability_threshold, stability_limit
 from dynloss_ext.loss import DynamicCrossEntropyLoss, dynamic_cross_entropy, loss_and_gradient
+from dynloss_ext.ntk import ntk_eigenvalues
 from dynloss_ext.oscillation import Oscillation
 
 __version__ = "0.1.0"
@@ -22,6 +23,7 @@ __all__ = [
     "eigsh",
     "instability_threshold",
     "loss_and_gradient",
+    "ntk_eigenvalues",
     "reference",
     "stability_limit",
 ]
