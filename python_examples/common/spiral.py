@@ -12,9 +12,7 @@ from torch import Tensor, nn
 INITIALISATIONS = ("glorot-normal", "lecun-normal")
 
 
-def spiral_data(
-    points: int = 100, classes: int = 3, noise: float = 0.2, seed: int = 0
-) -> tuple[Tensor, Tensor]:
+def spiral_data(points: int = 100, classes: int = 3, noise: float = 0.2, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Interleaved spiral arms: r = linspace(0, 1), θ = linspace(2πj/C, 2πj/C + 4π) + noise · N(0, 1).
 
     Returns:
@@ -78,9 +76,7 @@ def load_initial_values(path: Path) -> tuple[Tensor, Tensor, SpiralMLP]:
         ValueError: no such file, a missing array, shapes that do not fit, or a class that is not in [0, C).
     """
     if not path.is_file():
-        raise ValueError(
-            f"init: got {str(path)!r}, expected one of {', '.join(INITIALISATIONS)} or an .npz file"
-        )
+        raise ValueError(f"init: got {str(path)!r}, expected one of {', '.join(INITIALISATIONS)} or an .npz file")
     names = ("X", "y", "w1", "b1", "w2", "b2")
     with np.load(path, allow_pickle=False) as archive:
         missing = [name for name in names if name not in archive]
@@ -95,9 +91,7 @@ def load_initial_values(path: Path) -> tuple[Tensor, Tensor, SpiralMLP]:
 def _check_initial_values(path: Path, arrays: dict[str, NDArray[np.generic]]) -> None:
     shapes = {name: array.shape for name, array in arrays.items()}
     if [len(shapes[name]) for name in ("X", "y", "w1", "b1", "w2", "b2")] != [2, 1, 2, 1, 2, 1]:
-        raise ValueError(
-            f"init: {path} has shapes {shapes}, expected X, w1, w2 with two dimensions, the rest one"
-        )
+        raise ValueError(f"init: {path} has shapes {shapes}, expected X, w1, w2 with two dimensions, the rest one")
     (points, inputs), (width, classes) = shapes["X"], shapes["w2"]
     expected = {"y": (points,), "w1": (inputs, width), "b1": (width,), "b2": (classes,)}
     for name, shape in expected.items():
