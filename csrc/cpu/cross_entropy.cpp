@@ -89,25 +89,26 @@ struct Layout {
   int64_t classes;
 };
 
-// The stride that walks dimensions [first, last) of x, without the class dimension, as one; none if there is
-// none.
-std::optional<int64_t> joint_stride(const at::Tensor& x, int64_t first, int64_t class_dim) {
-  int64_t stride = 0, expected = 0;
+// The stride that walks dimensions [first, dim) of x, without the class dimension, as one; none if there is
+// none, `single` where there is but one step.
+std::optional<int64_t> joint_stride(const at::Tensor& x, int64_t first, int64_t class_dim, int64_t single) {
+  std::optional<int64_t> stride;
+  int64_t expected = 0;
   for (int64_t d = x.dim() - 1; d >= first; --d) {
     if (d == class_dim || x.size(d) == 1) continue;
-    if (stride == 0)
+    if (!stride)
       stride = x.stride(d);
     else if (x.stride(d) != expected)
       return std::nullopt;
     expected = x.stride(d) * x.size(d);
   }
-  return stride;
+  return stride ? stride : single;
 }
 
 std::optional<Operand> as_rows(const at::Tensor& x, bool ensemble) {
   const int64_t class_dim = ensemble ? 2 : (x.dim() == 1 ? 0 : 1);
   if (x.stride(class_dim) != 1 && x.size(class_dim) != 1) return std::nullopt;
-  const auto row_stride = joint_stride(x, ensemble ? 1 : 0, class_dim);
+  const auto row_stride = joint_stride(x, ensemble ? 1 : 0, class_dim, x.size(class_dim));
   if (!row_stride) return std::nullopt;
   return Operand{x.data_ptr(), ensemble ? x.stride(0) : 0, *row_stride, 1};
 }
@@ -118,8 +119,7 @@ std::optional<Operand> as_planes(const at::Tensor& x, bool ensemble) {
     if (x.stride(0) != 1) return std::nullopt;
     return Operand{x.data_ptr(), 0, 1, x.stride(1)};
   }
-  const auto inner = joint_stride(x, 2, 1);
-  if (!inner || *inner > 1) return std::nullopt;
+  if (joint_stride(x, 2, 1, 1) != 1) return std::nullopt;
   return Operand{x.data_ptr(), x.stride(0), 1, x.stride(1)};
 }
 
