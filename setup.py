@@ -38,9 +38,7 @@ def output_of(*command: str | Path) -> str:
 
 def toolkit_of(nvcc: Path) -> Path | None:
     """The CUDA toolkit that `nvcc` belongs to: it may be a link or a script that starts the real one."""
-    here = re.search(
-        r"^#\$ _HERE_=(.+)$", output_of(nvcc, "--dryrun", "-x", "cu", "-c", os.devnull), re.MULTILINE
-    )
+    here = re.search(r"^#\$ _HERE_=(.+)$", output_of(nvcc, "--dryrun", "-x", "cu", "-c", os.devnull), re.MULTILINE)
     return Path(here[1]).resolve().parent if here else None
 
 
@@ -69,6 +67,7 @@ def choose_cuda(torch_cuda: str | None) -> Path | None:
     if toolkit is None:
         if wish == "1":
             sys.exit("DYNLOSS_EXT_CUDA=1, but nvcc was not found: put it on PATH or set CUDA_HOME")
+        print("dynloss_ext: nvcc was not found, building without CUDA kernels", file=sys.stderr)
         return None
     release = re.search(r"release (\d+)\.(\d+)", output_of(toolkit / "bin" / "nvcc", "--version"))
     major = torch_cuda.split(".")[0]
@@ -98,9 +97,7 @@ def extension() -> dict[str, Any]:
     toolkit = choose_cuda(torch.version.cuda)
     if toolkit is not None:
         os.environ["CUDA_HOME"] = str(toolkit)  # cpp_extension reads it when it is imported
-        architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or default_architectures(
-            toolkit / "bin" / "nvcc"
-        )
+        architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or default_architectures(toolkit / "bin" / "nvcc")
         os.environ["TORCH_CUDA_ARCH_LIST"] = architectures
     from torch.utils.cpp_extension import BuildExtension, CppExtension, get_cxx_compiler, include_paths
 
@@ -120,9 +117,7 @@ def extension() -> dict[str, Any]:
             module = Path(self.get_ext_fullpath("dynloss_ext._C"))
             module.with_name("_build_info.json").write_text(json.dumps(build_info, indent=2) + "\n")
 
-    sources = [
-        path.relative_to(ROOT) for path in sorted(ROOT.glob("csrc/**/*")) if path.suffix in (".cpp", ".cu")
-    ]
+    sources = [path.relative_to(ROOT) for path in sorted(ROOT.glob("csrc/**/*")) if path.suffix in (".cpp", ".cu")]
     # The version is part of the command, so that objects compiled against another torch are not used again.
     macros = [("DYNLOSS_BUILT_FOR_TORCH", torch.__version__)]
     libraries = []

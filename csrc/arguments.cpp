@@ -39,7 +39,8 @@ void check_logits_and_target(const at::Tensor& logits, const at::Tensor& target,
                              bool ensemble) {
   TORCH_CHECK_TYPE(is_supported(logits.scalar_type()),
                    "logits: expected float32, float64, float16 or bfloat16, got ", logits.scalar_type());
-  TORCH_CHECK_TYPE(is_label(target.scalar_type()), "target: expected class indices of dtype int64, int32 or uint8, got ",
+  TORCH_CHECK_TYPE(is_label(target.scalar_type()),
+                   "target: expected class indices of dtype int64, int32 or uint8, got ",
                    target.scalar_type());
   TORCH_CHECK_VALUE(logits.device() == target.device(), "target: expected device ", logits.device(),
                     ", that of the logits, got ", target.device());
@@ -49,7 +50,8 @@ void check_logits_and_target(const at::Tensor& logits, const at::Tensor& target,
     TORCH_CHECK_VALUE(logits.sym_size(0) == members, "logits: expected a first dimension of ", members,
                       ", one per oscillation of the ensemble, got shape ", logits.sym_sizes());
     const bool shared = target.dim() == 1 && target.sym_size(0) == logits.sym_size(1);
-    const bool own = target.dim() == 2 && target.sym_size(0) == members && target.sym_size(1) == logits.sym_size(1);
+    const bool own =
+        target.dim() == 2 && target.sym_size(0) == members && target.sym_size(1) == logits.sym_size(1);
     TORCH_CHECK_VALUE(shared || own, "target: expected shape (", logits.sym_size(1), ",) or (", members, ", ",
                       logits.sym_size(1), ") for logits ", logits.sym_sizes(), ", got ", target.sym_sizes());
     return;
@@ -70,7 +72,8 @@ void check_schedule(const ScheduleArguments& schedule, const c10::SymInt& classe
   TORCH_CHECK_VALUE(clock.device() == device, "clock: expected device ", device, ", got ", clock.device());
   if (schedule.class_order) {
     TORCH_CHECK_VALUE(schedule.class_order->scalar_type() == at::kLong && schedule.class_order->dim() == 1 &&
-                          schedule.class_order->sym_size(0) == classes && schedule.class_order->device() == device,
+                          schedule.class_order->sym_size(0) == classes &&
+                          schedule.class_order->device() == device,
                       "class_order: expected int64 of shape (", classes, ",) on ", device, ", got ",
                       schedule.class_order->sym_sizes());
   }
@@ -79,13 +82,16 @@ void check_schedule(const ScheduleArguments& schedule, const c10::SymInt& classe
     const bool fits = table.scalar_type() == at::kDouble && table.dim() == clock.dim() + 1 &&
                       table.sym_size(-1) == classes && table.sym_size(-2) > 0 &&
                       (clock.dim() == 1 || table.sym_size(0) == clock.sym_size(0));
-    TORCH_CHECK_VALUE(fits && table.device() == device, "oscillation: its table has shape ", table.sym_sizes(),
-                      ", expected float64 (S, ", classes, ") or (E, S, ", classes, ") on ", device);
+    TORCH_CHECK_VALUE(fits && table.device() == device, "oscillation: its table has shape ",
+                      table.sym_sizes(), ", expected float64 (S, ", classes, ") or (E, S, ", classes, ") on ",
+                      device);
   }
   if (schedule.step_tensor) {
     const at::Tensor& step = *schedule.step_tensor;
-    TORCH_CHECK_TYPE(step.scalar_type() == at::kLong, "step: expected an int64 tensor, got ", step.scalar_type());
-    TORCH_CHECK_VALUE(step.device() == device, "step: expected a tensor on ", device, ", got ", step.device());
+    TORCH_CHECK_TYPE(step.scalar_type() == at::kLong, "step: expected an int64 tensor, got ",
+                     step.scalar_type());
+    TORCH_CHECK_VALUE(step.device() == device, "step: expected a tensor on ", device, ", got ",
+                      step.device());
     const bool per_member = step.dim() == 1 && clock.dim() == 2 && step.sym_size(0) == clock.sym_size(0);
     TORCH_CHECK_VALUE(step.dim() == 0 || per_member, "step: expected shape ()",
                       clock.dim() == 2 ? " or one step per member of the ensemble" : "", ", got ",
@@ -96,8 +102,8 @@ void check_schedule(const ScheduleArguments& schedule, const c10::SymInt& classe
 void check_options(int64_t reduction, double label_smoothing) {
   TORCH_CHECK_VALUE(reduction >= reduction_none && reduction <= reduction_sum,
                     "reduction: expected 0 (none), 1 (mean) or 2 (sum), got ", reduction);
-  TORCH_CHECK_VALUE(label_smoothing >= 0 && label_smoothing <= 1, "label_smoothing: expected a number in [0, 1], got ",
-                    label_smoothing);
+  TORCH_CHECK_VALUE(label_smoothing >= 0 && label_smoothing <= 1,
+                    "label_smoothing: expected a number in [0, 1], got ", label_smoothing);
 }
 
 void check_derivative(const at::Tensor& grad_output, const at::Tensor& logits, const at::Tensor& target,
@@ -117,8 +123,9 @@ void check_derivative(const at::Tensor& grad_output, const at::Tensor& logits, c
   const auto reduced = reduced_sizes(weights);
   const auto samples = sample_sizes(logits, target, ensemble);
   const auto sizes = grad_output.sym_sizes();
-  TORCH_CHECK_VALUE(sizes.equals(reduced) || sizes.equals(samples), "grad_output: expected the shape of the loss, ",
-                    c10::SymIntArrayRef(reduced), " or ", c10::SymIntArrayRef(samples), ", got ", sizes);
+  TORCH_CHECK_VALUE(sizes.equals(reduced) || sizes.equals(samples),
+                    "grad_output: expected the shape of the loss, ", c10::SymIntArrayRef(reduced), " or ",
+                    c10::SymIntArrayRef(samples), ", got ", sizes);
   TORCH_CHECK_TYPE(grad_output.is_floating_point(), "grad_output: expected a floating-point tensor, got ",
                    grad_output.scalar_type());
   TORCH_CHECK_VALUE(grad_output.device() == logits.device(), "grad_output: expected device ", logits.device(),
@@ -126,12 +133,12 @@ void check_derivative(const at::Tensor& grad_output, const at::Tensor& logits, c
 }
 
 void check_direction(const char* name, const at::Tensor& direction, const at::Tensor& logits) {
-  TORCH_CHECK_VALUE(direction.sym_sizes().equals(logits.sym_sizes()), name, ": expected the shape of logits, ",
-                    logits.sym_sizes(), ", got ", direction.sym_sizes());
+  TORCH_CHECK_VALUE(direction.sym_sizes().equals(logits.sym_sizes()), name,
+                    ": expected the shape of logits, ", logits.sym_sizes(), ", got ", direction.sym_sizes());
   TORCH_CHECK_TYPE(direction.scalar_type() == logits.scalar_type(), name, ": expected the dtype of logits, ",
                    logits.scalar_type(), ", got ", direction.scalar_type());
-  TORCH_CHECK_VALUE(direction.device() == logits.device(), name, ": expected device ", logits.device(), ", got ",
-                    direction.device());
+  TORCH_CHECK_VALUE(direction.device() == logits.device(), name, ": expected device ", logits.device(),
+                    ", got ", direction.device());
 }
 
 }  // namespace dynloss

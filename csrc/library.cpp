@@ -1,32 +1,37 @@
-// Every op of the library. Kernels register themselves under cpu/, cuda/, meta/ and autograd/ in the file named
-// after the op.
+// Every op of the library. Kernels register themselves under cpu/, cuda/, meta/ and autograd/ in the file
+// named after the op.
 //
 // Shapes. A single problem has logits (C,), (N, C) or (N, C, d1, ...) and target (), (N,) or (N, d1, ...).
-// An ensemble of E problems has logits (E, N, C) and target (E, N) or (N,), shared; it is told by a clock (or,
-// in the derivatives, weights) with a leading dimension E. Below, [E] stands for that leading dimension.
+// An ensemble of E problems has logits (E, N, C) and target (E, N) or (N,), shared; it is told by a clock
+// (or, in the derivatives, weights) with a leading dimension E. Below, [E] stands for that leading dimension.
 //
 //   clock        [E,] 6, float64: amplitude, period, turn, start, stop, waveform (csrc/core/oscillation.h)
 //   step         added to step_tensor, int64 () or (E,), if that is given
 //   class_order  (C,) int64: the class raised in each turn
 //   table        [E,] S, C, float64: user-given class weights, repeated, in place of the waveform
 //   weights      [E,] C, float64: Γ(step)
-//   normalizer   [E,] 2, float64: what the loss, and what `gradient`, has been divided by. They differ only where
-//                a one-pass kernel learns of ignored rows when the gradient is already written; rescale_ mends it.
+//   normalizer   [E,] 2, float64: what the loss, and what `gradient`, has been divided by. They differ only
+//   where
+//                a one-pass kernel learns of ignored rows when the gradient is already written; rescale_
+//                mends it.
 //   reduction    0 none, 1 mean, 2 sum;   by_weights: a mean over Σ Γ_y instead of the number of samples
 #include <torch/library.h>
 
 #define DYNLOSS_LOGITS_TARGET "Tensor logits, Tensor target, "
-#define DYNLOSS_SCHEDULE "SymInt step, Tensor? step_tensor, Tensor clock, Tensor? class_order, Tensor? table, "
+#define DYNLOSS_SCHEDULE \
+  "SymInt step, Tensor? step_tensor, Tensor clock, Tensor? class_order, Tensor? table, "
 #define DYNLOSS_OPTIONS "int reduction, bool by_weights, SymInt ignore_index, float label_smoothing"
 #define DYNLOSS_RESOLVED "Tensor weights, Tensor normalizer, SymInt ignore_index, float label_smoothing"
 
 TORCH_LIBRARY(dynloss, library) {
   // Γ at every step of steps (S,) -> (S, [E,] C), float64.
   library.def(
-      "oscillation_weights(Tensor steps, Tensor clock, Tensor? class_order, Tensor? table, SymInt num_classes) "
+      "oscillation_weights(Tensor steps, Tensor clock, Tensor? class_order, Tensor? table, SymInt "
+      "num_classes) "
       "-> Tensor");
 
-  // The loss: () or (E,) reduced, else of target's shape. Differentiable in logits; the other outputs are constants.
+  // The loss: () or (E,) reduced, else of target's shape. Differentiable in logits; the other outputs are
+  // constants.
   library.def("cross_entropy(" DYNLOSS_LOGITS_TARGET DYNLOSS_SCHEDULE DYNLOSS_OPTIONS
               ") -> (Tensor loss, Tensor weights, Tensor normalizer)");
 
@@ -37,11 +42,13 @@ TORCH_LIBRARY(dynloss, library) {
   // gradient *= grad_output · normalizer[1] / normalizer[0], untouched where that is exactly 1.
   library.def("rescale_(Tensor(a!) gradient, Tensor grad_output, Tensor normalizer) -> ()");
 
-  // The derivatives of Σ grad_output · loss: gradient, Hessian·v and third derivative·u·v, each shaped like logits
-  // and differentiable in u, v, grad_output and (but for the last) logits.
-  library.def("cross_entropy_gradient(Tensor grad_output, " DYNLOSS_LOGITS_TARGET DYNLOSS_RESOLVED ") -> Tensor");
+  // The derivatives of Σ grad_output · loss: gradient, Hessian·v and third derivative·u·v, each shaped like
+  // logits and differentiable in u, v, grad_output and (but for the last) logits.
+  library.def("cross_entropy_gradient(Tensor grad_output, " DYNLOSS_LOGITS_TARGET DYNLOSS_RESOLVED
+              ") -> Tensor");
   library.def("cross_entropy_hessian(Tensor v, Tensor grad_output, " DYNLOSS_LOGITS_TARGET DYNLOSS_RESOLVED
               ") -> Tensor");
-  library.def("cross_entropy_third(Tensor u, Tensor v, Tensor grad_output, " DYNLOSS_LOGITS_TARGET DYNLOSS_RESOLVED
-              ") -> Tensor");
+  library.def(
+      "cross_entropy_third(Tensor u, Tensor v, Tensor grad_output, " DYNLOSS_LOGITS_TARGET DYNLOSS_RESOLVED
+      ") -> Tensor");
 }

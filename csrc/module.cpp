@@ -2,9 +2,12 @@
 // Lanczos driver, which has no tensors-in, tensors-out schema (it calls back into autograd or Python).
 #include <pybind11/pybind11.h>
 
+#include "cpu/instruction_set.h"
 #include "lanczos/binding.h"
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "Compiled part of dynloss_ext.";
+  module.def("cpu_instruction_set", &dynloss::cpu::selected_instruction_set,
+             "The CPU kernels that run here.");
   dynloss::bind_lanczos(module);
 }

@@ -18,20 +18,23 @@ auto find(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
-#define DYNLOSS_FORWARD_PARAMETERS                                                                              \
-  const Tensor &logits, const Tensor &target, SymInt step, const OptionalTensor &step_tensor,                   \
-      const Tensor &clock, const OptionalTensor &class_order, const OptionalTensor &table, int64_t reduction,   \
-      bool by_weights, SymInt ignore_index, double label_smoothing
-#define DYNLOSS_FORWARD_ARGUMENTS \
-  logits, target, step, step_tensor, clock, class_order, table, reduction, by_weights, ignore_index, label_smoothing
+#define DYNLOSS_FORWARD_PARAMETERS                                                            \
+  const Tensor &logits, const Tensor &target, SymInt step, const OptionalTensor &step_tensor, \
+      const Tensor &clock, const OptionalTensor &class_order, const OptionalTensor &table,    \
+      int64_t reduction, bool by_weights, SymInt ignore_index, double label_smoothing
+#define DYNLOSS_FORWARD_ARGUMENTS                                                                    \
+  logits, target, step, step_tensor, clock, class_order, table, reduction, by_weights, ignore_index, \
+      label_smoothing
 
-#define DYNLOSS_RESOLVED_PARAMETERS                                                                       \
-  const Tensor &grad_output, const Tensor &logits, const Tensor &target, const Tensor &weights,           \
+#define DYNLOSS_RESOLVED_PARAMETERS                                                             \
+  const Tensor &grad_output, const Tensor &logits, const Tensor &target, const Tensor &weights, \
       const Tensor &normalizer, SymInt ignore_index, double label_smoothing
-#define DYNLOSS_RESOLVED_ARGUMENTS grad_output, logits, target, weights, normalizer, ignore_index, label_smoothing
+#define DYNLOSS_RESOLVED_ARGUMENTS \
+  grad_output, logits, target, weights, normalizer, ignore_index, label_smoothing
 
 inline std::tuple<Tensor, Tensor, Tensor> cross_entropy(DYNLOSS_FORWARD_PARAMETERS) {
-  static const auto op = find<std::tuple<Tensor, Tensor, Tensor>(DYNLOSS_FORWARD_PARAMETERS)>("dynloss::cross_entropy");
+  static const auto op =
+      find<std::tuple<Tensor, Tensor, Tensor>(DYNLOSS_FORWARD_PARAMETERS)>("dynloss::cross_entropy");
   return op.call(DYNLOSS_FORWARD_ARGUMENTS);
 }
 
@@ -52,7 +55,8 @@ inline Tensor cross_entropy_gradient(DYNLOSS_RESOLVED_PARAMETERS) {
 }
 
 inline Tensor cross_entropy_hessian(const Tensor& v, DYNLOSS_RESOLVED_PARAMETERS) {
-  static const auto op = find<Tensor(const Tensor&, DYNLOSS_RESOLVED_PARAMETERS)>("dynloss::cross_entropy_hessian");
+  static const auto op =
+      find<Tensor(const Tensor&, DYNLOSS_RESOLVED_PARAMETERS)>("dynloss::cross_entropy_hessian");
   return op.call(v, DYNLOSS_RESOLVED_ARGUMENTS);
 }
 

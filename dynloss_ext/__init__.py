@@ -2,15 +2,26 @@
 
 from dynloss_ext import _extension as _extension
 from dynloss_ext import reference
+from dynloss_ext.eigen import ConvergenceWarning, EigenResult, eigsh
+from dynloss_ext.hessian import HessianOperator
+from dynloss_ext.instability import Instability, detect_instabilities, instability_threshold, stability_limit
 from dynloss_ext.loss import DynamicCrossEntropyLoss, dynamic_cross_entropy, loss_and_gradient
 from dynloss_ext.oscillation import Oscillation
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ConvergenceWarning",
     "DynamicCrossEntropyLoss",
+    "EigenResult",
+    "HessianOperator",
+    "Instability",
     "Oscillation",
+    "detect_instabilities",
     "dynamic_cross_entropy",
+    "eigsh",
+    "instability_threshold",
     "loss_and_gradient",
     "reference",
+    "stability_limit",
 ]

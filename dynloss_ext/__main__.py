@@ -9,9 +9,10 @@ import numpy as np
 import torch
 
 import dynloss_ext
+from dynloss_ext import _C
 from dynloss_ext._extension import BUILD_INFO
 
-_KEYS = ("CPU", "CUDA", "Meta", "AutogradCPU", "AutogradCUDA")
+_KEYS = ("CPU", "CUDA", "Meta", "Autograd", "FuncTorchBatched")
 
 
 def report() -> str:
@@ -23,7 +24,7 @@ def report() -> str:
         f"running   Python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}",
         f"built     for torch {build.torch}, {cuda}",
         f"          with {build.compiler}, {' '.join(build.flags)}",
-        f"device    cpu: {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
+        f"device    cpu: {_C.cpu_instruction_set()} kernels active, {torch.get_num_threads()} threads",
     ]
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)

@@ -105,8 +105,14 @@ def _forward_rule(op: Any) -> Any:
 
 def _derivative_rule(op: Any, directions: int) -> Any:
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
-        along, (grad_output, logits, target, weights, normalizer, *options) = args[:directions], args[directions:]
-        d_along, (d_grad, d_logits, d_target, d_weights, d_normalizer, *_) = in_dims[:directions], in_dims[directions:]
+        along, (grad_output, logits, target, weights, normalizer, *options) = (
+            args[:directions],
+            args[directions:],
+        )
+        d_along, (d_grad, d_logits, d_target, d_weights, d_normalizer, *_) = (
+            in_dims[:directions],
+            in_dims[directions:],
+        )
         fold = _Folding(info.batch_size, logits, d_logits, _rank(weights, d_weights) == 2)
         result = op(
             *(fold.logits(v, d) for v, d in zip(along, d_along, strict=True)),
@@ -124,5 +130,9 @@ def _derivative_rule(op: Any, directions: int) -> Any:
 
 for _name in ("cross_entropy", "cross_entropy_with_gradient"):
     torch.library.register_vmap(f"dynloss::{_name}", _forward_rule(getattr(_ops, _name)))
-for _name, _directions in (("cross_entropy_gradient", 0), ("cross_entropy_hessian", 1), ("cross_entropy_third", 2)):
+for _name, _directions in (
+    ("cross_entropy_gradient", 0),
+    ("cross_entropy_hessian", 1),
+    ("cross_entropy_third", 2),
+):
     torch.library.register_vmap(f"dynloss::{_name}", _derivative_rule(getattr(_ops, _name), _directions))

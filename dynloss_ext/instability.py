@@ -63,14 +63,14 @@ def detect_instabilities(
 ) -> list[Instability]:
     """Find the unstable windows of a run.
 
-    A window is a maximal run of jumps, with gaps of up to `max_gap` steps between two of them. A value that is not
-    finite counts as a jump.
+    A window is a maximal run of jumps, with gaps of up to `max_gap` steps between two of them. A value that
+    is not finite counts as a jump.
 
-    * ``rule="loss"``: a jump is \\|F(t) - F(t-1)\\| > `loss_jump`. A fast, smooth descent at the start of training
-      satisfies it too; `detect_periods` tells it (period 1) from an oscillation.
-    * ``rule="lambda"``: a jump is \\|λ(t) - λ(t-1)\\| > `lambda_jump` between neighbouring records of the largest
-      eigenvalue. The paper marks the times where the difference equals 0.1; every harmless rise of λ within a cycle
-      counts as well, and the result depends on how often λ was recorded.
+    * ``rule="loss"``: a jump is \\|F(t) - F(t-1)\\| > `loss_jump`. A fast, smooth descent at the start of
+      training satisfies it too; `detect_periods` tells it (period 1) from an oscillation.
+    * ``rule="lambda"``: a jump is \\|λ(t) - λ(t-1)\\| > `lambda_jump` between neighbouring records of the
+      largest eigenvalue. The paper marks the times where the difference equals 0.1; every harmless rise of λ
+      within a cycle counts as well, and the result depends on how often λ was recorded.
 
     Args:
         step: (S,) strictly increasing steps of `loss`.
@@ -84,11 +84,12 @@ def detect_instabilities(
         min_samples: jumps that a window must contain; by default 10 for "loss" and 1 for "lambda".
 
     Returns:
-        The windows in order of time. The eigenvalue at a step is the first one recorded there or later (the last
-        one recorded, after that).
+        The windows in order of time. The eigenvalue at a step is the first one recorded there or later (the
+        last one recorded, after that).
 
     Raises:
-        ValueError: shapes that differ, steps that do not increase, an unknown rule, a bound that is not positive.
+        ValueError: shapes that differ, steps that do not increase, an unknown rule, a bound that is not
+        positive.
     """
     step, loss = _series("step", step, "loss", loss)
     lambda_step, lambda_max = _series("lambda_step", lambda_step, "lambda_max", lambda_max)
@@ -103,9 +104,7 @@ def detect_instabilities(
     else:
         windows = _windows(lambda_step, lambda_max, lambda_jump, max_gap, min_samples)
     return [
-        Instability(
-            start, stop, _value_at(start, lambda_step, lambda_max), _value_at(stop, lambda_step, lambda_max)
-        )
+        Instability(start, stop, _value_at(start, lambda_step, lambda_max), _value_at(stop, lambda_step, lambda_max))
         for start, stop in windows
     ]
 
@@ -135,11 +134,11 @@ def detect_periods(
 
     The window is cut into segments of `segment` steps and each is classified by itself:
 
-    * Smooth (period 1): the fourth differences are below the second differences in root mean square, as for every
-      oscillation slower than six steps, or the amplitude rms(Δ⁴F)/16 is below `min_amplitude`. (Differences of
-      that order do not see the trend of F; for F = a(-1)^t the amplitude is a.)
-    * Period p: the smallest p <= `max_period` with rms(F(t+p) - 2F(t) + F(t-p)) <= `tolerance` · rms(Δ²F). The left
-      side vanishes for every p-periodic signal whose amplitude and mean drift linearly.
+    * Smooth (period 1): the fourth differences are below the second differences in root mean square, as for
+      every oscillation slower than six steps, or the amplitude rms(Δ⁴F)/16 is below `min_amplitude`.
+      (Differences of that order do not see the trend of F; for F = a(-1)^t the amplitude is a.)
+    * Period p: the smallest p <= `max_period` with rms(F(t+p) - 2F(t) + F(t-p)) <= `tolerance` · rms(Δ²F).
+      The left side vanishes for every p-periodic signal whose amplitude and mean drift linearly.
     * Otherwise chaotic (None).
 
     Neighbouring segments of one period are joined.
@@ -194,22 +193,19 @@ def stability_limit(optimizer: torch.optim.Optimizer) -> float:
     * heavy ball: 2(1 + β) / (η(1 - τ)) - w,
     * Nesterov: 2(1 + β) / (η(1 + 2β)) - w
 
-    (O'Donoghue and Candès 2015, arXiv:1204.3982; Cohen et al. 2021, arXiv:2103.00065, eq. 1). A learning rate
-    of 0 gives infinity. Like torch, dampening is ignored without momentum.
+    (Cohen et al. 2021, arXiv:2103.00065, extended by dampening and weight decay). A learning rate of 0 gives
+    infinity. As in torch, dampening is ignored without momentum.
 
     Raises:
-        ValueError: an optimizer other than SGD, `maximize=True`, or parameter groups that differ in these settings.
+        ValueError: an optimizer other than SGD, `maximize=True`, or parameter groups that differ in these
+        settings.
     """
     if type(optimizer) is not torch.optim.SGD:
-        raise ValueError(
-            f"optimizer: got {type(optimizer).__name__}, expected torch.optim.SGD (no such limit is known for others)"
-        )
+        raise ValueError(f"optimizer: got {type(optimizer).__name__}, expected SGD (no limit is known for others)")
     names = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
     settings = {tuple(float(group[name]) for name in names) for group in optimizer.param_groups}
     if len(settings) != 1:
-        raise ValueError(
-            f"optimizer: its parameter groups differ in {', '.join(names)}, expected equal settings"
-        )
+        raise ValueError(f"optimizer: its parameter groups differ in {', '.join(names)}, expected equal settings")
     lr, momentum, dampening, weight_decay, nesterov, maximize = settings.pop()
     if maximize:
         raise ValueError("optimizer: got maximize=True, expected an optimizer that minimises")

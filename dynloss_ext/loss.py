@@ -17,6 +17,15 @@ _NORMALIZATIONS = {"samples": False, "weights": True}
 _ops = torch.ops.dynloss
 
 
+def _check_options(oscillation: Oscillation, reduction: str, normalization: str) -> None:
+    if not isinstance(oscillation, Oscillation):
+        raise TypeError(f"oscillation: expected an Oscillation, got {type(oscillation).__name__}")
+    if reduction not in _REDUCTIONS:
+        raise ValueError(f"reduction: expected 'none', 'mean' or 'sum', got {reduction!r}")
+    if normalization not in _NORMALIZATIONS:
+        raise ValueError(f"normalization: expected 'samples' or 'weights', got {normalization!r}")
+
+
 def _arguments(
     logits: Tensor,
     target: Tensor,
@@ -28,20 +37,12 @@ def _arguments(
     label_smoothing: float,
 ) -> tuple[Any, ...]:
     """The arguments of the forward ops; what is not a tensor is checked here, tensors in csrc/arguments.cpp."""
-    if not isinstance(oscillation, Oscillation):
-        raise TypeError(f"oscillation: expected an Oscillation, got {type(oscillation).__name__}")
+    _check_options(oscillation, reduction, normalization)
     if not isinstance(logits, Tensor):
         raise TypeError(f"logits: expected a tensor, got {type(logits).__name__}")
     if not isinstance(target, Tensor):
         raise TypeError(f"target: expected a tensor, got {type(target).__name__}")
-    if reduction not in _REDUCTIONS:
-        raise ValueError(f"reduction: expected 'none', 'mean' or 'sum', got {reduction!r}")
-    if normalization not in _NORMALIZATIONS:
-        raise ValueError(f"normalization: expected 'samples' or 'weights', got {normalization!r}")
-    if oscillation.ensemble_size is None:
-        class_dim = 0 if logits.dim() == 1 else 1
-    else:
-        class_dim = 2
+    class_dim = 2 if oscillation.ensemble_size is not None else min(1, logits.dim() - 1)
     if logits.dim() > class_dim and logits.shape[class_dim] != oscillation.num_classes:
         raise ValueError(
             f"logits: expected {oscillation.num_classes} classes, those of the oscillation, in dimension {class_dim}, "
@@ -118,9 +119,7 @@ def dynamic_cross_entropy(
         ValueError, TypeError: an argument is not as described; the message names it.
         IndexError: on CPU, a target outside [0, C). On CUDA its loss and gradient are NaN instead.
     """
-    arguments = _arguments(
-        logits, target, oscillation, step, reduction, normalization, ignore_index, label_smoothing
-    )
+    arguments = _arguments(logits, target, oscillation, step, reduction, normalization, ignore_index, label_smoothing)
     loss: Tensor = _ops.cross_entropy(*arguments)[0]
     return loss
 
@@ -147,9 +146,7 @@ def loss_and_gradient(
         As :func:`dynamic_cross_entropy`; RuntimeError where a ``torch.func`` transform or forward mode would
         differentiate through it.
     """
-    arguments = _arguments(
-        logits, target, oscillation, step, reduction, normalization, ignore_index, label_smoothing
-    )
+    arguments = _arguments(logits, target, oscillation, step, reduction, normalization, ignore_index, label_smoothing)
     loss, gradient, _, normalizer = _ops.cross_entropy_with_gradient(*arguments)
     if gradient.is_cuda:
         _ops.rescale_(gradient, torch.ones(normalizer.shape[:-1], device=gradient.device), normalizer)
@@ -187,16 +184,7 @@ class DynamicCrossEntropyLoss(nn.Module):
         label_smoothing: float = 0.0,
     ) -> None:
         super().__init__()
-        _arguments(
-            torch.empty(0, oscillation.num_classes) if isinstance(oscillation, Oscillation) else torch.empty(0),
-            torch.empty(0, dtype=torch.int64),
-            oscillation,
-            0,
-            reduction,
-            normalization,
-            ignore_index,
-            label_smoothing,
-        ) if getattr(oscillation, "ensemble_size", None) is None else None
+        _check_options(oscillation, reduction, normalization)
         self.oscillation = oscillation
         self.reduction = reduction
         self.normalization = normalization

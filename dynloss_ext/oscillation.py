@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Union
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from dynloss_ext import _C  # noqa: F401  (registers the ops)
+from dynloss_ext import _extension as _extension  # registers the ops
 
 __all__ = ["Oscillation"]
 
 #: One number for all members of an ensemble, or one each.
-Parameter = Union[float, Tensor]
+Parameter: TypeAlias = "float | Tensor"
 
 _WAVEFORMS = {"triangle": 0, "sine": 1, "square": 2}
 
@@ -23,7 +23,9 @@ def _parameter(name: str, value: Any, minimum: float, exclusive: bool) -> Tensor
     """``value`` as a finite float64 tensor () or (E,), with the lower bound checked."""
     if isinstance(value, Tensor):
         if value.requires_grad:
-            raise ValueError(f"{name}: expected a constant, got a tensor that requires grad; Γ is not differentiable in it")
+            raise ValueError(
+                f"{name}: expected a constant, got a tensor that requires grad; Γ is not differentiable in it"
+            )
         if value.dim() > 1 or value.numel() == 0 or value.is_complex() or value.dtype == torch.bool:
             raise ValueError(
                 f"{name}: expected a number or a non-empty 1-D tensor of real numbers, one per member of an ensemble, "
@@ -127,7 +129,14 @@ class Oscillation:
         self = cls.__new__(cls)
         self._set_num_classes(table.shape[-1])
         members = torch.ones(table.shape[0] if table.dim() == 3 else (), dtype=torch.float64)
-        self._set_clock(members, torch.tensor(float(table.shape[-2]), dtype=torch.float64), 0, False, start_step, stop_step)
+        self._set_clock(
+            members,
+            torch.tensor(float(table.shape[-2]), dtype=torch.float64),
+            0,
+            False,
+            start_step,
+            stop_step,
+        )
         self._waveform = "table"
         self._closed = False
         self._class_order = None
@@ -170,18 +179,25 @@ class Oscillation:
         self._num_classes = num_classes
 
     def _set_clock(
-        self, amplitude: Tensor, period: Tensor, waveform: int, closed: bool, start_step: int, stop_step: int | None
+        self,
+        amplitude: Tensor,
+        period: Tensor,
+        waveform: int,
+        closed: bool,
+        start_step: int,
+        stop_step: int | None,
     ) -> None:
         start = _step_bound("start_step", start_step)
         stop = math.inf if stop_step is None else _step_bound("stop_step", stop_step)
         if stop < start:
             raise ValueError(f"stop_step: expected a step >= start_step = {start}, got {stop_step}")
         try:
-            amplitude, period = torch.broadcast_tensors(amplitude, period)
+            shape = torch.Size(torch.broadcast_shapes(amplitude.shape, period.shape))  # type: ignore[no-untyped-call]
         except RuntimeError:
             raise ValueError(
                 f"period: expected one per amplitude, got {tuple(period.shape)} for {tuple(amplitude.shape)}"
             ) from None
+        amplitude, period = amplitude.expand(shape), period.expand(shape)
         turn = period + 1 if closed else period
         rest = torch.tensor([start, stop, waveform], dtype=torch.float64).expand(*amplitude.shape, 3)
         self._start_step, self._stop_step = start, stop_step
@@ -206,8 +222,9 @@ class Oscillation:
         """Clock, class order and table on ``device``, as the ops take them."""
         placed = self._placed.get(device)
         if placed is None:
-            placed = tuple(None if x is None else x.to(device) for x in (self._clock, self._class_order, self._table))
-            self._placed[device] = placed
+            order = None if self._class_order is None else self._class_order.to(device)
+            table = None if self._table is None else self._table.to(device)
+            placed = self._placed[device] = (self._clock.to(device), order, table)
         return placed
 
     # ---- description
@@ -263,7 +280,9 @@ class Oscillation:
         if self._waveform in ("table", "function"):
             return f"Oscillation.from_{self._waveform}(num_classes={self._num_classes})"
         size = "" if self.ensemble_size is None else f", ensemble_size={self.ensemble_size}"
-        amplitude, period = (x.tolist() if x.dim() == 0 or len(x) <= 4 else "..." for x in (self.amplitude, self.period))
+        amplitude, period = (
+            x.tolist() if x.dim() == 0 or len(x) <= 4 else "..." for x in (self.amplitude, self.period)
+        )
         return (
             f"Oscillation(num_classes={self._num_classes}, amplitude={amplitude}, period={period}, "
             f"waveform={self._waveform!r}, closed={self._closed}, start_step={self._start_step}, "
@@ -297,8 +316,10 @@ class Oscillation:
             raise ValueError(f"step: expected an int64 tensor (S,), got {step.dtype} of shape {tuple(step.shape)}")
         steps = step.cpu() if isinstance(step, Tensor) else torch.tensor([step])
         if self._function is not None:
-            weights = torch.stack([self.evaluate_function(int(s)) for s in steps]) if len(steps) else torch.empty(
-                0, self._num_classes, dtype=torch.float64
+            weights = (
+                torch.stack([self.evaluate_function(int(s)) for s in steps])
+                if len(steps)
+                else torch.empty(0, self._num_classes, dtype=torch.float64)
             )
         else:
             weights = torch.ops.dynloss.oscillation_weights(

@@ -1,7 +1,7 @@
 """Figures from recorded arrays. Nothing here computes: detect and measure first, then draw.
 
-Every function returns a `matplotlib.figure.Figure` made without pyplot, so no window opens, no backend is chosen
-and nothing has to be closed.
+Every function returns a `matplotlib.figure.Figure` made without pyplot, so no window opens, no backend is
+chosen and nothing has to be closed.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ def trajectory(
         eig_step: (M,) steps of the eigenvalues.
         eigenvalues: (M, k) largest Hessian eigenvalues, descending.
         loss: (S,) plain cross-entropy, drawn behind F.
-        instabilities: windows to mark: their start green, their stop red, their mean curvature as a dashed line.
+        instabilities: windows to mark: their start green, their stop red, their mean curvature as a dashed
+            line.
         limit: the optimizer's stability limit, one number or (S,) where the learning rate changes.
         ntk: (M,) largest eigenvalue of the neural tangent kernel, for one more panel.
         zoom: (first, last) step of a second column.
@@ -90,9 +91,7 @@ def trajectory(
         limit = _array("limit", limit, 1, len(step))
     eigenvalues = _array("eigenvalues", eigenvalues, 2, len(eig_step)) if len(eig_step) else np.empty((0, 0))
     ntk = _array("ntk", ntk, 1, len(eig_step)) if ntk is not None else None
-    names = (
-        list(class_names) if class_names is not None else [str(i) for i in range(rows["weights"].shape[1])]
-    )
+    names = list(class_names) if class_names is not None else [str(i) for i in range(rows["weights"].shape[1])]
     if len(names) != rows["weights"].shape[1]:
         raise ValueError(f"class_names: got {len(names)}, expected {rows['weights'].shape[1]}")
 
@@ -101,9 +100,7 @@ def trajectory(
     if zoom is not None:
         spans.append((float(zoom[0]), float(zoom[1])))
     with matplotlib.rc_context(STYLE):
-        figure = Figure(
-            figsize=(5.2 * len(spans) if zoom else 7.2, 1.55 * panels + 0.6), layout="constrained"
-        )
+        figure = Figure(figsize=(5.2 * len(spans) if zoom else 7.2, 1.55 * panels + 0.6), layout="constrained")
         axes = figure.subplots(panels, len(spans), squeeze=False, sharex="col")
         for column, (first, last) in enumerate(spans):
             inside = (step >= first) & (step <= last)
@@ -151,7 +148,8 @@ def phase_diagram(
         values: (m, n) quantity, row per amplitude; NaN where there is no run, drawn hatched.
         spread: (m, n) standard deviation over seeds, written below the value.
         label: the quantity's name.
-        baseline: its value without oscillations (A = 1), marked on the colour bar; colours then diverge from it.
+        baseline: its value without oscillations (A = 1), marked on the colour bar; colours then diverge from
+            it.
         title: a line above the map.
 
     Raises:
@@ -173,9 +171,7 @@ def phase_diagram(
         axis.set_facecolor("#dddddd")
         axis.patch.set_hatch("///")
         axis.patch.set_edgecolor("#aaaaaa")
-        image = axis.imshow(
-            values, origin="lower", aspect="auto", norm=norm, cmap=colours, interpolation="nearest"
-        )
+        image = axis.imshow(values, origin="lower", aspect="auto", norm=norm, cmap=colours, interpolation="nearest")
         if values.size <= 200:
             _write_cells(axis, values, spread, norm, matplotlib.colormaps[colours])
         axis.set_xticks(range(len(periods)), [f"{value:g}" for value in periods])
@@ -188,9 +184,7 @@ def phase_diagram(
         bar.outline.set_visible(False)
         if baseline is not None:
             bar.ax.axhline(baseline, color="black", lw=1.2)
-            bar.ax.text(
-                -0.25, baseline, "$A=1$ ", ha="right", va="center", transform=bar.ax.get_yaxis_transform()
-            )
+            bar.ax.text(-0.25, baseline, "$A=1$ ", ha="right", va="center", transform=bar.ax.get_yaxis_transform())
         if title:
             axis.set_title(title)
     return figure
@@ -273,8 +267,8 @@ def _fits(grid: Any, curves: Array) -> bool:
 def _step_panels(axes: Array, step: Array, rows: dict[str, Array], names: list[str], *, fine: bool) -> None:
     """The four panels of per-step quantities.
 
-    The whole run spans decades of loss: logarithmic there, and F alone on a linear scale with a dot per step in
-    the zoom (`fine`), where the branches of a period show.
+    The whole run spans decades of loss: logarithmic there, and F alone on a linear scale with a dot per step
+    in the zoom (`fine`), where the branches of a period show.
     """
     style: dict[str, Any] = {"rasterized": True, "lw": 0.5}
     if fine:
@@ -299,17 +293,13 @@ def _step_panels(axes: Array, step: Array, rows: dict[str, Array], names: list[s
             _legend_above(axes[0], title_left="class")
 
 
-def _eigenvalue_panel(
-    axis: Axes, step: Array, values: Array, instabilities: Sequence[Instability], limit: Any
-) -> None:
+def _eigenvalue_panel(axis: Axes, step: Array, values: Array, instabilities: Sequence[Instability], limit: Any) -> None:
     for index in range(values.shape[1]):  # the largest on top
         style: dict[str, Any] = {"color": _colour(EIGENVALUE_COLOURS, index), "zorder": 2.5 - 0.01 * index}
         axis.plot(step, values[:, index], lw=0.9, label=f"$\\lambda_{index + 1}$", **style)
     threshold = instability_threshold(instabilities)
     if math.isfinite(threshold):
-        axis.axhline(
-            threshold, color="#555555", lw=1.0, ls="--", label=f"threshold {threshold:.2f}", zorder=3
-        )
+        axis.axhline(threshold, color="#555555", lw=1.0, ls="--", label=f"threshold {threshold:.2f}", zorder=3)
     style = {"color": STOP_COLOUR, "lw": 1.2, "ls": ":", "zorder": 3}
     if isinstance(limit, tuple):
         axis.plot(*limit, label="stability limit", **style)

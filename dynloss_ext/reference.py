@@ -1,12 +1,13 @@
 """Pure-torch twins of every op: the definition to read, and the oracle of the tests.
 
-Nothing here calls the compiled code but to read an oscillation's description. The functions run in the dtype of their
-arguments; pass float64 for a reference.
+Nothing here calls the compiled code. The functions run in the dtype of their arguments: pass float64 for a reference.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,9 @@ from torch import Tensor
 from dynloss_ext.oscillation import Oscillation
 
 __all__ = ["cross_entropy", "gradient", "hvp", "third", "weights"]
+
+
+# ---- Γ(step)
 
 
 def _raw_weight(waveform: str, amplitude: float, period: float, t: float) -> float:
@@ -29,80 +33,120 @@ def _raw_weight(waveform: str, amplitude: float, period: float, t: float) -> flo
 
 def weights(oscillation: Oscillation, step: int, member: int | None = None) -> Tensor:
     """Γ(step) of one oscillation, or of one member of an ensemble: (C,) float64."""
+
+    def of_member(values: Any) -> Any:
+        return values if member is None else values[member]
+
     config = oscillation.config()
     classes = config["num_classes"]
-    pick = (lambda x: x) if member is None else (lambda x: x[member])
     stop = math.inf if config["stop_step"] is None else config["stop_step"]
-    ones = torch.ones(classes, dtype=torch.float64)
+    g: Tensor = torch.ones(classes, dtype=torch.float64)
     if oscillation.waveform == "function":
         return oscillation.evaluate_function(step)
     if not config["start_step"] <= step < stop:
-        return ones
+        return g
     elapsed = step - config["start_step"]
     if config["table"] is not None:
-        table = torch.tensor(pick(config["table"]), dtype=torch.float64)
-        return table[elapsed % len(table)]
-    amplitude, period = pick(config["amplitude"]), pick(config["period"])
+        table = of_member(config["table"])
+        return torch.tensor(table[elapsed % len(table)], dtype=torch.float64)
+    amplitude, period = of_member(config["amplitude"]), of_member(config["period"])
     turns, t = divmod(elapsed, period + 1 if config["closed"] else period)
     active = int(turns) % classes
     if config["class_order"] is not None:
         active = config["class_order"][active]
-    g = ones.clone()
     g[active] = _raw_weight(config["waveform"], amplitude, period, t)
-    return classes * g / g.sum()
+    gamma: Tensor = classes * g / g.sum()
+    return gamma
 
 
-def _rows(x: Tensor) -> Tensor:
-    """Logits-like (C,), (N, C) or (N, C, d1, ...) with the classes moved last."""
+# ---- one problem: logits (C,), (N, C) or (N, C, d1, ...) and gamma (C,)
+
+
+def _classes_last(x: Tensor) -> Tensor:
     return x.movedim(0 if x.dim() == 1 else 1, -1)
 
 
-def _back(x: Tensor) -> Tensor:
-    return x.movedim(-1, 0 if x.dim() == 1 else 1)
+class _Problem:
+    """q_c = Γ_c ((1-ε) [c = y] + ε/C) per row, zero in ignored rows, and what the loss is divided by."""
+
+    def __init__(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        gamma: Tensor,
+        *,
+        reduction: str,
+        normalization: str,
+        ignore_index: int,
+        label_smoothing: float,
+    ) -> None:
+        gamma = gamma.to(logits)
+        self.z = _classes_last(logits)
+        self.counted = target != ignore_index
+        label = torch.where(self.counted, target, 0).long()
+        one_hot = (label.unsqueeze(-1) == torch.arange(len(gamma), device=target.device)).to(logits)
+        soft = (1 - label_smoothing) * one_hot + label_smoothing / len(gamma)
+        self.q = gamma * soft * self.counted.unsqueeze(-1)
+        self.normalizer: Tensor | float = 1.0
+        if reduction == "mean":
+            self.normalizer = (
+                (gamma[label] if normalization == "weights" else torch.ones_like(self.z[..., 0]))
+                .mul(self.counted)
+                .sum()
+            )
+        self.reduce = reduction != "none"
+
+    def loss(self) -> Tensor:
+        log_p = torch.log_softmax(self.z, -1)
+        # A class without weight and an ignored row contribute nothing, not even 0 · inf.
+        rows = torch.where(self.q != 0, -self.q * log_p, 0.0).sum(-1)
+        unweighted_nan = self.counted & log_p.isnan().any(-1)
+        rows = torch.where(unweighted_nan, math.nan, rows)
+        return rows.sum() / self.normalizer if self.reduce else rows
+
+    def derivative(self, *directions: Tensor) -> Tensor:
+        """The gradient, or the Hessian or third derivative contracted with one or two directions."""
+        p = torch.softmax(self.z, -1)
+        total = self.q.sum(-1, keepdim=True)
+
+        def mean(x: Tensor) -> Tensor:
+            weighted: Tensor = p * x
+            return weighted.sum(-1, keepdim=True)
+
+        if len(directions) == 0:
+            rows = total * p - self.q
+        elif len(directions) == 1:
+            v = _classes_last(directions[0])
+            rows = total * p * (v - mean(v))
+        else:
+            u, v = (_classes_last(x) for x in directions)
+            rows = total * p * (u * v - mean(u * v) - mean(v) * (u - mean(u)) - mean(u) * (v - mean(v)))
+        rows = torch.where(self.counted.unsqueeze(-1), rows / self.normalizer, 0.0)
+        return rows.movedim(-1, 0 if rows.dim() == 1 else 1)
 
 
-def _soft_targets(
-    logits: Tensor, target: Tensor, gamma: Tensor, ignore_index: int, label_smoothing: float
-) -> tuple[Tensor, Tensor]:
-    """q_c = Γ_c ((1-ε) [c = y] + ε/C) per row, zero for ignored rows, and which rows count."""
-    classes = gamma.shape[0]
-    counted = target != ignore_index
-    label = torch.where(counted, target, 0).long()
-    q = torch.nn.functional.one_hot(label, classes).to(logits.dtype) * (1 - label_smoothing) + label_smoothing / classes
-    return q * gamma.to(logits) * counted.unsqueeze(-1), counted
-
-
-def _normalizer(target: Tensor, gamma: Tensor, counted: Tensor, reduction: str, normalization: str) -> Tensor:
-    if reduction != "mean":
-        return torch.ones((), dtype=torch.float64, device=target.device)
-    if normalization == "samples":
-        return counted.sum().double()
-    return gamma.to(target.device)[torch.where(counted, target, 0).long()].mul(counted).sum()
-
-
-def _per_member(function, logits, target, oscillation, step, *directions, **options):  # type: ignore[no-untyped-def]
-    """Applies a single-problem function to each member of an ensemble."""
-    members = oscillation.ensemble_size
-    steps = step.tolist() if isinstance(step, Tensor) else step
-    if members is None:
-        return function(logits, target, weights(oscillation, int(steps)), *directions, **options)
+def _per_member(
+    function: Callable[[_Problem, tuple[Tensor, ...]], Tensor],
+    logits: Tensor,
+    target: Tensor,
+    oscillation: Oscillation,
+    step: int | Tensor,
+    directions: tuple[Tensor, ...],
+    options: dict[str, Any],
+) -> Tensor:
+    """Applies `function` to the one problem, or to each member of an ensemble."""
+    steps: Any = step.tolist() if isinstance(step, Tensor) else step
+    if oscillation.ensemble_size is None:
+        return function(_Problem(logits, target, weights(oscillation, steps), **options), directions)
     results = []
-    for e in range(members):
+    for e in range(oscillation.ensemble_size):
         gamma = weights(oscillation, steps[e] if isinstance(steps, list) else steps, e)
-        own = target[e] if target.dim() == 2 else target
-        results.append(function(logits[e], own, gamma, *(d[e] for d in directions), **options))
+        problem = _Problem(logits[e], target[e] if target.dim() == 2 else target, gamma, **options)
+        results.append(function(problem, tuple(x[e] for x in directions)))
     return torch.stack(results)
 
 
-def _loss(logits, target, gamma, *, reduction, normalization, ignore_index, label_smoothing):  # type: ignore[no-untyped-def]
-    q, counted = _soft_targets(logits, target, gamma, ignore_index, label_smoothing)
-    log_p = torch.log_softmax(_rows(logits), -1)
-    # An ignored row contributes nothing even where it holds NaN; 0 · inf is not 0.
-    terms = torch.where(counted.unsqueeze(-1) & (q != 0), -q * log_p, 0.0 * torch.where(q != 0, log_p, 0.0))
-    loss = torch.where(counted, terms.sum(-1), 0.0)
-    if reduction == "none":
-        return loss
-    return loss.sum() / _normalizer(target, gamma, counted, reduction, normalization).to(loss)
+# ---- the ops
 
 
 def cross_entropy(
@@ -116,61 +160,53 @@ def cross_entropy(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """Σ_c q_c (lse - z_c) per row, q_c = Γ_c ((1-ε) [c = y] + ε/C), then reduced; differentiable by autograd."""
-    result: Tensor = _per_member(
-        _loss, logits, target, oscillation, step, reduction=reduction, normalization=normalization,
-        ignore_index=ignore_index, label_smoothing=label_smoothing,
-    )  # fmt: skip
-    return result
+    """Σ_c q_c (lse - z_c) per row, reduced. Twin of :func:`dynloss_ext.dynamic_cross_entropy`; autograd works."""
+    options = {
+        "reduction": reduction,
+        "normalization": normalization,
+        "ignore_index": ignore_index,
+        "label_smoothing": label_smoothing,
+    }
+    return _per_member(lambda problem, _: problem.loss(), logits, target, oscillation, step, (), options)
 
 
-def _derivative(logits, target, gamma, *directions, reduction, normalization, ignore_index, label_smoothing):  # type: ignore[no-untyped-def]
-    q, counted = _soft_targets(logits, target, gamma, ignore_index, label_smoothing)
-    total = q.sum(-1, keepdim=True)
-    p = torch.softmax(_rows(logits), -1)
-
-    def mean(x: Tensor) -> Tensor:
-        return (p * x).sum(-1, keepdim=True)
-
-    if len(directions) == 0:
-        rows = total * p - q
-    elif len(directions) == 1:
-        v = _rows(directions[0])
-        rows = total * p * (v - mean(v))
-    else:
-        u, v = _rows(directions[0]), _rows(directions[1])
-        rows = total * p * (u * v - mean(u * v) - mean(v) * (u - mean(u)) - mean(u) * (v - mean(v)))
-    rows = torch.where(counted.unsqueeze(-1), rows, 0.0)
-    return _back(rows / _normalizer(target, gamma, counted, reduction, normalization).to(rows))
-
-
-def gradient(logits: Tensor, target: Tensor, oscillation: Oscillation, step: int | Tensor, *, reduction: str = "mean",
-             normalization: str = "samples", ignore_index: int = -100, label_smoothing: float = 0.0) -> Tensor:  # fmt: skip
-    """Gradient of the (summed) loss in the logits: Q p - q per row, over the normalizer."""
-    result: Tensor = _per_member(
-        _derivative, logits, target, oscillation, step, reduction=reduction, normalization=normalization,
-        ignore_index=ignore_index, label_smoothing=label_smoothing,
-    )  # fmt: skip
-    return result
+def _derivative(
+    logits: Tensor,
+    target: Tensor,
+    oscillation: Oscillation,
+    step: int | Tensor,
+    directions: tuple[Tensor, ...],
+    options: dict[str, Any],
+) -> Tensor:
+    defaults = {"reduction": "mean", "normalization": "samples", "ignore_index": -100, "label_smoothing": 0.0}
+    unknown = options.keys() - defaults.keys()
+    if unknown:
+        raise TypeError(f"unexpected keywords {sorted(unknown)}, expected {sorted(defaults)}")
+    return _per_member(
+        lambda problem, along: problem.derivative(*along),
+        logits,
+        target,
+        oscillation,
+        step,
+        directions,
+        {**defaults, **options},
+    )
 
 
-def hvp(logits: Tensor, target: Tensor, oscillation: Oscillation, step: int | Tensor, v: Tensor, *,
-        reduction: str = "mean", normalization: str = "samples", ignore_index: int = -100,
-        label_smoothing: float = 0.0) -> Tensor:  # fmt: skip
-    """Hessian of the (summed) loss in the logits times v: Q (p∘v - p (p·v)) per row, over the normalizer."""
-    result: Tensor = _per_member(
-        _derivative, logits, target, oscillation, step, v, reduction=reduction, normalization=normalization,
-        ignore_index=ignore_index, label_smoothing=label_smoothing,
-    )  # fmt: skip
-    return result
+def gradient(logits: Tensor, target: Tensor, oscillation: Oscillation, step: int | Tensor, **options: Any) -> Tensor:
+    """Gradient of the (summed) loss in the logits, Q p - q per row; keywords as for :func:`cross_entropy`."""
+    return _derivative(logits, target, oscillation, step, (), options)
 
 
-def third(logits: Tensor, target: Tensor, oscillation: Oscillation, step: int | Tensor, u: Tensor, v: Tensor, *,
-          reduction: str = "mean", normalization: str = "samples", ignore_index: int = -100,
-          label_smoothing: float = 0.0) -> Tensor:  # fmt: skip
-    """Third derivative of the (summed) loss in the logits, applied to u and v."""
-    result: Tensor = _per_member(
-        _derivative, logits, target, oscillation, step, u, v, reduction=reduction, normalization=normalization,
-        ignore_index=ignore_index, label_smoothing=label_smoothing,
-    )  # fmt: skip
-    return result
+def hvp(
+    logits: Tensor, target: Tensor, oscillation: Oscillation, step: int | Tensor, v: Tensor, **options: Any
+) -> Tensor:
+    """Hessian of the (summed) loss in the logits times v, Q (p∘v - p (p·v)) per row."""
+    return _derivative(logits, target, oscillation, step, (v,), options)
+
+
+def third(
+    logits: Tensor, target: Tensor, oscillation: Oscillation, step: int | Tensor, u: Tensor, v: Tensor, **options: Any
+) -> Tensor:
+    """Third derivative of the (summed) loss in the logits, contracted with u and v."""
+    return _derivative(logits, target, oscillation, step, (u, v), options)

@@ -18,14 +18,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from common.analysis import analyse, comparison, figure
-from common.cli import BaseConfig, open_run, option, parse_config, resolve_device
-from common.recording import GracefulStop, RunFolder, Table
-from common.spiral import INITIALISATIONS, SpiralMLP, load_initial_values, spiral_data
 from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from common.analysis import analyse, comparison, figure
+from common.cli import BaseConfig, open_run, option, parse_config, resolve_device
+from common.recording import GracefulStop, RunFolder, Table
+from common.spiral import INITIALISATIONS, SpiralMLP, load_initial_values, spiral_data
 from dynloss_ext import (
     EigenTracker,
     HessianOperator,
@@ -63,9 +63,7 @@ class SpiralConfig(BaseConfig):
     num_eigenvalues: int = option(3, "largest Hessian eigenvalues to track")
     tol: float = option(1e-3, "their relative residual")
     ntk: bool = option(False, "track the neural tangent kernel's largest eigenvalue too (first 50 points)")
-    density_every: int = option(
-        0, "steps between two spectral densities, a multiple of --eig-every; 0 for none"
-    )
+    density_every: int = option(0, "steps between two spectral densities, a multiple of --eig-every; 0 for none")
     rule: str = option("loss", "what marks an instability", choices=("loss", "lambda"), may_change=True)
     threads: int = option(1, "CPU threads (more do not pay for so small a network)")
     checkpoint_every: int = option(10_000, "steps between two checkpoints", may_change=True)
@@ -91,7 +89,7 @@ class SpiralConfig(BaseConfig):
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected a positive number")
         if self.density_every and (not self.eig_every or self.density_every % self.eig_every):
             raise ValueError(
-                f"density_every: got {self.density_every}, expected a multiple of eig_every ({self.eig_every})"
+                f"density_every: got {self.density_every}, expected a multiple of eig_every {self.eig_every}"
             )
         if self.ntk and not self.eig_every:
             raise ValueError("ntk: it is measured with the eigenvalues, but eig_every is 0")
@@ -111,13 +109,11 @@ class SpiralRun:
         )
         self.params = list(self.model.parameters())
         self.optimizer = torch.optim.SGD(self.params, lr=config.lr, foreach=True)
+        classes = self.params[-1].numel()
         self.oscillation = Oscillation(
-            self.params[-1].numel(),
-            config.amplitude,
-            config.period,
-            closed=config.closed,
-            stop_step=config.stop_step,
+            classes, config.amplitude, config.period, closed=config.closed, stop_step=config.stop_step
         )
+        self.no_oscillation = Oscillation(classes, 1.0, config.period)
         self.tracker = EigenTracker(config.num_eigenvalues, tol=config.tol)
         self.step = 0  # the next forward pass: parameters after `step` updates, weights Γ(step)
         self.seconds = self.eigen_seconds = 0.0
@@ -142,16 +138,18 @@ class SpiralRun:
         self.collect()
 
     def collect(self) -> None:
-        """Move the finished rows into the table; accuracy and plain cross-entropy are computed for all at once."""
+        """Move the finished rows into the table; accuracy and plain loss are computed for all at once."""
         if not self._loss:
             return
         logits = torch.stack(self._logits)  # (rows, N, C)
-        log_sum = logits.logsumexp(-1)
-        chosen = logits.gather(-1, self.target.expand(len(logits), -1).unsqueeze(-1)).squeeze(-1)
+        rows, samples, classes = logits.shape
+        plain = dynamic_cross_entropy(
+            logits.view(-1, classes), self.target.repeat(rows), self.no_oscillation, 0, reduction="none"
+        )
         self.rows.extend(
             weighted_loss=torch.stack(self._loss),
-            loss=(log_sum - chosen).mean(-1),
-            accuracy=(logits.argmax(-1) == self.target).double().mean(-1),
+            loss=plain.view(rows, samples).mean(1),
+            accuracy=(logits.argmax(-1) == self.target).double().mean(1),
         )
         self._loss.clear()
         self._logits.clear()
@@ -314,14 +312,15 @@ def _show_progress(bar: Any, run: SpiralRun) -> None:
 def _report(summary: dict[str, Any], folder: RunFolder) -> str:
     state = "finished" if summary["finished"] else "interrupted; --resume continues it"
     lines = [
-        f"{summary['steps']} steps in {summary['seconds']:.1f} s ({summary['eigen_seconds']:.1f} s of it curvature), {state}",
+        f"{summary['steps']} steps in {summary['seconds']:.1f} s, {state}",
         f"final accuracy {summary['accuracy']:.4f}, F {summary['weighted_loss']:.3g}",
         f"{summary['num_instabilities']} instabilities, {summary['num_oscillating']} of them oscillating",
         comparison(summary["threshold"], summary["stability_limit"]),
     ]
     if summary["eigen_updates"]:
         lines.append(
-            f"{summary['eigen_updates']} eigenvalue updates, {summary['products_per_update']:.2f} products each, "
+            f"{summary['eigen_updates']} eigenvalue updates in {summary['eigen_seconds']:.1f} s of these, "
+            f"{summary['products_per_update']:.2f} products each, "
             f"{summary['unconverged_updates']} not converged"
         )
     return "\n".join([*lines, f"files in {folder.path}"])

@@ -39,16 +39,14 @@ def logistic_map(growth, length=1000, transient=3000):
     return np.array(values[transient:])
 
 
-# ---- windows -------------------------------------------------------------------------------------------------
+# ---- windows ---------------------------------------------------------------------------------------------
 
 
 def test_windows_start_before_the_first_jump_and_stop_after_the_last():
     steps = np.arange(5000)
     lambda_step = np.arange(0, 5000, 25)
     lambda_max = lambda_step / 1000
-    found = detect_instabilities(
-        steps, jumpy_loss(5000, [(1000, 1100), (3000, 3041)]), lambda_step, lambda_max
-    )
+    found = detect_instabilities(steps, jumpy_loss(5000, [(1000, 1100), (3000, 3041)]), lambda_step, lambda_max)
     assert [(w.start, w.stop) for w in found] == [(1000, 1100), (3000, 3041)]
     assert [(w.lambda_start, w.lambda_stop) for w in found] == [(1.0, 1.1), (3.0, 3.05)]
     assert instability_threshold(found) == pytest.approx((1.0 + 1.1 + 3.0 + 3.05) / 4)
@@ -127,7 +125,7 @@ def test_first_instability_of_the_shipped_cut():
     assert [s.period for s in detect_periods(steps, loss, start=4223)] == [2]
 
 
-# ---- periods -------------------------------------------------------------------------------------------------
+# ---- periods ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -178,7 +176,7 @@ def test_a_window_too_short_for_differences_has_no_segment():
     assert detect_periods(np.arange(5), np.zeros(5)) == []
 
 
-# ---- stability limit -----------------------------------------------------------------------------------------
+# ---- stability limit -------------------------------------------------------------------------------------
 
 
 def final_distance(curvature, settings, steps=6000):
@@ -226,7 +224,7 @@ def test_unknown_limits_are_refused():
         stability_limit(torch.optim.SGD([a], lr=0.1, maximize=True))
 
 
-# ---- bad input -----------------------------------------------------------------------------------------------
+# ---- bad input -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

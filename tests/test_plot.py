@@ -54,9 +54,7 @@ def test_trajectory_draws_the_recorded_arrays(run):
     assert len(figure.axes) == 5
     weights, loss, change, accuracy, eigen = figure.axes
     assert len(lines_with_label(weights, "0")) == 1
-    np.testing.assert_array_equal(
-        lines_with_label(loss, "dynamical loss $F$")[0].get_ydata(), run["weighted_loss"]
-    )
+    np.testing.assert_array_equal(lines_with_label(loss, "dynamical loss $F$")[0].get_ydata(), run["weighted_loss"])
     np.testing.assert_array_equal(change.get_lines()[0].get_ydata(), np.diff(run["weighted_loss"]))
     np.testing.assert_array_equal(accuracy.get_lines()[0].get_ydata(), run["accuracy"])
     for index in range(3):

@@ -1,11 +1,12 @@
-// Derivatives of the cross-entropy ops, as kernels at the Autograd key: what torch's generated code does for its own
-// ops, and the one route on which reverse, double, forward mode, torch.func and torch.compile all hold.
+// Derivatives of the cross-entropy ops, as kernels at the Autograd key: what torch's generated code does for
+// its own ops, and the one route on which reverse, double, forward mode, torch.func and torch.compile all
+// hold.
 //
 //   loss  --backward-->  gradient  --backward-->  Hessian·v  --backward-->  third·u·v
 //
-// A plain backward returns the gradient that the forward pass has already computed. Wherever a derivative of that
-// gradient could be asked for (create_graph, torch.func), it is instead recomputed from the saved logits by an op
-// that can be differentiated: a saved buffer would count as a constant, silently.
+// A plain backward returns the gradient that the forward pass has already computed. Wherever a derivative of
+// that gradient could be asked for (create_graph, torch.func), it is instead recomputed from the saved logits
+// by an op that can be differentiated: a saved buffer would count as a constant, silently.
 #include <ATen/TensorOperators.h>
 #include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/core/Tensor.h>
@@ -95,16 +96,16 @@ struct ResolvedNode : public Node {
   Values unpack() { return {logits_.unpack(), target_.unpack(), weights_.unpack(), normalizer_.unpack()}; }
 
   Tensor gradient(const Values& x, const Tensor& grad_output) {
-    return ops::cross_entropy_gradient(grad_output, x.logits, x.target, x.weights, x.normalizer, ignore_index_,
-                                       label_smoothing_);
+    return ops::cross_entropy_gradient(grad_output, x.logits, x.target, x.weights, x.normalizer,
+                                       ignore_index_, label_smoothing_);
   }
   Tensor hessian(const Values& x, const Tensor& v, const Tensor& grad_output) {
-    return ops::cross_entropy_hessian(v, grad_output, x.logits, x.target, x.weights, x.normalizer, ignore_index_,
-                                      label_smoothing_);
+    return ops::cross_entropy_hessian(v, grad_output, x.logits, x.target, x.weights, x.normalizer,
+                                      ignore_index_, label_smoothing_);
   }
   Tensor third(const Values& x, const Tensor& u, const Tensor& v, const Tensor& grad_output) {
-    return ops::cross_entropy_third(u, v, grad_output, x.logits, x.target, x.weights, x.normalizer, ignore_index_,
-                                    label_smoothing_);
+    return ops::cross_entropy_third(u, v, grad_output, x.logits, x.target, x.weights, x.normalizer,
+                                    ignore_index_, label_smoothing_);
   }
 
   void release_variables() override {
@@ -115,11 +116,22 @@ struct ResolvedNode : public Node {
 
 // ---- loss
 
-// grad_output · gradient without in-place writes, for graphs that will be used again or are only being traced.
+// grad_output · gradient without in-place writes, for graphs that will be used again or are only being
+// traced.
 Tensor rescaled(const Tensor& gradient, const Tensor& grad_output, const Tensor& normalizer) {
   Tensor factor = grad_output * (normalizer.select(-1, 1) / normalizer.select(-1, 0));
   if (factor.dim() == 1) factor = factor.unsqueeze(-1).unsqueeze(-1);
   return gradient * factor.to(gradient.scalar_type());
+}
+
+// On the CPU a look tells whether there is anything to do, for less than the call of an op.
+bool needs_no_rescaling(const Tensor& grad_output, const Tensor& normalizer) {
+  if (!grad_output.is_cpu() || grad_output.dim() != 0) return false;
+  const double* divisors = normalizer.const_data_ptr<double>();
+  const bool one = grad_output.scalar_type() == at::kDouble  ? *grad_output.const_data_ptr<double>() == 1.0
+                   : grad_output.scalar_type() == at::kFloat ? *grad_output.const_data_ptr<float>() == 1.0f
+                                                             : false;
+  return one && divisors[0] == divisors[1];
 }
 
 struct CrossEntropyBackward : public ResolvedNode {
@@ -142,7 +154,7 @@ struct CrossEntropyBackward : public ResolvedNode {
       return {rescaled(saved, grad_output, normalizer)};
     // Nobody else will ask for the buffer: hand it over, so that a leaf can keep it as its .grad.
     gradient_.reset_data();
-    ops::rescale_(saved, grad_output, normalizer);
+    if (!needs_no_rescaling(grad_output, normalizer)) ops::rescale_(saved, grad_output, normalizer);
     return {std::move(saved)};
   }
 
@@ -160,7 +172,8 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy(DYNLOSS_FORWARD_PARAMETERS) {
   {
     at::AutoDispatchBelowADInplaceOrView guard;
     if (requires_grad && reduction != reduction_none && !in_transform() && !tangent.defined())
-      std::tie(loss, gradient, weights, normalizer) = ops::cross_entropy_with_gradient(DYNLOSS_FORWARD_ARGUMENTS);
+      std::tie(loss, gradient, weights, normalizer) =
+          ops::cross_entropy_with_gradient(DYNLOSS_FORWARD_ARGUMENTS);
     else
       std::tie(loss, weights, normalizer) = ops::cross_entropy(DYNLOSS_FORWARD_ARGUMENTS);
   }
@@ -173,8 +186,8 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy(DYNLOSS_FORWARD_PARAMETERS) {
     torch::autograd::set_history(loss, node);
   }
   if (tangent.defined()) {
-    const Tensor slope = ops::cross_entropy_gradient(at::ones_like(loss.detach()), primal_of(logits), target, weights, normalizer,
-                                                     ignore_index, label_smoothing);
+    const Tensor slope = ops::cross_entropy_gradient(at::ones_like(loss.detach()), primal_of(logits), target,
+                                                     weights, normalizer, ignore_index, label_smoothing);
     set_tangent(loss, inner_product(slope, tangent, loss, weights));
   }
   return {loss, weights, normalizer};
@@ -184,7 +197,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_with_gradient(DYNLOSS_F
   const bool differentiated =
       tangent_of(logits).defined() || (in_transform() && torch::autograd::compute_requires_grad(logits));
   TORCH_CHECK(!differentiated,
-              "loss_and_gradient: its results are constants to autograd, and cannot be differentiated by a torch.func "
+              "loss_and_gradient: its results are constants to autograd, and cannot be differentiated by a "
+              "torch.func "
               "transform or in forward mode; use dynamic_cross_entropy there");
   at::AutoDispatchBelowADInplaceOrView guard;
   return ops::cross_entropy_with_gradient(DYNLOSS_FORWARD_ARGUMENTS);
@@ -232,11 +246,11 @@ Tensor cross_entropy_gradient(DYNLOSS_RESOLVED_PARAMETERS) {
   }
   Tensor tangent;
   if (const Tensor t = tangent_of(grad_output); t.defined())
-    accumulate(tangent, ops::cross_entropy_gradient(t, primal_of(logits), target, weights, normalizer, ignore_index,
-                                                    label_smoothing));
+    accumulate(tangent, ops::cross_entropy_gradient(t, primal_of(logits), target, weights, normalizer,
+                                                    ignore_index, label_smoothing));
   if (const Tensor t = tangent_of(logits); t.defined())
-    accumulate(tangent, ops::cross_entropy_hessian(t, primal_of(grad_output), primal_of(logits), target, weights,
-                                                   normalizer, ignore_index, label_smoothing));
+    accumulate(tangent, ops::cross_entropy_hessian(t, primal_of(grad_output), primal_of(logits), target,
+                                                   weights, normalizer, ignore_index, label_smoothing));
   if (tangent.defined()) set_tangent(result, tangent);
   return result;
 }
@@ -302,7 +316,8 @@ Tensor cross_entropy_hessian(const Tensor& v, DYNLOSS_RESOLVED_PARAMETERS) {
 // ---- third·u·v, symmetric in u, v and what it is multiplied with
 
 constexpr const char* no_fourth_derivative =
-    "dynamic_cross_entropy: derivatives are implemented up to the third order in the logits; a fourth was asked for";
+    "dynamic_cross_entropy: derivatives are implemented up to the third order in the logits; a fourth was "
+    "asked for";
 
 struct ThirdBackward : public ResolvedNode {
   std::string name() const override { return "DynamicCrossEntropyThirdBackward"; }
@@ -350,11 +365,11 @@ Tensor cross_entropy_third(const Tensor& u, const Tensor& v, DYNLOSS_RESOLVED_PA
   const Tensor u0 = primal_of(u), v0 = primal_of(v), grad0 = primal_of(grad_output);
   Tensor tangent;
   if (const Tensor t = tangent_of(u); t.defined())
-    accumulate(tangent, ops::cross_entropy_third(t, v0, grad0, logits, target, weights, normalizer, ignore_index,
-                                                 label_smoothing));
+    accumulate(tangent, ops::cross_entropy_third(t, v0, grad0, logits, target, weights, normalizer,
+                                                 ignore_index, label_smoothing));
   if (const Tensor t = tangent_of(v); t.defined())
-    accumulate(tangent, ops::cross_entropy_third(u0, t, grad0, logits, target, weights, normalizer, ignore_index,
-                                                 label_smoothing));
+    accumulate(tangent, ops::cross_entropy_third(u0, t, grad0, logits, target, weights, normalizer,
+                                                 ignore_index, label_smoothing));
   if (const Tensor t = tangent_of(grad_output); t.defined())
     accumulate(tangent, ops::cross_entropy_third(u0, v0, t, logits, target, weights, normalizer, ignore_index,
                                                  label_smoothing));

@@ -22,7 +22,8 @@ struct TargetWeights {
   T spread;    // ε / C
   T total;     // Q
 
-  DYNLOSS_HOST_DEVICE TargetWeights(double gamma_label, double gamma_sum, double smoothing, int64_t num_classes)
+  DYNLOSS_HOST_DEVICE TargetWeights(double gamma_label, double gamma_sum, double smoothing,
+                                    int64_t num_classes)
       : on_label(static_cast<T>((1.0 - smoothing) * gamma_label)),
         spread(static_cast<T>(smoothing / static_cast<double>(num_classes))),
         total(static_cast<T>((1.0 - smoothing) * gamma_label +
@@ -37,8 +38,8 @@ struct MaxSum {
 
   DYNLOSS_HOST_DEVICE static MaxSum empty() { return {-static_cast<T>(INFINITY), T(0)}; }
 
-  // A part that is empty or all -inf so far has sum 0 and must not turn into NaN by -inf - -inf. A row that is
-  // -inf as a whole ends with sum 0, and 0/0 makes it NaN as it should be.
+  // A part that is empty or all -inf so far has sum 0 and must not turn into NaN by -inf - -inf. A row that
+  // is -inf as a whole ends with sum 0, and 0/0 makes it NaN as it should be.
   DYNLOSS_HOST_DEVICE MaxSum merge(const MaxSum& other) const {
     const T top = max > other.max ? max : other.max;
     const T scale = max == top ? T(1) : static_cast<T>(exp(max - top));
@@ -48,7 +49,8 @@ struct MaxSum {
 };
 
 // p∘f is what each derivative multiplies by Q; these are f for one class, given the row's inner products.
-// T may be a vector of lanes, whose type must not cross a call between functions for different instruction sets.
+// T may be a vector of lanes, whose type must not cross a call between functions for different instruction
+// sets.
 template <typename T>
 DYNLOSS_HOST_DEVICE DYNLOSS_ALWAYS_INLINE T hessian_factor(T v, T pv) {
   return v - pv;

@@ -1,8 +1,8 @@
 // Γ(step): the class weights of the dynamical loss (Ruiz-Garcia, Zhang, Schoenholz, Liu, ICML 2021).
 //
-// One class is raised at a time. The turn of class i lasts `turn` steps; t steps into it the raw weight of that
-// class is g(t), between 1 and the amplitude A, and the others weigh 1. Γ = C·g / Σg, so ΣΓ = C.
-// Phases are taken in float64: float32 cannot tell neighbouring steps apart beyond 2^24.
+// One class is raised at a time. The turn of class i lasts `turn` steps; t steps into it the raw weight of
+// that class is g(t), between 1 and the amplitude A, and the others weigh 1. Γ = C·g / Σg, so ΣΓ = C. Phases
+// are taken in float64: float32 cannot tell neighbouring steps apart beyond 2^24.
 #pragma once
 
 #include <cmath>

@@ -1,6 +1,6 @@
-// The cross-entropy ops on CPU: targets are checked and counted, Γ(step) is evaluated, and the rows are shared out
-// over threads in chunks that depend on the shape alone, so that the result has the same bits for every number of
-// threads.
+// The cross-entropy ops on CPU: targets are checked and counted, Γ(step) is evaluated, and the rows are
+// shared out over threads in chunks that depend on the shape alone, so that the result has the same bits for
+// every number of threads.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -17,8 +17,8 @@
 
 #include "arguments.h"
 #include "core/oscillation.h"
-#include "cpu/kernel.h"
 #include "cpu/instruction_set.h"
+#include "cpu/kernel.h"
 
 namespace dynloss::cpu {
 
@@ -39,12 +39,12 @@ void check_class_order(const Optional& class_order, int64_t classes) {
   if (!class_order) return;
   const int64_t* order = order_data(class_order);
   for (int64_t i = 0; i < classes; ++i)
-    TORCH_CHECK_INDEX(order[i] >= 0 && order[i] < classes, "class_order: class ", order[i], " at position ", i,
-                      " is out of range for ", classes, " classes");
+    TORCH_CHECK_INDEX(order[i] >= 0 && order[i] < classes, "class_order: class ", order[i], " at position ",
+                      i, " is out of range for ", classes, " classes");
 }
 
-Schedule member_schedule(const at::Tensor& clock, const Optional& class_order, const Optional& table, int64_t member,
-                         int64_t classes) {
+Schedule member_schedule(const at::Tensor& clock, const Optional& class_order, const Optional& table,
+                         int64_t member, int64_t classes) {
   const auto* clocks = reinterpret_cast<const Clock*>(clock.const_data_ptr<double>());
   const int64_t rows = table ? table->size(-2) : 0;
   const double* first = table ? table->const_data_ptr<double>() + member * rows * classes : nullptr;
@@ -58,8 +58,9 @@ void write_weights(const Schedule& schedule, int64_t step, double* out) {
 
 at::Tensor oscillation_weights(const at::Tensor& steps, const at::Tensor& clock, const Optional& class_order,
                                const Optional& table, int64_t classes) {
-  TORCH_CHECK_VALUE(steps.dim() == 1 && steps.scalar_type() == at::kLong, "steps: expected int64 of shape (S,), got ",
-                    steps.scalar_type(), " of shape ", steps.sizes());
+  TORCH_CHECK_VALUE(steps.dim() == 1 && steps.scalar_type() == at::kLong,
+                    "steps: expected int64 of shape (S,), got ", steps.scalar_type(), " of shape ",
+                    steps.sizes());
   check_schedule({clock, std::nullopt, class_order, table}, classes, steps.device());
   check_class_order(class_order, classes);
   const int64_t members = is_ensemble(clock) ? clock.size(0) : 1;
@@ -73,7 +74,8 @@ at::Tensor oscillation_weights(const at::Tensor& steps, const at::Tensor& clock,
   double* out = weights.mutable_data_ptr<double>();
   for (int64_t s = 0; s < steps.size(0); ++s)
     for (int64_t e = 0; e < members; ++e, out += classes)
-      write_weights(member_schedule(clocks, order, tables, e, classes), step_list.const_data_ptr<int64_t>()[s], out);
+      write_weights(member_schedule(clocks, order, tables, e, classes),
+                    step_list.const_data_ptr<int64_t>()[s], out);
   return weights;
 }
 
@@ -87,7 +89,8 @@ struct Layout {
   int64_t classes;
 };
 
-// The stride that walks dimensions [first, last) of x, without the class dimension, as one; none if there is none.
+// The stride that walks dimensions [first, last) of x, without the class dimension, as one; none if there is
+// none.
 std::optional<int64_t> joint_stride(const at::Tensor& x, int64_t first, int64_t class_dim) {
   int64_t stride = 0, expected = 0;
   for (int64_t d = x.dim() - 1; d >= first; --d) {
@@ -137,7 +140,8 @@ Layout layout_of(const at::Tensor& logits, bool ensemble, bool planes) {
   return {planes, blocks, blocks == 0 ? 0 : samples / blocks, classes};
 }
 
-// A fresh tensor of many megabytes spends more time in page faults than in arithmetic; large pages make them rare.
+// A fresh tensor of many megabytes spends more time in page faults than in arithmetic; large pages make them
+// rare.
 void advise_huge_pages(const at::Tensor& fresh) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t page = uintptr_t(1) << 21;
@@ -153,7 +157,8 @@ at::Tensor new_gradient(const at::Tensor& logits) {
   return gradient;
 }
 
-// The operands of one call in a common layout. Those that do not fit are copied; so is the result, back into `out`.
+// The operands of one call in a common layout. Those that do not fit are copied; so is the result, back into
+// `out`.
 class Operands {
  public:
   Operands(const at::Tensor& logits, bool ensemble) : ensemble_(ensemble) {
@@ -174,7 +179,8 @@ class Operands {
 
   Operand output(const at::Tensor& out) {
     if (const auto operand = view(out)) return *operand;
-    result_ = planes_ && out.dim() == 2 ? at::empty_like(out.t().contiguous()).t() : rows_copy(out, ensemble_);
+    result_ =
+        planes_ && out.dim() == 2 ? at::empty_like(out.t().contiguous()).t() : rows_copy(out, ensemble_);
     if (planes_ && out.dim() > 2) result_ = out.contiguous();
     destination_ = out;
     return *view(result_);
@@ -212,7 +218,9 @@ Storage storage_of(at::ScalarType dtype) {
 
 // ---- targets
 
-at::Tensor as_labels(const at::Tensor& target) { return target.to(at::kLong).contiguous(); }
+at::Tensor as_labels(const at::Tensor& target) {
+  return target.scalar_type() == at::kLong ? target.contiguous() : target.to(at::kLong).contiguous();
+}
 
 // The labels of block `index`; an ensemble may share them.
 const int64_t* block_labels(const at::Tensor& labels, const Layout& layout, int64_t index) {
@@ -228,8 +236,9 @@ void check_labels(const at::Tensor& labels, int64_t classes, int64_t ignore_inde
     bad |= static_cast<uint64_t>(label[i]) >= static_cast<uint64_t>(classes) && label[i] != ignore_index;
   if (!bad) return;
   for (int64_t i = 0; i < count; ++i)
-    TORCH_CHECK_INDEX((label[i] >= 0 && label[i] < classes) || label[i] == ignore_index, "target: class index ",
-                      label[i], " at position ", i, " is out of range for ", classes, " classes");
+    TORCH_CHECK_INDEX((label[i] >= 0 && label[i] < classes) || label[i] == ignore_index,
+                      "target: class index ", label[i], " at position ", i, " is out of range for ", classes,
+                      " classes");
 }
 
 // What a mean divides by: the samples that count, or Σ Γ_y over them.
@@ -256,8 +265,8 @@ struct Run {
   std::vector<double> scale;
   char* row_loss = nullptr;
   const char* row_scale = nullptr;
-  int64_t item_size = 0;         // of row_loss
-  int64_t row_scale_size = 0;    // of row_scale
+  int64_t item_size = 0;       // of row_loss
+  int64_t row_scale_size = 0;  // of row_scale
 
   // The sum of the losses of each block.
   std::vector<double> operator()() const {
@@ -381,10 +390,12 @@ Forward forward(bool with_gradient, const at::Tensor& logits, const at::Tensor& 
   const Optional tables = table ? Optional(table->contiguous()) : table;
   const Optional order = class_order ? Optional(class_order->contiguous()) : class_order;
   const Optional steps = step_tensor ? Optional(step_tensor->contiguous()) : step_tensor;
-  const int64_t samples = labels.numel() / (target.dim() == 2 && ensemble ? std::max<int64_t>(members, 1) : 1);
+  const int64_t samples =
+      labels.numel() / (target.dim() == 2 && ensemble ? std::max<int64_t>(members, 1) : 1);
   for (int64_t e = 0; e < members; ++e) {
     const int64_t offset = steps ? steps->const_data_ptr<int64_t>()[steps->dim() == 1 ? e : 0] : 0;
-    if (classes > 0) write_weights(member_schedule(clocks, order, tables, e, classes), step + offset, weights + e * classes);
+    if (classes > 0)
+      write_weights(member_schedule(clocks, order, tables, e, classes), step + offset, weights + e * classes);
     const int64_t* own = labels.const_data_ptr<int64_t>() + (target.dim() == 2 && ensemble ? e * samples : 0);
     normalizer[2 * e] = reduction == reduction_mean
                             ? mean_normalizer(own, samples, ignore_index, weights + e * classes, by_weights)
@@ -392,8 +403,8 @@ Forward forward(bool with_gradient, const at::Tensor& logits, const at::Tensor& 
     normalizer[2 * e + 1] = normalizer[2 * e];
   }
 
-  Run run = new_run(with_gradient ? Kind::loss_and_gradient : Kind::loss, operands, logits, labels, result.weights,
-                    ignore_index, label_smoothing);
+  Run run = new_run(with_gradient ? Kind::loss_and_gradient : Kind::loss, operands, logits, labels,
+                    result.weights, ignore_index, label_smoothing);
   if (with_gradient) {
     result.gradient = new_gradient(logits);
     run.block.out = operands.output(result.gradient);
@@ -416,23 +427,21 @@ Forward forward(bool with_gradient, const at::Tensor& logits, const at::Tensor& 
   return result;
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> cross_entropy(const at::Tensor& logits, const at::Tensor& target,
-                                                             int64_t step, const Optional& step_tensor,
-                                                             const at::Tensor& clock, const Optional& class_order,
-                                                             const Optional& table, int64_t reduction,
-                                                             bool by_weights, int64_t ignore_index,
-                                                             double label_smoothing) {
-  Forward result = forward(false, logits, target, step, step_tensor, clock, class_order, table, reduction, by_weights,
-                           ignore_index, label_smoothing);
+std::tuple<at::Tensor, at::Tensor, at::Tensor> cross_entropy(
+    const at::Tensor& logits, const at::Tensor& target, int64_t step, const Optional& step_tensor,
+    const at::Tensor& clock, const Optional& class_order, const Optional& table, int64_t reduction,
+    bool by_weights, int64_t ignore_index, double label_smoothing) {
+  Forward result = forward(false, logits, target, step, step_tensor, clock, class_order, table, reduction,
+                           by_weights, ignore_index, label_smoothing);
   return {result.loss, result.weights, result.normalizer};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> cross_entropy_with_gradient(
     const at::Tensor& logits, const at::Tensor& target, int64_t step, const Optional& step_tensor,
-    const at::Tensor& clock, const Optional& class_order, const Optional& table, int64_t reduction, bool by_weights,
-    int64_t ignore_index, double label_smoothing) {
-  Forward result = forward(true, logits, target, step, step_tensor, clock, class_order, table, reduction, by_weights,
-                           ignore_index, label_smoothing);
+    const at::Tensor& clock, const Optional& class_order, const Optional& table, int64_t reduction,
+    bool by_weights, int64_t ignore_index, double label_smoothing) {
+  Forward result = forward(true, logits, target, step, step_tensor, clock, class_order, table, reduction,
+                           by_weights, ignore_index, label_smoothing);
   return {result.loss, result.gradient, result.weights, result.normalizer};
 }
 
@@ -454,7 +463,8 @@ at::Tensor derivative(Kind kind, const at::Tensor* u, const at::Tensor* v, const
   check_derivative(grad_output, logits, target, weights, normalizer);
   const bool ensemble = is_ensemble(weights);
   Operands operands(logits, ensemble);
-  const at::Tensor labels = as_labels(target), gamma = weights.contiguous(), divisors = normalizer.contiguous();
+  const at::Tensor labels = as_labels(target), gamma = weights.contiguous(),
+                   divisors = normalizer.contiguous();
   check_labels(labels, operands.layout.classes, ignore_index);
   Run run = new_run(kind, operands, logits, labels, gamma, ignore_index, label_smoothing);
   if (u != nullptr) check_direction("u", *u, logits), run.block.u = operands.input(*u);
@@ -479,18 +489,19 @@ at::Tensor derivative(Kind kind, const at::Tensor* u, const at::Tensor* v, const
   return out;
 }
 
-at::Tensor cross_entropy_gradient(const at::Tensor& grad_output, const at::Tensor& logits, const at::Tensor& target,
-                                  const at::Tensor& weights, const at::Tensor& normalizer, int64_t ignore_index,
+at::Tensor cross_entropy_gradient(const at::Tensor& grad_output, const at::Tensor& logits,
+                                  const at::Tensor& target, const at::Tensor& weights,
+                                  const at::Tensor& normalizer, int64_t ignore_index,
                                   double label_smoothing) {
-  return derivative(Kind::gradient, nullptr, nullptr, grad_output, logits, target, weights, normalizer, ignore_index,
-                    label_smoothing);
+  return derivative(Kind::gradient, nullptr, nullptr, grad_output, logits, target, weights, normalizer,
+                    ignore_index, label_smoothing);
 }
 
 at::Tensor cross_entropy_hessian(const at::Tensor& v, const at::Tensor& grad_output, const at::Tensor& logits,
-                                 const at::Tensor& target, const at::Tensor& weights, const at::Tensor& normalizer,
-                                 int64_t ignore_index, double label_smoothing) {
-  return derivative(Kind::hessian, nullptr, &v, grad_output, logits, target, weights, normalizer, ignore_index,
-                    label_smoothing);
+                                 const at::Tensor& target, const at::Tensor& weights,
+                                 const at::Tensor& normalizer, int64_t ignore_index, double label_smoothing) {
+  return derivative(Kind::hessian, nullptr, &v, grad_output, logits, target, weights, normalizer,
+                    ignore_index, label_smoothing);
 }
 
 at::Tensor cross_entropy_third(const at::Tensor& u, const at::Tensor& v, const at::Tensor& grad_output,

@@ -1,4 +1,5 @@
-// The interface between the cross-entropy op on CPU and its kernels, which are compiled once per instruction set.
+// The interface between the cross-entropy op on CPU and its kernels, which are compiled once per instruction
+// set.
 #pragma once
 
 #include <cstdint>
@@ -16,25 +17,27 @@ struct Operand {
   int64_t class_stride = 0;
 };
 
-// Beyond this many classes a row is processed by itself, along the classes, instead of many rows side by side.
+// Beyond this many classes a row is processed by itself, along the classes, instead of many rows side by
+// side.
 constexpr int64_t max_tile_classes = 32;
-constexpr int64_t max_plane_classes = 256;  // where rows are neighbours in memory and loads need no transposition
+constexpr int64_t max_plane_classes =
+    256;  // where rows are neighbours in memory and loads need no transposition
 
-// One block: all its rows share their class weights. Either class_stride (rows) or row_stride (planes) of every
-// operand is 1.
+// One block: all its rows share their class weights. Either class_stride (rows) or row_stride (planes) of
+// every operand is 1.
 struct Block {
   Kind kind;
   Storage storage;
   int64_t num_classes;
   Operand logits, u, v, out;
-  const int64_t* labels;         // one per row
+  const int64_t* labels;  // one per row
   int64_t ignore_index;
-  const double* weights;         // (C,)
+  const double* weights;  // (C,)
   double weights_sum;
   double label_smoothing;
-  double scale;                  // multiplies gradient, Hessian·v and third·u·v of every row
-  const void* row_scale;         // and this of each, or null; float, or double for float64 storage
-  void* row_loss;                // per row, in the storage type, or null
+  double scale;           // multiplies gradient, Hessian·v and third·u·v of every row
+  const void* row_scale;  // and this of each, or null; float, or double for float64 storage
+  void* row_loss;         // per row, in the storage type, or null
 };
 
 // Rows [begin, end) of the block: writes `out` and `row_loss`, returns the sum of the losses.

@@ -1,6 +1,6 @@
 // The cross-entropy kernels for one instruction set. The including file sets INSTRUCTION_SET (a namespace),
-// VECTOR_BYTES and the compiler's target, and includes every standard header before: inline functions of theirs
-// must not be compiled for a machine that the program may not run on.
+// VECTOR_BYTES and the compiler's target, and includes every standard header before: inline functions of
+// theirs must not be compiled for a machine that the program may not run on.
 
 namespace dynloss::cpu::INSTRUCTION_SET {
 
@@ -18,38 +18,58 @@ constexpr bool has_loss_v = K == Kind::loss || K == Kind::loss_and_gradient;
 
 // ---- many rows side by side, one per lane
 
+// W x W in place, by exchanging ever smaller blocks.
+template <typename T, int B, size_t... Lane>
+DYNLOSS_ALWAYS_INLINE void exchange(Vec<T>& a, Vec<T>& b, std::index_sequence<Lane...>) {
+  const Vec<T> low = __builtin_shufflevector(a, b, ((Lane & B) ? width<T> + Lane - B : Lane)...);
+  const Vec<T> high = __builtin_shufflevector(a, b, ((Lane & B) ? width<T> + Lane : Lane + B)...);
+  a = low;
+  b = high;
+}
+
+template <typename T, int B = width<T> / 2>
+DYNLOSS_ALWAYS_INLINE void transpose_square(Vec<T>* x) {
+  if constexpr (B > 0) {
+    for (int i = 0; i < width<T>; ++i)
+      if ((i & B) == 0) exchange<T, B>(x[i], x[i + B], std::make_index_sequence<width<T>>());
+    transpose_square<T, B / 2>(x);
+  }
+}
+
+template <typename T>
+constexpr int64_t padded(int64_t num_classes) {
+  return (num_classes + width<T> - 1) / width<T> * width<T>;
+}
+
+// `tile` has room for padded(num_classes) vectors. Where rows are contiguous, whole vectors are moved from
+// the start of each; what they hold beyond the row is ignored, or, stored in ascending order, overwritten by
+// the next rows. Only vectors that would reach beyond row `end` of the chunk are moved in part.
 template <typename T, typename S>
-inline void load_tile(const Operand& operand, int64_t row, int lanes, int64_t num_classes, Vec<T>* tile) {
-  if (operand.row_stride == 1) {
+inline void load_tile(const Operand& operand, int64_t row, int64_t end, int64_t num_classes, Vec<T>* tile) {
+  const int lanes = static_cast<int>(std::min<int64_t>(width<T>, end - row));
+  if (operand.row_stride == 1 && num_classes > 1) {
     for (int64_t c = 0; c < num_classes; ++c) {
       const S* p = at<T, S>(operand, row, c);
       tile[c] = lanes == width<T> ? Vec<T>(load(p)) : load_part<T, S>(p, lanes, T(0));
     }
     return;
   }
-  if constexpr (std::is_same_v<T, S>) {
-    if (lanes == width<T>) {
-      const T* first = at<T, S>(operand, row, 0);
-      for (int64_t c = 0; c < num_classes; ++c)
-        for (int i = 0; i < width<T>; ++i) tile[c][i] = first[i * operand.row_stride + c];
-      return;
+  const S* last = at<T, S>(operand, end - 1, num_classes);
+  for (int64_t c = 0; c < num_classes; c += width<T>) {
+    Vec<T> rows[width<T>];
+    for (int i = 0; i < width<T>; ++i) {
+      const S* p = at<T, S>(operand, row + std::min(i, lanes - 1), c);
+      rows[i] = last - p >= width<T> ? Vec<T>(load(p)) : load_part<T, S>(p, static_cast<int>(last - p), T(0));
     }
-  }
-  T* flat = reinterpret_cast<T*>(tile);
-  for (int64_t c = 0; c < num_classes; ++c) tile[c] = Vec<T>{};
-  for (int i = 0; i < lanes; ++i) {
-    const S* p = at<T, S>(operand, row + i, 0);
-    for (int64_t c = 0; c < num_classes; c += width<T>) {
-      const int count = static_cast<int>(std::min<int64_t>(width<T>, num_classes - c));
-      const Vec<T> part = load_part<T, S>(p + c, count, T(0));
-      for (int k = 0; k < count; ++k) flat[(c + k) * width<T> + i] = part[k];
-    }
+    transpose_square<T>(rows);
+    for (int i = 0; i < width<T>; ++i) tile[c + i] = rows[i];
   }
 }
 
 template <typename T, typename S>
-inline void store_tile(const Operand& operand, int64_t row, int lanes, int64_t num_classes, const Vec<T>* tile) {
-  if (operand.row_stride == 1) {
+inline void store_tile(const Operand& operand, int64_t row, int64_t end, int64_t num_classes, Vec<T>* tile) {
+  const int lanes = static_cast<int>(std::min<int64_t>(width<T>, end - row));
+  if (operand.row_stride == 1 && num_classes > 1) {
     for (int64_t c = 0; c < num_classes; ++c) {
       S* p = at<T, S>(operand, row, c);
       if (lanes == width<T>)
@@ -59,112 +79,109 @@ inline void store_tile(const Operand& operand, int64_t row, int lanes, int64_t n
     }
     return;
   }
-  const T* flat = reinterpret_cast<const T*>(tile);
-  for (int i = 0; i < lanes; ++i) {
-    S* p = at<T, S>(operand, row + i, 0);
-    if constexpr (std::is_same_v<T, S>) {
-      for (int64_t c = 0; c < num_classes; ++c) p[c] = flat[c * width<T> + i];
-    } else {
-      for (int64_t c = 0; c < num_classes; c += width<T>) {
-        const int count = static_cast<int>(std::min<int64_t>(width<T>, num_classes - c));
-        Vec<T> part{};
-        for (int k = 0; k < count; ++k) part[k] = flat[(c + k) * width<T> + i];
-        store_part<T, S>(p + c, part, count);
-      }
+  for (int64_t c = 0; c < num_classes; c += width<T>) transpose_square<T>(tile + c);
+  const S* last = at<T, S>(operand, end - 1, num_classes);
+  const bool may_overlap = operand.row_stride == num_classes;
+  for (int i = 0; i < lanes; ++i)
+    for (int64_t c = 0; c < num_classes; c += width<T>) {
+      S* p = at<T, S>(operand, row + i, c);
+      if (num_classes - c >= width<T> || (may_overlap && last - p >= width<T>))
+        store(p, tile[c + i]);
+      else
+        store_part<T, S>(p, tile[c + i], static_cast<int>(num_classes - c));
     }
-  }
 }
 
 template <typename T, typename S, Kind K>
 double run_tiles(const Block& block, int64_t begin, int64_t end) {
+  using Index = typename LaneIndex<T>::type;
   const int64_t C = block.num_classes;
   const T keep_label = static_cast<T>(1.0 - block.label_smoothing);
   const T spread = static_cast<T>(block.label_smoothing / static_cast<double>(C));
+  const T spread_total = static_cast<T>(block.weights_sum) * spread;
   const bool smooth = block.label_smoothing != 0;
-  Vec<T> z[max_plane_classes], u[K == Kind::third ? max_plane_classes : 1];
-  Vec<T> v[K == Kind::third || K == Kind::hessian ? max_plane_classes : 1];
-  double loss_sum = 0;
+  constexpr bool has_v = K == Kind::hessian || K == Kind::third;
+  Vec<T> z[max_plane_classes], u[K == Kind::third ? max_plane_classes : 1], v[has_v ? max_plane_classes : 1];
+  T weights[max_plane_classes];
+  for (int64_t c = 0; c < C; ++c) weights[c] = static_cast<T>(block.weights[c]);
+  Wide<T> loss_sums{};
   for (int64_t row = begin; row < end; row += width<T>) {
     const int lanes = static_cast<int>(std::min<int64_t>(width<T>, end - row));
-    int64_t label[width<T>];
-    Vec<T> on_label{}, scale{};
-    Mask<T> counted{};
+    Index labels[width<T>] = {}, used[width<T>] = {};
     for (int i = 0; i < lanes; ++i) {
-      label[i] = block.labels[row + i];
-      const bool use = label[i] != block.ignore_index;
-      if (!use) label[i] = 0;
-      on_label[i] = keep_label * static_cast<T>(block.weights[label[i]]);
-      counted[i] = use ? -1 : 0;
+      labels[i] = static_cast<Index>(block.labels[row + i]);
+      used[i] = block.labels[row + i] == block.ignore_index ? 0 : -1;
     }
-    const Vec<T> total = on_label + static_cast<T>(block.weights_sum) * spread;
+    Mask<T> label, counted;
+    std::memcpy(&label, labels, sizeof(label));
+    std::memcpy(&counted, used, sizeof(counted));
 
-    load_tile<T, S>(block.logits, row, lanes, C, z);
+    load_tile<T, S>(block.logits, row, end, C, z);
     Vec<T> top = z[0];
     for (int64_t c = 1; c < C; ++c) top = maximum(z[c], top);
 
-    if constexpr (has_loss_v<K>) {
-      Vec<T> picked{};
-      for (int i = 0; i < lanes; ++i) picked[i] = z[label[i]][i];
-      Vec<T> linear = on_label * (picked - top);
-      if (smooth)
-        for (int64_t c = 0; c < C; ++c) linear += spread * static_cast<T>(block.weights[c]) * (z[c] - top);
-      Vec<T> sum{};
-      for (int64_t c = 0; c < C; ++c) {
-        z[c] = exp_nonpositive(z[c] - top);
-        sum += z[c];
+    Vec<T> on_label{}, picked{}, smoothed{}, sum{};
+    for (int64_t c = 0; c < C; ++c) {
+      const Mask<T> here = label == static_cast<Index>(c);
+      const Vec<T> shifted = z[c] - top;
+      on_label = here ? broadcast(weights[c]) : on_label;
+      if constexpr (has_loss_v<K>) {
+        picked = here ? shifted : picked;
+        if (smooth) smoothed += weights[c] * shifted;
       }
+      z[c] = exp_nonpositive(shifted);
+      sum += z[c];
+    }
+    on_label *= keep_label;
+    const Vec<T> total = on_label + spread_total;
+    if constexpr (has_loss_v<K>) {
+      Vec<T> linear = on_label * picked;
+      if (smooth) linear += spread * smoothed;
       Vec<T> loss = total * log_of_sum(sum) - linear;
       loss = counted ? loss : Vec<T>{};
       if (block.row_loss != nullptr) store_part<T, S>(static_cast<S*>(block.row_loss) + row, loss, lanes);
-      for (int i = 0; i < lanes; ++i) loss_sum += static_cast<double>(loss[i]);
-      if constexpr (K == Kind::loss) continue;
-      scale = static_cast<T>(block.scale) / sum;
-    } else {
-      Vec<T> sum{};
-      for (int64_t c = 0; c < C; ++c) {
-        z[c] = exp_nonpositive(z[c] - top);
-        sum += z[c];
-      }
-      scale = static_cast<T>(block.scale) / sum;
+      loss_sums += __builtin_convertvector(loss, Wide<T>);
     }
-    Vec<T> row_scale = broadcast(static_cast<T>(block.scale));
-    if (block.row_scale != nullptr) {
-      const Vec<T> factor = load_part<T, T>(static_cast<const T*>(block.row_scale) + row, lanes, T(0));
-      scale *= factor;
-      row_scale *= factor;
-    }
-    const Vec<T> scaled_total = scale * total;  // times exp(z - top): scale·Q·p
-
-    if constexpr (K == Kind::gradient || K == Kind::loss_and_gradient) {
-      for (int64_t c = 0; c < C; ++c) z[c] *= scaled_total;
-      if (smooth)
-        for (int64_t c = 0; c < C; ++c) z[c] -= row_scale * (spread * static_cast<T>(block.weights[c]));
-      const Vec<T> at_label = row_scale * on_label;
-      for (int i = 0; i < lanes; ++i) z[label[i]][i] -= at_label[i];
-    } else if constexpr (K == Kind::hessian || K == Kind::third) {
-      Vec<T> sum{}, pv{}, pu{}, puv{};
-      load_tile<T, S>(block.v, row, lanes, C, v);
-      for (int64_t c = 0; c < C; ++c) {
-        sum += z[c];
-        pv += z[c] * v[c];
-      }
-      pv /= sum;
-      if constexpr (K == Kind::hessian) {
-        for (int64_t c = 0; c < C; ++c) z[c] *= scaled_total * hessian_factor(v[c], pv);
-      } else {
-        load_tile<T, S>(block.u, row, lanes, C, u);
+    if constexpr (has_output_v<K>) {
+      Vec<T> scale = broadcast(static_cast<T>(block.scale));
+      if (block.row_scale != nullptr)
+        scale *= load_part<T, T>(static_cast<const T*>(block.row_scale) + row, lanes, T(0));
+      const Vec<T> scaled_total = scale * total / sum;  // times exp(z - top): scale·Q·p
+      if constexpr (!has_v) {
+        const Vec<T> at_label = scale * on_label, at_all = scale * spread;
         for (int64_t c = 0; c < C; ++c) {
-          pu += z[c] * u[c];
-          puv += z[c] * u[c] * v[c];
+          Vec<T> x = z[c] * scaled_total;
+          if (smooth) x -= at_all * weights[c];
+          x = label == static_cast<Index>(c) ? x - at_label : x;
+          z[c] = counted ? x : Vec<T>{};
         }
+      } else {
+        Vec<T> pv{}, pu{}, puv{};
+        load_tile<T, S>(block.v, row, end, C, v);
+        if constexpr (K == Kind::third) load_tile<T, S>(block.u, row, end, C, u);
+        for (int64_t c = 0; c < C; ++c) {
+          pv += z[c] * v[c];
+          if constexpr (K == Kind::third) {
+            pu += z[c] * u[c];
+            puv += z[c] * u[c] * v[c];
+          }
+        }
+        pv /= sum;
         pu /= sum;
         puv /= sum;
-        for (int64_t c = 0; c < C; ++c) z[c] *= scaled_total * third_factor(u[c], v[c], pu, pv, puv);
+        for (int64_t c = 0; c < C; ++c) {
+          if constexpr (K == Kind::hessian)
+            z[c] *= scaled_total * hessian_factor(v[c], pv);
+          else
+            z[c] *= scaled_total * third_factor(u[c], v[c], pu, pv, puv);
+          z[c] = counted ? z[c] : Vec<T>{};
+        }
       }
+      store_tile<T, S>(block.out, row, end, C, z);
     }
-    for (int64_t c = 0; c < C; ++c) z[c] = counted ? z[c] : Vec<T>{};
-    store_tile<T, S>(block.out, row, lanes, C, z);
   }
+  double loss_sum = 0;
+  for (int i = 0; i < width<T>; ++i) loss_sum += loss_sums[i];
   return loss_sum;
 }
 
@@ -291,7 +308,8 @@ double run_long_rows(const Block& block, int64_t begin, int64_t end) {
           if constexpr (K == Kind::hessian)
             factor = hessian_factor(vi, broadcast(pv));
           else
-            factor = third_factor(load_some<T, S>(u + i, count), vi, broadcast(pu), broadcast(pv), broadcast(puv));
+            factor =
+                third_factor(load_some<T, S>(u + i, count), vi, broadcast(pu), broadcast(pv), broadcast(puv));
           store_some<T, S>(out + i, load_some<T, T>(e + i, count) * scaled_total * factor, count);
         });
       }

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <memory>
 #include <type_traits>
+#include <utility>
 
 #include "core/cross_entropy_row.h"
 #include "cpu/kernel.h"

@@ -1,5 +1,5 @@
-// Vectors of VECTOR_BYTES bytes through the compiler's vector extension, with the few functions the kernels need.
-// Included inside the namespace of one instruction set; no include guard on purpose.
+// Vectors of VECTOR_BYTES bytes through the compiler's vector extension, with the few functions the kernels
+// need. Included inside the namespace of one instruction set; no include guard on purpose.
 
 struct Half {
   uint16_t bits;
@@ -23,6 +23,22 @@ struct VectorOf<double> {
   typedef int64_t Int __attribute__((vector_size(VECTOR_BYTES)));
 };
 
+// One lane of a mask, and as many float64 as there are lanes of T.
+template <typename T>
+struct LaneIndex;
+template <>
+struct LaneIndex<float> {
+  using type = int32_t;
+  typedef double Wide __attribute__((vector_size(VECTOR_BYTES * 2)));
+};
+template <>
+struct LaneIndex<double> {
+  using type = int64_t;
+  typedef double Wide __attribute__((vector_size(VECTOR_BYTES)));
+};
+
+template <typename T>
+using Wide = typename LaneIndex<T>::Wide;
 template <typename T>
 using Vec = typename VectorOf<T>::Real;
 template <typename T>
@@ -134,7 +150,8 @@ DYNLOSS_ALWAYS_INLINE T horizontal_sum(Vec<T> x) {
 }
 
 // exp(x) for x <= 0: x = n log 2 + r, a polynomial in r, times 2^n through the exponent bits. Adding a large
-// constant rounds to n and leaves n + bias in the low bits. Below the smallest normal number: 0. NaN stays NaN.
+// constant rounds to n and leaves n + bias in the low bits. Below the smallest normal number: 0. NaN stays
+// NaN.
 DYNLOSS_ALWAYS_INLINE Vec<float> exp_nonpositive(Vec<float> x) {
   const Vec<float> shifted = x * 1.44269504088896341f + (12582912.0f + 127.0f);
   const Vec<float> n = shifted - (12582912.0f + 127.0f);
@@ -169,8 +186,8 @@ DYNLOSS_ALWAYS_INLINE Vec<double> exp_nonpositive(Vec<double> x) {
   return x < -708.0 ? Vec<double>{} : p * power;
 }
 
-// log(x) for finite x >= 1: exponent · log 2 + log of the mantissa in [√½, √2) as 2 artanh((m - 1) / (m + 1)).
-// Anything else comes back as NaN through x - x.
+// log(x) for finite x >= 1: exponent · log 2 + log of the mantissa in [√½, √2) as 2 artanh((m - 1) / (m +
+// 1)). Anything else comes back as NaN through x - x.
 DYNLOSS_ALWAYS_INLINE Vec<float> log_of_sum(Vec<float> x) {
   Mask<float> exponent = ((Mask<float>)x >> 23) - 127;
   Vec<float> m = (Vec<float>)(((Mask<float>)x & 0x007fffff) | 0x3f800000);

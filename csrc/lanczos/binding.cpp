@@ -1,7 +1,97 @@
 #include "binding.h"
 
-namespace dynloss {
+#include <pybind11/stl.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/utils/pybind.h>
 
-void bind_lanczos(pybind11::module_&) {}
+#include <memory>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "eigsh.h"
+#include "graph_operator.h"
+#include "operator.h"
+#include "python_operator.h"
+
+namespace py = pybind11;
+
+namespace dynloss {
+namespace {
+
+void check_signals() {
+  const py::gil_scoped_acquire gil;
+  if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+}
+
+// Runs work without the GIL. An exception that Python code raised under the autograd engine arrives as
+// python_error, which pybind11 does not know.
+template <typename Work>
+auto without_gil(Work&& work) {
+  try {
+    const py::gil_scoped_release release;
+    return work();
+  } catch (python_error& error) {
+    error.restore();
+    throw py::error_already_set();
+  }
+}
+
+Which parse_which(const std::string& which) {
+  if (which == "LA") return Which::kLargest;
+  if (which == "SA") return Which::kSmallest;
+  return Which::kMagnitude;
+}
+
+std::shared_ptr<GraphOperator> make_graph_operator(const std::vector<std::optional<at::Tensor>>& gradients,
+                                                   std::vector<at::Tensor> parameters) {
+  std::vector<at::Tensor> known;
+  for (const auto& gradient : gradients) known.push_back(gradient.value_or(at::Tensor()));
+  return std::make_shared<GraphOperator>(std::move(known), std::move(parameters));
+}
+
+py::dict run_eigsh(SymmetricOperator& op, int64_t k, const std::string& which, double tol,
+                   const std::optional<at::Tensor>& v0, int64_t max_hvp, int64_t max_basis, uint64_t seed,
+                   bool audit, int64_t num_guards) {
+  const EigshOptions options{.count = k,
+                             .which = parse_which(which),
+                             .tolerance = tol,
+                             .max_products = max_hvp,
+                             .max_basis = max_basis,
+                             .seed = seed,
+                             .audit = audit,
+                             .num_guards = num_guards,
+                             .poll = check_signals};
+  EigshResult result = without_gil([&] { return eigsh(op, options, v0.value_or(at::Tensor())); });
+  py::dict out;
+  out["values"] = std::move(result.values);
+  out["residuals"] = std::move(result.residuals);
+  out["converged"] = std::move(result.converged);
+  out["vectors"] = std::move(result.vectors);
+  out["num_hvp"] = result.num_products;
+  out["status"] = std::move(result.status);
+  return out;
+}
+
+}  // namespace
+
+void bind_lanczos(py::module_& module) {
+  py::class_<SymmetricOperator, std::shared_ptr<SymmetricOperator>>(module, "SymmetricOperator")
+      .def_property_readonly("size", &SymmetricOperator::size)
+      .def("apply", [](SymmetricOperator& op, const at::Tensor& v) {
+        return without_gil([&] { return op.apply(v); });
+      });
+  py::class_<GraphOperator, SymmetricOperator, std::shared_ptr<GraphOperator>>(module, "GraphOperator")
+      .def(py::init(&make_graph_operator), py::arg("gradients"), py::arg("parameters"));
+  py::class_<PythonOperator, SymmetricOperator, std::shared_ptr<PythonOperator>>(module, "PythonOperator")
+      .def(py::init([](py::function product, int64_t size, const at::Tensor& like) {
+             return std::make_shared<PythonOperator>(std::move(product), size, like.options());
+           }),
+           py::arg("product"), py::arg("size"), py::arg("like"));
+  module.def("eigsh", &run_eigsh, py::arg("op"), py::kw_only(), py::arg("k"), py::arg("which"),
+             py::arg("tol"), py::arg("v0"), py::arg("max_hvp"), py::arg("max_basis"), py::arg("seed"),
+             py::arg("audit"), py::arg("num_guards"));
+}
 
 }  // namespace dynloss

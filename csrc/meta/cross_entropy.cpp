@@ -23,8 +23,8 @@ c10::SymDimVector appended(c10::SymDimVector sizes, const c10::SymInt& last) {
   return sizes;
 }
 
-at::Tensor oscillation_weights(const at::Tensor& steps, const at::Tensor& clock, const Optional&, const Optional&,
-                               c10::SymInt classes) {
+at::Tensor oscillation_weights(const at::Tensor& steps, const at::Tensor& clock, const Optional&,
+                               const Optional&, c10::SymInt classes) {
   c10::SymDimVector sizes(steps.sym_sizes());
   if (is_ensemble(clock)) sizes.push_back(clock.sym_size(0));
   return empty_on(steps, appended(sizes, classes), at::kDouble);
@@ -42,30 +42,32 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> cross_entropy(
   const auto reduced = reduced_sizes(clock);
   const auto loss_sizes = reduction == reduction_none ? sample_sizes(logits, target, ensemble) : reduced;
   return {empty_on(logits, loss_sizes, loss_dtype(logits, reduction)),
-          empty_on(logits, appended(reduced, classes), at::kDouble), empty_on(logits, appended(reduced, 2), at::kDouble)};
+          empty_on(logits, appended(reduced, classes), at::kDouble),
+          empty_on(logits, appended(reduced, 2), at::kDouble)};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> cross_entropy_with_gradient(
     const at::Tensor& logits, const at::Tensor& target, c10::SymInt step, const Optional& step_tensor,
-    const at::Tensor& clock, const Optional& class_order, const Optional& table, int64_t reduction, bool by_weights,
-    c10::SymInt ignore_index, double label_smoothing) {
-  auto [loss, weights, normalizer] = cross_entropy(logits, target, step, step_tensor, clock, class_order, table,
-                                                   reduction, by_weights, ignore_index, label_smoothing);
+    const at::Tensor& clock, const Optional& class_order, const Optional& table, int64_t reduction,
+    bool by_weights, c10::SymInt ignore_index, double label_smoothing) {
+  auto [loss, weights, normalizer] =
+      cross_entropy(logits, target, step, step_tensor, clock, class_order, table, reduction, by_weights,
+                    ignore_index, label_smoothing);
   return {loss, at::empty_like(logits), weights, normalizer};
 }
 
 void rescale_(at::Tensor&, const at::Tensor&, const at::Tensor&) {}
 
-at::Tensor cross_entropy_gradient(const at::Tensor& grad_output, const at::Tensor& logits, const at::Tensor& target,
-                                  const at::Tensor& weights, const at::Tensor& normalizer, c10::SymInt,
-                                  double) {
+at::Tensor cross_entropy_gradient(const at::Tensor& grad_output, const at::Tensor& logits,
+                                  const at::Tensor& target, const at::Tensor& weights,
+                                  const at::Tensor& normalizer, c10::SymInt, double) {
   check_derivative(grad_output, logits, target, weights, normalizer);
   return at::empty_like(logits);
 }
 
 at::Tensor cross_entropy_hessian(const at::Tensor& v, const at::Tensor& grad_output, const at::Tensor& logits,
-                                 const at::Tensor& target, const at::Tensor& weights, const at::Tensor& normalizer,
-                                 c10::SymInt, double) {
+                                 const at::Tensor& target, const at::Tensor& weights,
+                                 const at::Tensor& normalizer, c10::SymInt, double) {
   check_derivative(grad_output, logits, target, weights, normalizer);
   check_direction("v", v, logits);
   return at::empty_like(logits);

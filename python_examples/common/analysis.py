@@ -73,8 +73,7 @@ def analyse(metrics: Metrics, rule: str = "loss") -> Analysis:
 def cascade(segments: list[PeriodSegment]) -> str:
     """The sequence of periods in words: "2 → 4 → 8 → chaos → 2"."""
     names = [
-        "chaos" if part.period is None else "smooth" if part.period == 1 else str(part.period)
-        for part in segments
+        "chaos" if part.period is None else "smooth" if part.period == 1 else str(part.period) for part in segments
     ]
     return " → ".join(names)
 

@@ -44,9 +44,7 @@ def option(
 class BaseConfig:
     """The options every script has. Subclasses check their own values in `__post_init__`."""
 
-    out: Path = option(
-        Path("runs/run"), "run folder: config, metrics, summary, figure, checkpoint", metavar="DIR"
-    )
+    out: Path = option(Path("runs/run"), "run folder: config, metrics, summary, figure, checkpoint", metavar="DIR")
     device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda"), may_change=True)
     seed: int = option(0, "seed of everything random")
     resume: bool = option(False, "continue the run in --out exactly where it stopped", may_change=True)
@@ -76,9 +74,7 @@ def parse_config(
     parser = _parser(config_class, description)
     parser.set_defaults(**(defaults or {}))
     if presets:
-        parser.add_argument(
-            "--preset", choices=tuple(presets), help="a named set of defaults instead of the paper's"
-        )
+        parser.add_argument("--preset", choices=tuple(presets), help="a named set of defaults instead of the paper's")
     namespace = parser.parse_args(arguments)
     saved: dict[str, Any] = {}
     if namespace.resume:
@@ -114,15 +110,13 @@ def resolve_device(name: str) -> torch.device:
 def open_run(config: BaseConfig) -> RunFolder:
     """The run folder of `config`, with config.json written.
 
-    A folder that holds another run, or an unfinished one, is refused unless `resume` is set, so that no work is
-    lost by a forgotten option. A finished run of the same configuration is computed anew.
+    A folder that holds another run, or an unfinished one, is refused unless `resume` is set, so that no work
+    is lost by a forgotten option. A finished run of the same configuration is computed anew.
     """
     folder = RunFolder(config.out)
     if folder.has_checkpoint() and not config.resume:
         other = _changes(config, folder.read_config())
-        unfinished = not (folder / "summary.json").exists() or not folder.read_summary().get(
-            "finished", False
-        )
+        unfinished = not (folder / "summary.json").exists() or not folder.read_summary().get("finished", False)
         if other or unfinished:
             reason = f"a run with other options ({', '.join(other)})" if other else "an unfinished run"
             hint = "" if other else "; --resume continues it"
@@ -149,8 +143,7 @@ def _parser(config_class: type[BaseConfig], description: str) -> argparse.Argume
                 default=field.default,
                 help=field.metadata["help"],
                 choices=field.metadata["choices"],
-                metavar=field.metadata["metavar"]
-                or (None if field.metadata["choices"] else kind.__name__.upper()),
+                metavar=field.metadata["metavar"] or (None if field.metadata["choices"] else kind.__name__.upper()),
             )
     return parser
 

@@ -196,7 +196,7 @@ def _to_host(column: Any) -> NDArray[Any]:
 
 
 class GracefulStop:
-    """Turns the first Ctrl-C or SIGTERM inside the block into `requested`; a second Ctrl-C interrupts at once.
+    """Turns the first Ctrl-C or SIGTERM inside the block into `requested`; a second Ctrl-C interrupts.
 
     A KeyboardInterrupt could strike half-way through a parameter update; a flag that the loop reads between
     two steps leaves a state that `--resume` continues exactly.
@@ -206,7 +206,7 @@ class GracefulStop:
         self.requested = False
         self._previous: dict[int, Any] = {}
 
-    def __enter__(self) -> GracefulStop:  # noqa: PYI034 (Self needs Python 3.11)
+    def __enter__(self) -> GracefulStop:
         for number in (signal.SIGINT, signal.SIGTERM):
             self._previous[number] = signal.signal(number, self._request)
         return self

@@ -12,10 +12,8 @@ from torch import Tensor, nn
 INITIALISATIONS = ("glorot-normal", "lecun-normal")
 
 
-def spiral_data(
-    points: int = 100, classes: int = 3, noise: float = 0.2, seed: int = 0
-) -> tuple[Tensor, Tensor]:
-    """Interleaved spiral arms: r = linspace(0, 1), θ = linspace(2πj/C, 2πj/C + 4π) + noise · normal, class by class.
+def spiral_data(points: int = 100, classes: int = 3, noise: float = 0.2, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Interleaved spiral arms: r = linspace(0, 1), θ = linspace(2πj/C, 2πj/C + 4π) + noise · N(0, 1).
 
     Returns:
         (classes · points, 2) float64 inputs (r cos θ, r sin θ) and their (classes · points,) int64 classes.
@@ -48,8 +46,9 @@ class SpiralMLP(nn.Module):
 
         Args:
             scheme: "glorot-normal", weights of variance 2/(fan_in + fan_out) and biases N(0, 1e-2), or
-                "lecun-normal", weights of variance 1/fan_in and zero biases. All biases are trained. As in JAX, the
-                weights' normal distribution is cut at two standard deviations and widened to keep the variance.
+                "lecun-normal", weights of variance 1/fan_in and zero biases. All biases are trained. As in
+                JAX, the normal distribution is cut at two standard deviations and widened to keep the
+                variance.
             inputs: number of input features.
             width: hidden units.
             classes: number of outputs.
@@ -77,9 +76,7 @@ def load_initial_values(path: Path) -> tuple[Tensor, Tensor, SpiralMLP]:
         ValueError: no such file, a missing array, shapes that do not fit, or a class that is not in [0, C).
     """
     if not path.is_file():
-        raise ValueError(
-            f"init: got {str(path)!r}, expected one of {', '.join(INITIALISATIONS)} or an .npz file"
-        )
+        raise ValueError(f"init: got {str(path)!r}, expected one of {', '.join(INITIALISATIONS)} or an .npz file")
     names = ("X", "y", "w1", "b1", "w2", "b2")
     with np.load(path, allow_pickle=False) as archive:
         missing = [name for name in names if name not in archive]
@@ -94,9 +91,7 @@ def load_initial_values(path: Path) -> tuple[Tensor, Tensor, SpiralMLP]:
 def _check_initial_values(path: Path, arrays: dict[str, NDArray[np.generic]]) -> None:
     shapes = {name: array.shape for name, array in arrays.items()}
     if [len(shapes[name]) for name in ("X", "y", "w1", "b1", "w2", "b2")] != [2, 1, 2, 1, 2, 1]:
-        raise ValueError(
-            f"init: {path} has shapes {shapes}, expected X, w1, w2 with two dimensions, the rest one"
-        )
+        raise ValueError(f"init: {path} has shapes {shapes}, expected X, w1, w2 with two dimensions, the rest one")
     (points, inputs), (width, classes) = shapes["X"], shapes["w2"]
     expected = {"y": (points,), "w1": (inputs, width), "b1": (width,), "b2": (classes,)}
     for name, shape in expected.items():

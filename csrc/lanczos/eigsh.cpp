@@ -1,0 +1,290 @@
+#include "eigsh.h"
+
+#include <ATen/CPUGeneratorImpl.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/linalg_vector_norm.h>
+#include <ATen/ops/randn.h>
+#include <ATen/ops/zeros.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <numeric>
+#include <stdexcept>
+
+#include "projected.h"
+#include "ritz_basis.h"
+
+namespace dynloss {
+namespace {
+
+// Ritz vectors kept at a restart beyond the wanted ones.
+constexpr int64_t kExtraKept = 3;
+// An audit ends when a missed eigenvector would need |z| below this, z standard normal, to have escaped: 8 %.
+constexpr double kAuditLevel = 0.1;
+constexpr int64_t kMaxAuditProducts = 8;
+// The noise floor: products without progress, and how far above the measured noise a residual may stand.
+constexpr int64_t kStagnation = 8;
+constexpr double kNoiseFactor = 10.0;
+
+enum class Step { kDone, kBudget, kNonFinite };
+
+class Solver {
+ public:
+  Solver(SymmetricOperator& op, const EigshOptions& options)
+      : op_(op),
+        options_(options),
+        length_(op.size()),
+        capacity_(std::min(options.max_basis, length_)),
+        epsilon_(op.options().dtype() == at::kFloat ? std::numeric_limits<float>::epsilon()
+                                                    : std::numeric_limits<double>::epsilon()),
+        basis_(capacity_, length_, op.options()),
+        generator_(at::detail::createCPUGenerator(options.seed)) {}
+
+  EigshResult run(const at::Tensor& start) {
+    std::string status = solve(start);
+    if (basis_.size() > 0) check_symmetric();
+    return result(std::move(status));
+  }
+
+ private:
+  std::string solve(const at::Tensor& start) {
+    Step step = begin(start);
+    while (step == Step::kDone) {
+      project();
+      if (!all_converged()) {
+        if (at_noise_floor()) return "noise floor";
+        step = expand(next_direction());
+      } else if (!options_.audit || basis_.size() == length_) {
+        return "converged";
+      } else {
+        const std::vector<double> before(ritz_.values.begin(), ritz_.values.begin() + options_.count);
+        step = audit();
+        if (step != Step::kDone) break;
+        project();
+        if (all_converged() && !overtaken(before)) return "converged";
+        best_ = std::numeric_limits<double>::infinity();
+      }
+    }
+    if (basis_.size() > 0) project();
+    if (step == Step::kNonFinite) return "non-finite product";
+    unaudited_ = options_.audit;
+    return "max_hvp";
+  }
+
+  Step begin(const at::Tensor& start) {
+    if (start.defined()) {
+      for (int64_t i = 0; i < start.size(0); ++i) {
+        const at::Tensor x = start.select(0, i);
+        if (basis_.propose(x, norm(x)) == 0.0) continue;
+        if (const Step step = multiply(); step != Step::kDone) return step;
+      }
+    }
+    return basis_.size() > 0 ? Step::kDone : expand(random_vector());
+  }
+
+  // One product, with the candidate of the basis.
+  Step multiply() {
+    if (num_products_ >= options_.max_products) return Step::kBudget;
+    if (options_.poll) options_.poll();
+    ++num_products_;
+    return basis_.accept(op_.apply(basis_.candidate())) ? Step::kDone : Step::kNonFinite;
+  }
+
+  // One product with what is new in x; with a random direction where nothing is.
+  Step expand(const at::Tensor& x) {
+    make_room(1);
+    if (basis_.propose(x, norm(x)) == 0.0) propose_random();
+    return multiply();
+  }
+
+  void propose_random() {
+    for (at::Tensor x = random_vector(); basis_.propose(x, norm(x)) == 0.0; x = random_vector()) {
+    }
+  }
+
+  static double norm(const at::Tensor& x) { return to_host(at::linalg_vector_norm(x)).front(); }
+
+  void make_room(int64_t columns) {
+    if (basis_.size() + columns <= capacity_) return;
+    project();
+    const int64_t keep = std::min({options_.count + kExtraKept, basis_.size(), capacity_ - 1});
+    basis_.restart(leading(keep), {ritz_.values.begin(), ritz_.values.begin() + keep});
+  }
+
+  // Rayleigh-Ritz: the pairs of the projected problem, wanted first.
+  void project() {
+    const int64_t m = basis_.size();
+    EigenPairs pairs = symmetric_eigen(basis_.projection(), m);
+    std::vector<int64_t> order(m);
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(),
+                     [&](int64_t a, int64_t b) { return key(pairs.values[a]) > key(pairs.values[b]); });
+    ritz_ = {};
+    for (const int64_t i : order) {
+      ritz_.values.push_back(pairs.values[i]);
+      ritz_.vectors.insert(ritz_.vectors.end(), &pairs.vectors[i * m], &pairs.vectors[i * m] + m);
+    }
+    scale_ = std::max(std::abs(pairs.values.front()), std::abs(pairs.values.back()));
+
+    const int64_t wanted = std::min(options_.count, m);
+    residuals_ = basis_.residuals(leading(wanted), {ritz_.values.begin(), ritz_.values.begin() + wanted});
+    residual_norms_ = to_host(at::linalg_vector_norm(residuals_, 2, 1));
+  }
+
+  // What is wanted most: larger is better.
+  double key(double value) const {
+    switch (options_.which) {
+      case Which::kLargest:
+        return value;
+      case Which::kSmallest:
+        return -value;
+      default:
+        return std::abs(value);
+    }
+  }
+
+  std::vector<double> leading(int64_t rows) const {
+    return {ritz_.vectors.begin(), ritz_.vectors.begin() + rows * basis_.size()};
+  }
+
+  // The relative rule alone never ends at an eigenvalue of zero.
+  double limit(double value) const {
+    return std::max(options_.tolerance * std::abs(value), std::pow(epsilon_, 2.0 / 3.0) * scale_);
+  }
+
+  // The residual of wanted pair i in units of what is allowed; infinite for a pair that the basis is too
+  // small for.
+  double excess(int64_t i) const {
+    if (i >= static_cast<int64_t>(residual_norms_.size())) return std::numeric_limits<double>::infinity();
+    const double allowed = limit(ritz_.values[i]);
+    return residual_norms_[i] <= allowed ? 0.0 : residual_norms_[i] / allowed;
+  }
+
+  bool all_converged() const {
+    for (int64_t i = 0; i < options_.count; ++i) {
+      if (excess(i) > 0.0) return false;
+    }
+    return true;
+  }
+
+  // The worst wanted residual; a random vector where all are small but there are too few of them.
+  at::Tensor next_direction() {
+    int64_t worst = 0;
+    for (int64_t i = 1; i < residuals_.size(0); ++i) {
+      if (excess(i) > excess(worst)) worst = i;
+    }
+    return excess(worst) > 0.0 ? residuals_.select(0, worst) : random_vector();
+  }
+
+  at::Tensor random_vector() {
+    return at::randn({length_}, generator_, op_.options().device(at::kCPU)).to(op_.options());
+  }
+
+  // A Krylov space cannot see a second eigenvector of the same eigenvalue, nor one that its start is
+  // orthogonal to. So look into the complement of the basis from a random vector x, until ‖p(H) x‖ for the
+  // best polynomial with p(θ_k) = 1 is so small that an eigenvector with a value beyond θ_k could hide only
+  // if x had almost none of it.
+  Step audit() {
+    make_room(std::min<int64_t>(4, capacity_ - options_.count));
+    project();
+    const double last_wanted = ritz_.values[options_.count - 1];
+    const double edge = options_.which == Which::kMagnitude ? std::abs(last_wanted) : last_wanted;
+    const double margin = limit(last_wanted);
+    const auto complement = static_cast<double>(length_ - basis_.size());
+    std::vector<double> alpha, beta;
+    propose_random();
+    do {
+      if (const Step step = multiply(); step != Step::kDone) return step;
+      alpha.push_back(basis_.projection().back());
+      if (static_cast<int64_t>(alpha.size()) == kMaxAuditProducts || basis_.size() == capacity_) break;
+      const at::Tensor next = basis_.product(basis_.size() - 1);
+      beta.push_back(basis_.propose(next, norm(next)));
+      double hidden = 0.0;
+      if (options_.which != Which::kSmallest) {
+        hidden = shifted_minres_residual(alpha, beta, edge + margin);
+      }
+      if (options_.which != Which::kLargest) {
+        const double lower = options_.which == Which::kMagnitude ? -edge : edge;
+        hidden = std::max(hidden, shifted_minres_residual(alpha, beta, lower - margin));
+      }
+      if (hidden * std::sqrt(complement) < kAuditLevel) break;
+    } while (beta.back() > 0.0);
+    return Step::kDone;
+  }
+
+  // Whether an audit brought up something beyond what was thought to be the wanted end.
+  bool overtaken(const std::vector<double>& before) const {
+    for (int64_t i = 0; i < options_.count; ++i) {
+      if (key(ritz_.values[i]) - key(before[i]) > limit(before[i])) return true;
+    }
+    return false;
+  }
+
+  // Residuals that stopped falling, at a height that the operator's own noise explains. The noise of a
+  // product is seen in the asymmetry of the projection, one component of it at a time.
+  bool at_noise_floor() {
+    double worst = 0.0, height = 0.0;
+    for (int64_t i = 0; i < options_.count; ++i) {
+      worst = std::max(worst, excess(i));
+      if (i < residuals_.size(0) && excess(i) > 0.0) height = std::max(height, residual_norms_[i]);
+    }
+    if (worst < 0.7 * best_) {
+      best_ = worst;
+      best_at_ = num_products_;
+    }
+    const double noise = basis_.asymmetry() * std::sqrt(static_cast<double>(length_));
+    return num_products_ - best_at_ >= kStagnation && std::isfinite(worst) && height <= kNoiseFactor * noise;
+  }
+
+  void check_symmetric() const {
+    const double allowed = std::max(options_.tolerance, 100.0 * std::sqrt(epsilon_)) * scale_;
+    if (basis_.asymmetry() <= allowed) return;
+    throw std::invalid_argument("H is not symmetric: u · H v and v · H u differ by " +
+                                std::to_string(basis_.asymmetry()) +
+                                " for unit vectors, where |H| is about " + std::to_string(scale_));
+  }
+
+  EigshResult result(std::string status) const {
+    EigshResult out;
+    const double nan = std::numeric_limits<double>::quiet_NaN();
+    for (int64_t i = 0; i < options_.count; ++i) {
+      const bool found = i < basis_.size();
+      out.values.push_back(found ? ritz_.values[i] : nan);
+      out.residuals.push_back(found ? residual_norms_[i] : nan);
+      out.converged.push_back(found && excess(i) == 0.0 && !unaudited_);
+    }
+    const int64_t rows = std::min(options_.count + options_.num_guards, basis_.size());
+    out.vectors = at::zeros({std::max(options_.count, rows), length_}, op_.options());
+    if (rows > 0) out.vectors.narrow(0, 0, rows).copy_(basis_.combine(leading(rows)));
+    out.num_products = num_products_;
+    out.status = std::move(status);
+    return out;
+  }
+
+  SymmetricOperator& op_;
+  const EigshOptions& options_;
+  const int64_t length_;
+  const int64_t capacity_;
+  const double epsilon_;
+  RitzBasis basis_;
+  at::Generator generator_;
+
+  EigenPairs ritz_;                     // wanted first
+  at::Tensor residuals_;                // of the wanted pairs, (≤ k, P)
+  std::vector<double> residual_norms_;  // and their norms
+  double scale_ = 0.0;                  // max |θ|: a lower bound of ‖H‖
+  int64_t num_products_ = 0;
+  bool unaudited_ = false;
+  double best_ = std::numeric_limits<double>::infinity();
+  int64_t best_at_ = 0;
+};
+
+}  // namespace
+
+EigshResult eigsh(SymmetricOperator& op, const EigshOptions& options, const at::Tensor& start) {
+  const at::NoGradGuard no_grad;
+  return Solver(op, options).run(start);
+}
+
+}  // namespace dynloss

@@ -1,0 +1,44 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "operator.h"
+
+namespace dynloss {
+
+enum class Which { kLargest, kSmallest, kMagnitude };
+
+struct EigshOptions {
+  int64_t count = 1;  // k
+  Which which = Which::kLargest;
+  double tolerance = 1e-3;
+  int64_t max_products = 1000;
+  int64_t max_basis = 24;
+  uint64_t seed = 0;
+  bool audit = true;           // probe the complement of the basis before claiming convergence
+  int64_t num_guards = 0;      // further Ritz vectors to return, as a start for the next problem
+  std::function<void()> poll;  // called before every product; may throw to interrupt
+};
+
+struct EigshResult {
+  std::vector<double> values;     // wanted first; NaN where no finite product was had
+  std::vector<double> residuals;  // ‖H y - θ y‖
+  std::vector<bool> converged;
+  at::Tensor vectors;  // (k + guards at most, P), wanted first
+  int64_t num_products = 0;
+  // "converged", "max_hvp", "non-finite product" or "noise floor"
+  std::string status;
+};
+
+// The wanted eigenpairs of a symmetric operator by Rayleigh-Ritz on a basis grown by residuals: thick-restart
+// Lanczos (Wu & Simon 2000) when it starts from one vector, and as good from a block of old eigenvectors.
+// start: (m, P) rows to begin with, or undefined for a random vector.
+// Throws std::invalid_argument where the products show that the operator is not symmetric.
+EigshResult eigsh(SymmetricOperator& op, const EigshOptions& options, const at::Tensor& start);
+
+}  // namespace dynloss

@@ -1,0 +1,22 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/TensorOptions.h>
+
+#include <cstdint>
+
+namespace dynloss {
+
+// A real symmetric linear map on flat vectors, known only through its products.
+class SymmetricOperator {
+ public:
+  virtual ~SymmetricOperator() = default;
+
+  virtual int64_t size() const = 0;
+  virtual at::TensorOptions options() const = 0;
+
+  // H v for a contiguous v of shape (size(),). The result may alias nothing that the operator keeps.
+  virtual at::Tensor apply(const at::Tensor& v) = 0;
+};
+
+}  // namespace dynloss

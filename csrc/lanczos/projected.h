@@ -1,0 +1,26 @@
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace dynloss {
+
+// Small dense problems of the driver, always in double precision on the host.
+
+// Eigenpairs of a symmetric matrix: vectors[i * size + j] is component j of the vector of values[i],
+// ascending.
+struct EigenPairs {
+  std::vector<double> values;
+  std::vector<double> vectors;
+};
+
+// The symmetric part of the row-major (size, size) matrix is decomposed.
+EigenPairs symmetric_eigen(const std::vector<double>& matrix, int64_t size);
+
+// min ‖p(T) e₁‖ over polynomials p of degree q with p(shift) = 1, for the Lanczos matrix with diagonal
+// alpha[0..q) and off-diagonal beta[0..q) (beta[q - 1] is the norm of the last, unused direction). This is
+// the relative residual of MINRES for (T - shift I) x = e₁.
+double shifted_minres_residual(const std::vector<double>& alpha, const std::vector<double>& beta,
+                               double shift);
+
+}  // namespace dynloss

@@ -1,0 +1,36 @@
+#include "python_operator.h"
+
+#include <ATen/core/grad_mode.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <string>
+#include <utility>
+
+namespace py = pybind11;
+
+namespace dynloss {
+
+PythonOperator::PythonOperator(py::function product, int64_t size, const at::TensorOptions& options)
+    : product_(std::move(product)), size_(size), options_(options), grad_mode_(at::GradMode::is_enabled()) {}
+
+at::Tensor PythonOperator::apply(const at::Tensor& v) {
+  const py::gil_scoped_acquire gil;
+  const at::AutoGradMode grad_mode(grad_mode_);
+  const py::object answer = product_(v.clone());  // its own: what it does to v must not reach the driver
+  if (!THPVariable_Check(answer.ptr())) {
+    throw py::type_error("H(v) must return a torch.Tensor, got " +
+                         std::string(py::str(py::type::of(answer).attr("__name__"))));
+  }
+  const at::Tensor product = THPVariable_Unpack(answer.ptr()).detach();
+  if (product.dim() != 1 || product.size(0) != size_ || product.scalar_type() != v.scalar_type() ||
+      product.device() != v.device()) {
+    throw py::value_error("H(v) must return a tensor like v, of shape (" + std::to_string(size_) + ",), " +
+                          c10::toString(v.scalar_type()) + " on " + v.device().str() + "; got shape " +
+                          c10::str(product.sizes()) + ", " + c10::toString(product.scalar_type()) + " on " +
+                          product.device().str());
+  }
+  return product;
+}
+
+}  // namespace dynloss

@@ -1,0 +1,39 @@
+from collections.abc import Callable, Sequence
+from typing import TypedDict
+
+from torch import Tensor
+
+def cpu_instruction_set() -> str: ...
+
+class SymmetricOperator:
+    @property
+    def size(self) -> int: ...
+    def apply(self, v: Tensor) -> Tensor: ...
+
+class GraphOperator(SymmetricOperator):
+    def __init__(self, gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> None: ...
+
+class PythonOperator(SymmetricOperator):
+    def __init__(self, product: Callable[[Tensor], Tensor], size: int, like: Tensor) -> None: ...
+
+class EigshOutput(TypedDict):
+    values: list[float]
+    residuals: list[float]
+    converged: list[bool]
+    vectors: Tensor
+    num_hvp: int
+    status: str
+
+def eigsh(
+    op: SymmetricOperator,
+    *,
+    k: int,
+    which: str,
+    tol: float,
+    v0: Tensor | None,
+    max_hvp: int,
+    max_basis: int,
+    seed: int,
+    audit: bool,
+    num_guards: int,
+) -> EigshOutput: ...

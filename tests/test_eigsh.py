@@ -1,0 +1,298 @@
+"""eigsh on operators whose spectra are known."""
+
+import math
+import os
+import signal
+import threading
+
+import numpy as np
+import pytest
+import torch
+from curvature_problems import dense_hessian, loss_of, mlp
+
+from dynloss_ext import ConvergenceWarning, HessianOperator, eigsh
+
+pytestmark = pytest.mark.filterwarnings("error::dynloss_ext.ConvergenceWarning")
+
+
+class Known:
+    """v -> Q diag(spectrum) Qᵀ v for a random orthogonal Q; counts its calls."""
+
+    def __init__(self, spectrum, dtype=torch.float64, seed=0):
+        self.spectrum = torch.as_tensor(spectrum, dtype=torch.float64)
+        n = len(self.spectrum)
+        generator = torch.Generator().manual_seed(seed)
+        self.Q, _ = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))
+        matrix = (self.Q * self.spectrum) @ self.Q.T
+        self.matrix = ((matrix + matrix.T) / 2).to(dtype)
+        self.calls = 0
+
+    def __call__(self, v):
+        self.calls += 1
+        return self.matrix @ v
+
+    def solve(self, k, **options):
+        n = len(self.spectrum)
+        return eigsh(self, k, n=n, dtype=self.matrix.dtype, **options)
+
+    def expected(self, k, which="LA"):
+        key = {"LA": -self.spectrum, "SA": self.spectrum, "LM": -self.spectrum.abs()}[which]
+        return self.spectrum[torch.argsort(key, stable=True)[:k]].sort(descending=True).values
+
+
+def check(operator, result, k, which="LA", rtol=1e-8):
+    expected = operator.expected(k, which)
+    scale = operator.spectrum.abs().max()
+    assert torch.allclose(result.values, expected, rtol=rtol, atol=rtol * float(scale) * 1e-2)
+    assert result.converged.all()
+    assert result.status == "converged"
+    assert result.num_hvp == operator.calls
+    V = result.vectors
+    assert torch.allclose(V.T @ V, torch.eye(k, dtype=V.dtype), atol=1e-10)
+    true_residuals = torch.linalg.norm(operator.matrix @ V - V * result.values.to(V.dtype), dim=0)
+    assert torch.allclose(result.residuals, true_residuals.double(), rtol=1e-3, atol=1e-12 * float(scale))
+
+
+CLUSTER = (0.5 + 1e-3 * np.arange(200)).tolist()
+SPECTRA = {
+    "ghosts": [100.0, 10.0, 5.0, *CLUSTER],
+    "triple": [7.0, 7.0, 7.0, *[0.1] * 20, *np.linspace(0, 0.09, 60)],
+    "triple in a crowd": [7.0, 7.0, 7.0, *np.linspace(0, 6, 300)],
+    "pair below the top": [9.0, 4.0, 4.0, *np.linspace(-1, 3, 300)],
+    "nearly equal": [3.0, 3.0 - 1e-6, 3.0 - 2e-6, *np.linspace(-2, 2, 200)],
+    "negative definite": [-0.1, -0.2, -0.3, *np.linspace(-9, -1, 100)],
+    "rank two": [5.0, 2.0, *[0.0] * 80],
+    "rank one of both signs": [5.0, -8.0, *[0.0] * 80],
+    "zero": [0.0] * 50,
+    "identity": [1.0] * 50,
+    "wide": np.logspace(-8, 6, 120).tolist(),
+    "three": [3.0, -1.0, 2.0],
+}
+
+
+@pytest.mark.parametrize("which", ["LA", "SA", "LM"])
+@pytest.mark.parametrize("name", SPECTRA)
+def test_known_spectra(name, which):
+    operator = Known(SPECTRA[name])
+    # Fourteen decades are not to be had from 24 vectors: there the basis may fill the space.
+    max_basis = 120 if name == "wide" else 24
+    check(operator, operator.solve(3, which=which, tol=1e-8, max_hvp=3000, max_basis=max_basis), 3, which)
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("n", [30, 300])
+def test_copies_are_found_from_every_start(n, seed):
+    operator = Known([7.0, 7.0, 7.0, *np.linspace(0, 0.1, n - 3)], seed=seed)
+    check(operator, operator.solve(3, tol=1e-6, seed=seed), 3)
+
+
+def test_vector_missing_from_the_start_is_found():
+    """Two exact eigenvectors are the start: they converge at once, and the larger one is orthogonal to both."""
+    operator = Known([9.0, 5.0, 4.0, *np.linspace(0, 1, 200)])
+    result = operator.solve(2, tol=1e-6, v0=operator.Q[:, 1:3].contiguous())
+    check(operator, result, 2, rtol=1e-6)
+
+
+def test_many_iterations_raise_no_ghosts():
+    operator = Known(SPECTRA["ghosts"])
+    result = operator.solve(5, tol=1e-10, max_hvp=5000)
+    check(operator, result, 5, rtol=1e-10)
+    assert result.num_hvp > 100
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 30])
+def test_all_eigenvalues(n):
+    operator = Known(np.linspace(-3, 4, n) if n > 1 else [2.5])
+    check(operator, operator.solve(n, tol=1e-9, max_basis=max(n, 24)), n)
+
+
+def test_more_than_there_are():
+    with pytest.raises(ValueError, match="k must be between 1 and 4"):
+        Known([1.0, 2.0, 3.0, 4.0]).solve(5)
+
+
+def test_small_basis_and_large_k():
+    operator = Known(np.linspace(0, 1, 60) ** 4)
+    check(operator, operator.solve(3, tol=1e-8, max_basis=5), 3)
+    operator = Known(np.linspace(0, 1, 60) ** 4)
+    check(operator, operator.solve(20, tol=1e-8, max_basis=30), 20)
+
+
+@pytest.mark.parametrize("which", ["LA", "SA", "LM"])
+def test_hessian_against_dense(which):
+    params = mlp()
+    expected = torch.linalg.eigvalsh(dense_hessian(params))
+    order = torch.argsort({"LA": -expected, "SA": expected, "LM": -expected.abs()}[which])
+    result = eigsh(HessianOperator(loss_of(params), params), 4, which=which, tol=1e-9)
+    assert torch.allclose(result.values, expected[order[:4]].sort(descending=True).values, rtol=1e-9)
+
+
+def test_warm_start_costs_less_and_a_vector_will_do():
+    operator = Known([10.0, 8.0, 5.0, *np.linspace(0, 4, 500)])
+    cold = operator.solve(3, tol=1e-5)
+    warm = operator.solve(3, tol=1e-5, v0=cold.vectors)
+    assert warm.num_hvp < 0.6 * cold.num_hvp
+    one = operator.solve(1, tol=1e-5, v0=cold.vectors[:, 0])
+    assert one.num_hvp <= 10
+    assert torch.allclose(warm.values, operator.expected(3), rtol=1e-8)
+
+
+def test_degenerate_v0():
+    operator = Known([10.0, 8.0, 5.0, *np.linspace(0, 4, 50)])
+    v = torch.randn(53, dtype=torch.float64)
+    for v0 in (torch.zeros(53, dtype=torch.float64), torch.stack([v, v, 2 * v], 1), 1e-200 * v):
+        operator.calls = 0
+        check(operator, operator.solve(3, tol=1e-8, v0=v0), 3)
+
+
+def test_repeatable_and_global_rng_untouched():
+    operator = Known(SPECTRA["ghosts"])
+    state = torch.get_rng_state()
+    a, b = operator.solve(3, seed=4), operator.solve(3, seed=4)
+    other = operator.solve(3, seed=5)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(a.vectors, b.vectors)
+    assert not torch.equal(a.vectors, other.vectors)
+
+
+def test_budget_is_kept_and_said():
+    operator = Known(SPECTRA["wide"])
+    with pytest.warns(ConvergenceWarning, match="max_hvp after 6 products"):
+        result = operator.solve(3, which="SA", tol=1e-9, max_hvp=6)
+    assert result.num_hvp == operator.calls == 6
+    assert not result.converged.any()
+    assert result.status == "max_hvp"
+    assert torch.isfinite(result.residuals).all()
+    V = result.vectors
+    assert torch.allclose(torch.linalg.norm(operator.matrix @ V - V * result.values, dim=0), result.residuals)
+
+
+@pytest.mark.parametrize("bad_call", [1, 4])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_product_that_is_not_finite(bad_call, value):
+    operator = Known(SPECTRA["ghosts"])
+
+    def broken(v):
+        product = operator(v)
+        if operator.calls == bad_call:
+            product[3] = value
+        return product
+
+    with pytest.warns(ConvergenceWarning, match="non-finite product"):
+        result = eigsh(broken, 3, n=203, dtype=torch.float64)
+    assert result.status == "non-finite product"
+    assert result.num_hvp == bad_call
+    assert not result.converged.any()
+    assert result.vectors.shape == (203, 3)
+    assert torch.isnan(result.values).sum() == (3 if bad_call == 1 else 0)
+
+
+def test_float32_stops_at_its_noise():
+    operator = Known(SPECTRA["ghosts"], dtype=torch.float32)
+    result = operator.solve(3, tol=0.0)
+    assert result.vectors.dtype == torch.float32
+    assert result.values.dtype == torch.float64
+    assert torch.allclose(result.values, operator.expected(3), rtol=1e-5)
+    assert result.num_hvp < 100
+
+
+def test_noisy_products_stop_at_the_noise_floor():
+    operator = Known([10.0, 8.0, 5.0, *np.linspace(0, 4, 400)])
+    generator = torch.Generator().manual_seed(0)
+
+    def noisy(v):
+        return operator(v) + 1e-7 * torch.randn(v.shape, generator=generator, dtype=v.dtype)
+
+    with pytest.warns(ConvergenceWarning, match="noise floor"):
+        result = eigsh(noisy, 3, n=403, dtype=torch.float64, tol=1e-9)
+    assert result.status == "noise floor"
+    assert result.num_hvp < 150
+    assert torch.allclose(result.values, operator.expected(3), rtol=1e-6)
+
+
+def test_operator_that_is_not_symmetric():
+    matrix = torch.randn(50, 50, dtype=torch.float64)
+    with pytest.raises(ValueError, match="not symmetric"):
+        eigsh(lambda v: matrix @ v, 2, n=50, dtype=torch.float64, max_hvp=20)
+
+
+def test_exception_passes_through_unchanged():
+    error = KeyError("mine")
+
+    def broken(v):
+        raise error
+
+    with pytest.raises(KeyError) as caught:
+        eigsh(broken, 1, n=4)
+    assert caught.value is error
+
+
+def test_callable_keeps_its_grad_mode_and_cannot_harm_the_driver():
+    operator = Known(SPECTRA["ghosts"])
+
+    def product(v):
+        assert torch.is_grad_enabled()
+        assert not v.requires_grad
+        out = operator(v)
+        v.zero_()
+        return out
+
+    check(operator, eigsh(product, 3, n=203, dtype=torch.float64, tol=1e-8), 3)
+    with torch.no_grad():
+        eigsh(
+            lambda v: [operator(v), torch.is_grad_enabled()][torch.is_grad_enabled()],
+            1,
+            n=203,
+            dtype=torch.float64,
+        )
+
+
+def test_interruptible():
+    """Ctrl-C during products that never run Python: the driver looks for signals itself."""
+    size = 2000
+    p = torch.randn(size, dtype=torch.float64, requires_grad=True)
+    A = torch.randn(size, size, dtype=torch.float64)
+    H = HessianOperator(torch.sin(A @ p).sum(), [p])
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        eigsh(H, 20, tol=0.0, max_hvp=10**9)
+
+
+@pytest.mark.parametrize(
+    ("answer", "error", "match"),
+    [
+        (lambda v: 1.0, TypeError, "must return a torch.Tensor, got float"),
+        (lambda v: v[:-1], ValueError, r"shape \(5,\).*got shape \[4\]"),
+        (lambda v: v.float(), ValueError, "Float"),
+    ],
+)
+def test_bad_products(answer, error, match):
+    with pytest.raises(error, match=match):
+        eigsh(answer, 2, n=5, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"k": 0}, ValueError, "k must be between"),
+        ({"k": 2.0}, TypeError, "k must be an int"),
+        ({"which": "BE"}, ValueError, "which must be"),
+        ({"tol": -1e-3}, ValueError, "tol must be"),
+        ({"tol": math.nan}, ValueError, "tol must be"),
+        ({"max_hvp": 2}, ValueError, "max_hvp must be >= 3"),
+        ({"max_basis": 4}, ValueError, "max_basis must be >= 5"),
+        ({"n": None}, ValueError, "n must be given"),
+        ({"dtype": torch.float16}, ValueError, "dtype must be"),
+        ({"v0": [1.0]}, TypeError, "v0 must be"),
+        ({"v0": torch.ones(8, dtype=torch.float64)}, ValueError, "v0 must have shape"),
+        ({"v0": torch.ones(9)}, ValueError, "v0 must be torch.float64"),
+        ({"v0": torch.full((9,), math.nan, dtype=torch.float64)}, ValueError, "v0 must be finite"),
+        ({"v0": torch.ones(9, 7, dtype=torch.float64), "max_basis": 6}, ValueError, "at most max_basis"),
+        ({"H": 3}, TypeError, "H must be"),
+    ],
+    ids=str,
+)
+def test_bad_arguments(options, error, match):
+    arguments = {"H": lambda v: v, "k": 3, "n": 9, "dtype": torch.float64} | options
+    with pytest.raises(error, match=match):
+        eigsh(arguments.pop("H"), arguments.pop("k"), **arguments)

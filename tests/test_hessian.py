@@ -1,0 +1,196 @@
+"""HessianOperator: products against the dense Hessian, and everything it must refuse."""
+
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from curvature_problems import X, Y, dense_hessian, loss_of, mlp
+from torch import nn
+
+from dynloss_ext import HessianOperator, eigsh
+
+
+@pytest.mark.parametrize("as_closure", [False, True])
+def test_product_is_the_dense_one(as_closure):
+    params = mlp()
+    H = HessianOperator((lambda: loss_of(params)) if as_closure else loss_of(params), params)
+    dense = dense_hessian(params)
+    assert H.shape == dense.shape
+    assert (H.dtype, H.device) == (torch.float64, torch.device("cpu"))
+    V = torch.randn(H.shape[0], 4, dtype=torch.float64)
+    assert torch.allclose(H @ V[:, 0], dense @ V[:, 0], rtol=1e-12, atol=1e-13)
+    assert torch.allclose(H @ V, dense @ V, rtol=1e-12, atol=1e-13)
+    assert (H @ V[:, :0]).shape == (H.shape[0], 0)
+
+
+def test_generator_of_parameters_and_module():
+    model = nn.Sequential(nn.Linear(2, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    H = HessianOperator(F.cross_entropy(model(X), Y), model.parameters())
+    v = torch.randn(H.shape[0], dtype=torch.float64)
+    assert (H @ v).shape == v.shape
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_parameters_are_left_alone_and_the_gradient_is_shared():
+    params = mlp()
+    before = [p.detach().clone() for p in params]
+    H = HessianOperator(loss_of(params), params)
+    H @ torch.ones(H.shape[0], dtype=torch.float64)
+    expected = torch.autograd.grad(loss_of(params), params)
+    for p, b, g, e in zip(params, before, H.gradients, expected, strict=True):
+        assert p.grad is None
+        assert torch.equal(p, b)
+        assert torch.equal(g.detach(), e)
+
+
+def test_unused_parameter_has_zero_rows():
+    params = mlp()
+    unused = torch.ones(4, dtype=torch.float64, requires_grad=True)
+    H = HessianOperator(loss_of(params), [unused, *params])
+    product = H @ torch.ones(H.shape[0], dtype=torch.float64)
+    assert torch.equal(product[:4], torch.zeros(4, dtype=torch.float64))
+    assert torch.allclose(product[4:], dense_hessian(params).sum(1), atol=1e-13)
+
+
+def test_linear_loss_has_a_zero_hessian():
+    p = torch.ones(5, dtype=torch.float64, requires_grad=True)
+    H = HessianOperator(p.sum(), [p])
+    assert torch.equal(H @ torch.ones(5, dtype=torch.float64), torch.zeros(5, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("how", ["optimizer", "copy", "data"])
+def test_stale_graph_is_refused(how):
+    params = mlp()
+    H = HessianOperator(loss_of(params), params)
+    if how == "optimizer":
+        for p, g in zip(params, H.gradients, strict=True):
+            p.grad = g.detach()
+        torch.optim.SGD(params, lr=0.1).step()
+    elif how == "copy":
+        with torch.no_grad():
+            params[2].copy_(params[2] + 1)
+    else:
+        params[2].data = params[2].data.clone()
+    with pytest.raises(RuntimeError, match="changed in place"):
+        H @ torch.ones(H.shape[0], dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        eigsh(H)
+
+
+def test_random_closure_is_refused_and_rng_state_kept():
+    params = mlp()
+
+    def noisy():
+        hidden = F.dropout(torch.tanh(X @ params[0] + params[1]), 0.5)
+        return F.cross_entropy(hidden @ params[2] + params[3], Y)
+
+    state = torch.get_rng_state()
+    with pytest.raises(ValueError, match="same value"):
+        HessianOperator(noisy, params)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_no_python_runs_between_products():
+    params = mlp()
+    H = HessianOperator(loss_of(params), params)
+    op = H._op
+    calls = []
+    v = torch.ones(H.shape[0], dtype=torch.float64)
+    eigsh(H)  # imports and caches
+    sys.setprofile(lambda frame, event, arg: calls.append((event, getattr(arg, "__name__", frame.f_code.co_name))))
+    try:
+        op.apply(v)
+    finally:
+        sys.setprofile(None)
+    assert [name for _, name in calls] in (["apply", "apply", "setprofile"], ["setprofile"])
+    assert events_of(lambda: eigsh(H, tol=1e-1)) == events_of(lambda: eigsh(H, tol=1e-9))
+
+
+def events_of(call):
+    """How many Python and builtin calls happen: the same for few products and for many."""
+    count = 0
+
+    def profile(*_):
+        nonlocal count
+        count += 1
+
+    sys.setprofile(profile)
+    try:
+        result = call()
+    finally:
+        sys.setprofile(None)
+    assert result.num_hvp > 0
+    return count
+
+
+def test_exception_in_a_python_backward_passes_through():
+    class Marker(Exception):
+        pass
+
+    class Broken(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            return Second.apply(g)
+
+    class Second(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, g):
+            return g.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            raise Marker("from the second backward")
+
+    p = torch.ones(3, dtype=torch.float64, requires_grad=True)
+    H = HessianOperator((Broken.apply(p) ** 3).sum(), [p])
+    with pytest.raises(Marker, match="second backward"):
+        H @ torch.ones(3, dtype=torch.float64)
+    with pytest.raises(Marker, match="second backward"):
+        eigsh(H, 1)
+
+
+def bad_inputs():
+    params = mlp()
+    good = loss_of(params)
+    half = torch.ones(3, dtype=torch.float16, requires_grad=True)
+    single = torch.ones(3, dtype=torch.float32, requires_grad=True)
+    yield "loss", 1.0, params, TypeError, "loss must be"
+    yield "loss shape", torch.stack([good, good]), params, ValueError, "0-d"
+    yield "loss graph", good.detach(), params, ValueError, "no graph"
+    yield "closure", lambda: 1.0, params, TypeError, "loss must be"
+    yield "empty", good, [], ValueError, "at least one"
+    yield "one tensor", good, params[0], TypeError, "iterable"
+    yield "not tensors", good, ["w"], TypeError, r"params\[0\]"
+    yield "half", good, [half], ValueError, "float32 or float64"
+    yield "mixed", good, [*params, single], ValueError, "one dtype"
+    yield "no grad", good, [params[0].detach()], ValueError, "does not require grad"
+    yield "twice", good, [params[0], params[0]], ValueError, "twice"
+    yield "unrelated", good, mlp(), ValueError, "does not depend"
+
+
+@pytest.mark.parametrize("case", list(bad_inputs()), ids=lambda case: case[0])
+def test_bad_input(case):
+    _, loss, params, error, match = case
+    with pytest.raises(error, match=match):
+        HessianOperator(loss, params)
+
+
+@pytest.mark.parametrize(
+    ("v", "error", "match"),
+    [
+        ([1.0], TypeError, "torch.Tensor"),
+        (torch.ones(3, dtype=torch.float64), ValueError, "shape"),
+        (torch.ones(45, 1, 1, dtype=torch.float64), ValueError, "shape"),
+        (torch.ones(45), ValueError, "float64"),
+    ],
+)
+def test_bad_vector(v, error, match):
+    params = mlp()
+    with pytest.raises(error, match=match):
+        HessianOperator(loss_of(params), params) @ v
