@@ -52,6 +52,7 @@ def small(out: Path, **changes: Any) -> TrainingConfig:
         "precision": "float64",
         "amplitude": 20.0,
         "period": 8.0,
+        "eig_images": 6,
         "lr": 0.05,
         "epochs": 6,
     }
@@ -153,7 +154,7 @@ def test_validation_is_plain_cross_entropy_on_the_test_images(tmp_path: Path) ->
     assert metrics["validation_accuracy"][-1] == pytest.approx(accuracy)
 
 
-@pytest.mark.parametrize("changes", [{}, {"eig_images": 30, "eig_batch": 7}, {"batchnorm": True}])
+@pytest.mark.parametrize("changes", [{}, {"eig_images": 9, "eig_batch": 4}, {"batchnorm": True}])
 def test_recorded_eigenvalues_are_those_of_the_dense_hessian(tmp_path: Path, changes: dict[str, Any]) -> None:
     config = small(tmp_path / "run", width=2, eig_every=2, eig_tol=1e-6, epochs=5, **changes)
     trainer = Trainer(config, load_data(config), CPU)
@@ -286,8 +287,9 @@ def command(config: TrainingConfig) -> list[str]:
 def test_resume_after_sigkill_at_random_moments_is_bit_for_bit(tmp_path: Path) -> None:
     """Mini-batches, augmentation, BatchNorm, momentum, eigenvalues, validation: no bit may differ."""
     options = {
-        "batch_size": 16, "augment": True, "batchnorm": True, "momentum": 0.9, "eig_every": 3, "epochs": 60,
-        "validate_every": 5, "checkpoint_every": 7, "precision": "float32", "width": 8,
+        "batch_size": 16, "augment": True, "batchnorm": True, "momentum": 0.9, "epochs": 30,
+        "eig_every": 9, "eig_images": 6, "num_eigenvalues": 2,
+        "validate_every": 5, "checkpoint_every": 7, "precision": "float32",
     }  # fmt: skip
     subprocess.run(command(small(tmp_path / "straight", **options)), check=True, timeout=300, capture_output=True)
     rng = random.Random(0)
@@ -388,7 +390,7 @@ def test_two_processes_train_as_one_on_the_global_batch(tmp_path: Path, precisio
     tolerance = 1e-6 if precision == "float32" else 1e-12
     for name in ("weighted_loss", "loss", "accuracy", "validation_loss", "validation_accuracy", "weights"):
         np.testing.assert_allclose(two[name], one[name], rtol=tolerance, atol=tolerance, err_msg=name)
-    np.testing.assert_allclose(two["eigenvalues"], one["eigenvalues"], rtol=1e-2)
+    np.testing.assert_allclose(two["eigenvalues"], one["eigenvalues"], rtol=1e-2, atol=1e-6)
     assert RunFolder(tmp_path / "two").read_summary()["processes"] == 2
 
 
