@@ -3,6 +3,8 @@ from typing import TypedDict
 
 from torch import Tensor
 
+def cpu_instruction_set() -> str: ...
+
 class SymmetricOperator:
     @property
     def size(self) -> int: ...

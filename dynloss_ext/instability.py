@@ -201,9 +201,7 @@ def stability_limit(optimizer: torch.optim.Optimizer) -> float:
         settings.
     """
     if type(optimizer) is not torch.optim.SGD:
-        raise ValueError(
-            f"optimizer: got {type(optimizer).__name__}, expected SGD (no limit is known for others)"
-        )
+        raise ValueError(f"optimizer: got {type(optimizer).__name__}, expected SGD (no limit is known for others)")
     names = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
     settings = {tuple(float(group[name]) for name in names) for group in optimizer.param_groups}
     if len(settings) != 1:

@@ -55,7 +55,8 @@ def weights(oscillation: Oscillation, step: int, member: int | None = None) -> T
     if config["class_order"] is not None:
         active = config["class_order"][active]
     g[active] = _raw_weight(config["waveform"], amplitude, period, t)
-    return classes * g / g.sum()
+    gamma: Tensor = classes * g / g.sum()
+    return gamma
 
 
 # ---- one problem: logits (C,), (N, C) or (N, C, d1, ...) and gamma (C,)

@@ -36,7 +36,14 @@ PAPER: dict[str, Any] = {
     "checkpoint_every": 250,
 }
 PRESETS: dict[str, dict[str, Any]] = {
-    "cpu": {"width": 16, "train_images": 300, "validation_images": 300, "epochs": 3000},
+    "cpu": {
+        "width": 16,
+        "train_images": 300,
+        "validation_images": 300,
+        "epochs": 3000,
+        "eig_every": 20,
+        "channels_last": True,
+    },
     "smoke": {
         "width": 4,
         "train_images": 60,

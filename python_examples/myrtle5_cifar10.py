@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from common.cli import open_run, option, parse_config, resolve_device
 from common.config import TrainingConfig
 from common.curves import training_curves

@@ -18,14 +18,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from common.analysis import analyse, comparison, figure
-from common.cli import BaseConfig, open_run, option, parse_config, resolve_device
-from common.recording import GracefulStop, RunFolder, Table
-from common.spiral import INITIALISATIONS, SpiralMLP, load_initial_values, spiral_data
 from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from common.analysis import analyse, comparison, figure
+from common.cli import BaseConfig, open_run, option, parse_config, resolve_device
+from common.recording import GracefulStop, RunFolder, Table
+from common.spiral import INITIALISATIONS, SpiralMLP, load_initial_values, spiral_data
 from dynloss_ext import (
     EigenTracker,
     HessianOperator,

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from common import cifar10, download
 from common.batches import Batches
 from common.cifar10 import BINARY, PYTHON, Split, load_cifar10, synthetic_cifar10
@@ -99,18 +100,14 @@ def test_pickle_written_by_python_2() -> None:
 @pytest.mark.parametrize("official_name", [True, False])
 def test_archive_is_read_in_place_and_warns_of_other_bytes(tmp_path, version, write, official_name) -> None:
     table = write(tmp_path / "source" / version.folder)
-    archive = pack(
-        tmp_path / (version.archive if official_name else "mine.tgz"), tmp_path / "source" / version.folder
-    )
+    archive = pack(tmp_path / (version.archive if official_name else "mine.tgz"), tmp_path / "source" / version.folder)
     before = sorted(tmp_path.iterdir())
     with pytest.warns(UserWarning, match=f"not the official {version.md5}"):
         check_equal(load_cifar10(tmp_path if official_name else archive), table)
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_archive_with_the_official_checksum_is_silent(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_archive_with_the_official_checksum_is_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = write_binary(tmp_path / BINARY.folder)
     archive = pack(tmp_path / BINARY.archive, tmp_path / BINARY.folder)
     official = replace(BINARY, md5=hashlib.md5(archive.read_bytes()).hexdigest())
@@ -129,9 +126,7 @@ def test_broken_record_is_an_error(tmp_path: Path) -> None:
     write_binary(tmp_path)
     with (tmp_path / "data_batch_3.bin").open("ab") as file:
         file.write(b"\0" * 100)
-    with pytest.raises(
-        ValueError, match=r"data_batch_3.bin: 12392 bytes are not a whole number .* \(100 left over\)"
-    ):
+    with pytest.raises(ValueError, match=r"data_batch_3.bin: 12392 bytes are not a whole number .* \(100 left over\)"):
         load_cifar10(tmp_path)
 
 
@@ -340,9 +335,7 @@ def test_download_with_the_wrong_checksum_is_removed(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_download_gives_up_clearly_and_keeps_what_it_has(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_download_gives_up_clearly_and_keeps_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(download, "_ATTEMPTS", 2)
     with (
         Server(CONTENT, cut=1000) as server,

@@ -8,11 +8,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import myrtle5_bifurcations
-import myrtle5_cifar10
 import numpy as np
 import pytest
 import torch
+
+import myrtle5_bifurcations
+import myrtle5_cifar10
 import wrn28_10_cifar10
 from common.config import TrainingConfig, build_model, build_schedule
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from common.models import mlp, myrtle5, num_parameters, wide_resnet
 from torch import nn
+
+from common.models import mlp, myrtle5, num_parameters, wide_resnet
 
 
 @pytest.mark.parametrize(
@@ -27,9 +28,7 @@ def test_myrtle5_matches_its_description() -> None:
     parameters = dict(model.named_parameters())
     x = images
     for layer, pool in enumerate((1, 2, 2, 8), start=1):
-        x = torch.conv2d(
-            x, parameters[f"conv{layer}.weight"], parameters[f"conv{layer}.bias"], padding=1
-        ).relu()
+        x = torch.conv2d(x, parameters[f"conv{layer}.weight"], parameters[f"conv{layer}.bias"], padding=1).relu()
         x = torch.nn.functional.avg_pool2d(x, pool)
     assert x.shape == (2, 8, 1, 1)
     expected = x.flatten(1) @ parameters["linear.weight"].T + parameters["linear.bias"]
@@ -49,9 +48,7 @@ def test_wide_resnet_downsamples_twice() -> None:
     model = wide_resnet(depth=10, widen=1)
     shapes = []
     for name in ("group1_block0", "group2_block0", "group3_block0"):
-        model.get_submodule(name).register_forward_hook(
-            lambda _m, _i, out: shapes.append(tuple(out.shape[1:]))
-        )
+        model.get_submodule(name).register_forward_hook(lambda _m, _i, out: shapes.append(tuple(out.shape[1:])))
     assert model(torch.randn(2, 3, 32, 32)).shape == (2, 10)
     assert shapes == [(16, 32, 32), (32, 16, 16), (64, 8, 8)]
 

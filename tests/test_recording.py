@@ -9,9 +9,10 @@ import stat
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
+
 from common.cli import BaseConfig, open_run, option, parse_config, resolve_device
 from common.recording import GracefulStop, RunFolder, Table, atomic_write
-from matplotlib.figure import Figure
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,9 +68,7 @@ def test_every_file_of_the_folder_is_read_back(tmp_path):
     folder = RunFolder(tmp_path / "deep" / "run")
     folder.write_config({"lr": 0.1, "out": tmp_path})
     folder.write_metrics({"step": np.arange(3), "loss": np.ones(3)})
-    folder.write_summary(
-        {"accuracy": torch.tensor(0.5), "best": float("nan"), "nested": [{"a": np.int64(3)}]}
-    )
+    folder.write_summary({"accuracy": torch.tensor(0.5), "best": float("nan"), "nested": [{"a": np.int64(3)}]})
     folder.write_figure(Figure())
     folder.write_checkpoint({"weight": torch.ones(2), "step": 3})
     assert folder.read_config() == {"lr": 0.1, "out": str(tmp_path)}
@@ -134,9 +133,7 @@ def test_wrong_columns_are_refused():
 
 
 def test_options_are_kebab_case_fields_with_their_types(tmp_path):
-    config = parse(
-        "--out", tmp_path, "--stop-step", "none", "--no-closed", "--ntk", "--lr", "1e-3", "--mode", "b"
-    )
+    config = parse("--out", tmp_path, "--stop-step", "none", "--no-closed", "--ntk", "--lr", "1e-3", "--mode", "b")
     assert config == Config(out=tmp_path, stop_step=None, closed=False, ntk=True, lr=1e-3, mode="b")
     assert parse().stop_step == 7
 

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import spiral_mlp
 import torch
+
+import spiral_mlp
 from common.spiral import SpiralMLP, load_initial_values, spiral_data
 
 ROOT = Path(__file__).parent.parent

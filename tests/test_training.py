@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+
 from common.batches import Batches
 from common.config import TrainingConfig, build_model, build_schedule, load_data
 from common.distributed import World
@@ -51,6 +52,7 @@ def small(out: Path, **changes: Any) -> TrainingConfig:
         "precision": "float64",
         "amplitude": 20.0,
         "period": 8.0,
+        "eig_images": 6,
         "lr": 0.05,
         "epochs": 6,
     }
@@ -110,9 +112,7 @@ def test_a_run_is_gradient_descent_on_the_dynamical_loss(tmp_path: Path, changes
     config = small(tmp_path / "run", **changes)
     metrics = run(config)
     data = load_data(config)
-    batches = Batches(
-        data.train, config.batch_size, seed=config.seed, augment=config.augment, dtype=torch.float64
-    )
+    batches = Batches(data.train, config.batch_size, seed=config.seed, augment=config.augment, dtype=torch.float64)
     model = build_model(config)
     options = {"momentum": config.momentum, "nesterov": config.nesterov, "weight_decay": config.weight_decay}
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0, **options)
@@ -149,14 +149,12 @@ def test_validation_is_plain_cross_entropy_on_the_test_images(tmp_path: Path) ->
     model.load_state_dict(RunFolder(config.out).read_checkpoint()["model"])
     batch = Batches(load_data(config).test, dtype=torch.float64).get(0)
     logits = model.eval()(batch.images)
-    assert metrics["validation_loss"][-1] == pytest.approx(
-        F.cross_entropy(logits, batch.labels).item(), rel=1e-12
-    )
+    assert metrics["validation_loss"][-1] == pytest.approx(F.cross_entropy(logits, batch.labels).item(), rel=1e-12)
     accuracy = (logits.argmax(1) == batch.labels).double().mean().item()
     assert metrics["validation_accuracy"][-1] == pytest.approx(accuracy)
 
 
-@pytest.mark.parametrize("changes", [{}, {"eig_images": 30, "eig_batch": 7}, {"batchnorm": True}])
+@pytest.mark.parametrize("changes", [{}, {"eig_images": 9, "eig_batch": 4}, {"batchnorm": True}])
 def test_recorded_eigenvalues_are_those_of_the_dense_hessian(tmp_path: Path, changes: dict[str, Any]) -> None:
     config = small(tmp_path / "run", width=2, eig_every=2, eig_tol=1e-6, epochs=5, **changes)
     trainer = Trainer(config, load_data(config), CPU)
@@ -171,9 +169,7 @@ def test_recorded_eigenvalues_are_those_of_the_dense_hessian(tmp_path: Path, cha
         sizes, shapes = [p.numel() for p in values], [p.shape for p in values]
         gamma = triangle(row + 1, config.amplitude, config.period)[batch.labels]
 
-        def loss(
-            flat: torch.Tensor, names=names, sizes=sizes, shapes=shapes, twin=twin, gamma=gamma
-        ) -> torch.Tensor:
+        def loss(flat: torch.Tensor, names=names, sizes=sizes, shapes=shapes, twin=twin, gamma=gamma) -> torch.Tensor:
             parts = [part.view(shape) for part, shape in zip(flat.split(sizes), shapes, strict=True)]
             logits = torch.func.functional_call(twin, dict(zip(names, parts, strict=True)), (batch.images,))
             return (gamma * F.cross_entropy(logits, batch.labels, reduction="none")).mean()
@@ -291,12 +287,11 @@ def command(config: TrainingConfig) -> list[str]:
 def test_resume_after_sigkill_at_random_moments_is_bit_for_bit(tmp_path: Path) -> None:
     """Mini-batches, augmentation, BatchNorm, momentum, eigenvalues, validation: no bit may differ."""
     options = {
-        "batch_size": 16, "augment": True, "batchnorm": True, "momentum": 0.9, "eig_every": 3, "epochs": 60,
-        "validate_every": 5, "checkpoint_every": 7, "precision": "float32", "width": 8,
+        "batch_size": 16, "augment": True, "batchnorm": True, "momentum": 0.9, "epochs": 30,
+        "eig_every": 9, "eig_images": 6, "num_eigenvalues": 2,
+        "validate_every": 5, "checkpoint_every": 7, "precision": "float32",
     }  # fmt: skip
-    subprocess.run(
-        command(small(tmp_path / "straight", **options)), check=True, timeout=300, capture_output=True
-    )
+    subprocess.run(command(small(tmp_path / "straight", **options)), check=True, timeout=300, capture_output=True)
     rng = random.Random(0)
     kills = 0
     for attempt in range(100):
@@ -395,7 +390,7 @@ def test_two_processes_train_as_one_on_the_global_batch(tmp_path: Path, precisio
     tolerance = 1e-6 if precision == "float32" else 1e-12
     for name in ("weighted_loss", "loss", "accuracy", "validation_loss", "validation_accuracy", "weights"):
         np.testing.assert_allclose(two[name], one[name], rtol=tolerance, atol=tolerance, err_msg=name)
-    np.testing.assert_allclose(two["eigenvalues"], one["eigenvalues"], rtol=1e-2)
+    np.testing.assert_allclose(two["eigenvalues"], one["eigenvalues"], rtol=1e-2, atol=1e-6)
     assert RunFolder(tmp_path / "two").read_summary()["processes"] == 2
 
 

@@ -128,7 +128,7 @@ Tensor rescaled(const Tensor& gradient, const Tensor& grad_output, const Tensor&
 bool needs_no_rescaling(const Tensor& grad_output, const Tensor& normalizer) {
   if (!grad_output.is_cpu() || grad_output.dim() != 0) return false;
   const double* divisors = normalizer.const_data_ptr<double>();
-  const bool one = grad_output.scalar_type() == at::kDouble ? *grad_output.const_data_ptr<double>() == 1.0
+  const bool one = grad_output.scalar_type() == at::kDouble  ? *grad_output.const_data_ptr<double>() == 1.0
                    : grad_output.scalar_type() == at::kFloat ? *grad_output.const_data_ptr<float>() == 1.0f
                                                              : false;
   return one && divisors[0] == divisors[1];

@@ -41,9 +41,9 @@ constexpr int64_t padded(int64_t num_classes) {
   return (num_classes + width<T> - 1) / width<T> * width<T>;
 }
 
-// `tile` has room for padded(num_classes) vectors. Where rows are contiguous, whole vectors are moved from the start
-// of each; what they hold beyond the row is ignored, or, stored in ascending order, overwritten by the next rows.
-// Only vectors that would reach beyond row `end` of the chunk are moved in part.
+// `tile` has room for padded(num_classes) vectors. Where rows are contiguous, whole vectors are moved from
+// the start of each; what they hold beyond the row is ignored, or, stored in ascending order, overwritten by
+// the next rows. Only vectors that would reach beyond row `end` of the chunk are moved in part.
 template <typename T, typename S>
 inline void load_tile(const Operand& operand, int64_t row, int64_t end, int64_t num_classes, Vec<T>* tile) {
   const int lanes = static_cast<int>(std::min<int64_t>(width<T>, end - row));

@@ -106,9 +106,7 @@ class Batches:
         self._order = order.to(device)
         if self.augment:
             self._flip = torch.randint(2, (count,), generator=generator, dtype=torch.bool).to(device)
-            self._move = torch.randint(-CROP_MARGIN, CROP_MARGIN + 1, (2, count), generator=generator).to(
-                device
-            )
+            self._move = torch.randint(-CROP_MARGIN, CROP_MARGIN + 1, (2, count), generator=generator).to(device)
         self._epoch = epoch
 
     def _crop(self, index: Tensor, rows: slice) -> Tensor:

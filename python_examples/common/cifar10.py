@@ -72,9 +72,7 @@ class Split:
         if not 1 <= num_classes <= NUM_CLASSES:
             raise ValueError(f"classes must be 1 to {NUM_CLASSES}, got {num_classes}")
         if count is not None and count < num_classes:
-            raise ValueError(
-                f"the number of images must be at least the number of classes, {num_classes}, got {count}"
-            )
+            raise ValueError(f"the number of images must be at least the number of classes, {num_classes}, got {count}")
         chosen = []
         for label in range(num_classes):
             members = torch.nonzero(self.labels == label).flatten()
@@ -202,9 +200,7 @@ def _version_inside(archive: Path) -> Version:
     for version in VERSIONS:
         if version.test_files[0] in names:
             return version
-    raise FileNotFoundError(
-        f"{archive}: neither {BINARY.test_files[0]} nor {PYTHON.test_files[0]} is in this archive"
-    )
+    raise FileNotFoundError(f"{archive}: neither {BINARY.test_files[0]} nor {PYTHON.test_files[0]} is in this archive")
 
 
 def _members(archive: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
@@ -214,9 +210,7 @@ def _members(archive: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
             for member in tar:
                 path = PurePosixPath(member.name)
                 if path.is_absolute() or ".." in path.parts:
-                    raise ValueError(
-                        f"{archive}: member {member.name!r} points outside the archive: not loaded"
-                    )
+                    raise ValueError(f"{archive}: member {member.name!r} points outside the archive: not loaded")
                 if member.issym() or member.islnk() or member.isdev():
                     raise ValueError(f"{archive}: member {member.name!r} is a link or a device: not loaded")
                 if stream := tar.extractfile(member):  # None for a folder
@@ -265,9 +259,7 @@ def _assemble(version: Version, read: Callable[[str], bytes], origin: str) -> Da
             batch_pixels, batch_labels = version.decode(read(name), f"{origin}: {name}")
             bad = np.flatnonzero((batch_labels < 0) | (batch_labels >= NUM_CLASSES))
             if len(bad):
-                raise ValueError(
-                    f"{origin}: {name}: record {bad[0]} has label {batch_labels[bad[0]]}, expected 0 to 9"
-                )
+                raise ValueError(f"{origin}: {name}: record {bad[0]} has label {batch_labels[bad[0]]}, expected 0 to 9")
             pixels.append(batch_pixels)
             labels.append(batch_labels)
         images = np.concatenate(pixels).reshape(-1, *IMAGE_SHAPE)

@@ -74,9 +74,7 @@ def parse_config(
     parser = _parser(config_class, description)
     parser.set_defaults(**(defaults or {}))
     if presets:
-        parser.add_argument(
-            "--preset", choices=tuple(presets), help="a named set of defaults instead of the paper's"
-        )
+        parser.add_argument("--preset", choices=tuple(presets), help="a named set of defaults instead of the paper's")
     namespace = parser.parse_args(arguments)
     saved: dict[str, Any] = {}
     if namespace.resume:

@@ -24,9 +24,7 @@ class TrainingConfig(BaseConfig):
     """Everything that determines a run.  A step is one update; an epoch of a full-batch run is one step."""
 
     # data
-    data: Path | None = option(
-        None, "folder with CIFAR-10, or the archive itself", metavar="DIR", may_change=True
-    )
+    data: Path | None = option(None, "folder with CIFAR-10, or the archive itself", metavar="DIR", may_change=True)
     download: bool = option(False, "fetch CIFAR-10 into --data first, if it is not there", may_change=True)
     synthetic: bool = option(False, "train on a small made-up data set instead")
     classes: int = option(NUM_CLASSES, "use the first K classes", metavar="K")
@@ -53,9 +51,7 @@ class TrainingConfig(BaseConfig):
     )
     lr: float = option(0.1, "largest learning rate")
     schedule: str = option("constant", "learning rate over time", choices=("constant", "piecewise", "cosine"))
-    peak_epoch: int = option(
-        300, "epoch of the largest rate (piecewise: from 0 to --lr here, then to --final-lr)"
-    )
+    peak_epoch: int = option(300, "epoch of the largest rate (piecewise: from 0 to --lr here, then to --final-lr)")
     final_lr: float = option(0.002, "learning rate at the end (piecewise)")
     momentum: float = option(0.0, "momentum")
     nesterov: bool = option(False, "Nesterov's form of the momentum")
@@ -69,9 +65,7 @@ class TrainingConfig(BaseConfig):
     eig_batch: int | None = option(None, "images per part of a Hessian-vector product (default: all at once)")
     eig_tol: float = option(1e-3, "relative residual at which an eigenvalue counts as found")
     # speed
-    precision: str = option(
-        "float32", "of the training; eigenvalues use float32 or float64", choices=PRECISIONS
-    )
+    precision: str = option("float32", "of the training; eigenvalues use float32 or float64", choices=PRECISIONS)
     channels_last: bool = option(False, "channels-last memory format")
     compile: bool = option(False, "compile the network with torch.compile")
     deterministic: bool = option(True, "the same bits on every run, also on CUDA (slower there)")
@@ -98,12 +92,8 @@ class TrainingConfig(BaseConfig):
         require("stop_epoch", self.stop_epoch is None or self.stop_epoch >= 0, "0 or more")
         require("nesterov", not self.nesterov or self.momentum > 0, "a momentum above 0 with it")
         piecewise = self.schedule == "piecewise"
-        require(
-            "peak_epoch", not piecewise or self.peak_epoch < self.epochs, f"less than epochs ({self.epochs})"
-        )
-        require(
-            "data", self.synthetic or self.data is not None, "a folder with CIFAR-10 (or use --synthetic)"
-        )
+        require("peak_epoch", not piecewise or self.peak_epoch < self.epochs, f"less than epochs ({self.epochs})")
+        require("data", self.synthetic or self.data is not None, "a folder with CIFAR-10 (or use --synthetic)")
         blocked = self.sync_batchnorm and self.eig_every > 0
         require("sync_batchnorm", not blocked, "eig_every 0 with it: only one process computes eigenvalues")
 
@@ -130,9 +120,7 @@ def parameter_dtype(config: TrainingConfig) -> torch.dtype:
 
 def build_model(config: TrainingConfig) -> nn.Module:
     if config.model == "mlp":
-        model = mlp(
-            IMAGE_BYTES, (config.width, config.width), config.classes, bias=config.bias, seed=config.seed
-        )
+        model = mlp(IMAGE_BYTES, (config.width, config.width), config.classes, bias=config.bias, seed=config.seed)
     elif config.model == "myrtle5":
         model = myrtle5(
             config.classes, width=config.width, bias=config.bias, batchnorm=config.batchnorm, seed=config.seed
@@ -153,9 +141,7 @@ def build_schedule(config: TrainingConfig, steps_per_epoch: int) -> Schedule:
 
 def build_oscillation(config: TrainingConfig, steps_per_epoch: int) -> Oscillation:
     stop_step = None if config.stop_epoch is None else config.stop_epoch * steps_per_epoch
-    return Oscillation(
-        config.classes, config.amplitude, config.period, waveform=config.waveform, stop_step=stop_step
-    )
+    return Oscillation(config.classes, config.amplitude, config.period, waveform=config.waveform, stop_step=stop_step)
 
 
 def configure_numerics(config: TrainingConfig) -> None:

@@ -49,9 +49,7 @@ def training_curves(
     return figure
 
 
-def _curves(
-    axis: Axes, name: str, label: str, runs: Sequence[Metrics], steps_per_epoch: int, colour: str
-) -> None:
+def _curves(axis: Axes, name: str, label: str, runs: Sequence[Metrics], steps_per_epoch: int, colour: str) -> None:
     """One group: the validation curve with its band, and the training curve averaged over epochs."""
     epoch = (runs[0]["validation_step"] + 1) / steps_per_epoch
     values = np.stack([run[f"validation_{name}"] for run in runs])
@@ -63,6 +61,4 @@ def _curves(
     whole = len(train) // steps_per_epoch
     if whole:
         per_epoch = train[: whole * steps_per_epoch].reshape(whole, steps_per_epoch).mean(1)
-        axis.plot(
-            np.arange(1, whole + 1), per_epoch, color=colour, lw=0.6, alpha=0.5, label=f"{label}, training"
-        )
+        axis.plot(np.arange(1, whole + 1), per_epoch, color=colour, lw=0.6, alpha=0.5, label=f"{label}, training")

@@ -21,9 +21,7 @@ _TIMEOUT = 60.0  # seconds without a byte
 _BLOCK = 1 << 16
 
 
-def download_cifar10(
-    folder: str | Path, *, version: Version = BINARY, address: str = OFFICIAL_ADDRESS
-) -> Path:
+def download_cifar10(folder: str | Path, *, version: Version = BINARY, address: str = OFFICIAL_ADDRESS) -> Path:
     """Fetches the archive into `folder`, unless it is there already.
 
     The bytes go to `<archive>.part`; an interrupted download continues there, and the file takes its name
@@ -46,9 +44,7 @@ def download_cifar10(
         md5 = file_md5(part)
         if md5 != version.md5:
             part.unlink()
-            raise ValueError(
-                f"{address}{version.archive}: md5 {md5}, expected {version.md5}; the download is removed"
-            )
+            raise ValueError(f"{address}{version.archive}: md5 {md5}, expected {version.md5}; the download is removed")
         os.replace(part, archive)
     return archive
 
@@ -63,9 +59,7 @@ def _fetch(url: str, part: Path) -> None:
                 raise OSError(f"{url}: {error}") from error
         except (OSError, http.client.HTTPException) as error:
             if attempt == _ATTEMPTS:
-                raise OSError(
-                    f"{url}: broke off {_ATTEMPTS} times; run again to continue: {error}"
-                ) from error
+                raise OSError(f"{url}: broke off {_ATTEMPTS} times; run again to continue: {error}") from error
 
 
 def _continue(url: str, part: Path) -> None:

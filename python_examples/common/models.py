@@ -33,9 +33,7 @@ def he_normal_(model: nn.Module, seed: int) -> nn.Module:
     return model
 
 
-def mlp(
-    num_inputs: int, hidden: tuple[int, ...], num_classes: int, *, bias: bool = True, seed: int = 0
-) -> nn.Module:
+def mlp(num_inputs: int, hidden: tuple[int, ...], num_classes: int, *, bias: bool = True, seed: int = 0) -> nn.Module:
     """(N, ...) with num_inputs values each -> logits (N, num_classes); ReLU between the layers."""
     layers: list[nn.Module] = [nn.Flatten()]
     for width in hidden:

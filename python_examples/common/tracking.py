@@ -22,9 +22,7 @@ class CurvatureTracker:
     The network is in train mode, so with BatchNorm the whole set is one batch.  No autocast, no TF32.
     """
 
-    def __init__(
-        self, config: TrainingConfig, batches: Batches, model: nn.Module, oscillation: Oscillation
-    ) -> None:
+    def __init__(self, config: TrainingConfig, batches: Batches, model: nn.Module, oscillation: Oscillation) -> None:
         split = batches.split.subset(config.classes, config.eig_images)
         size = config.eig_batch or len(split)
         parts = zip(split.images.split(size), split.labels.split(size), strict=True)

@@ -74,9 +74,7 @@ class Trainer:
         """This process's part of the batch's shards."""
         num_shards, size = self.num_shards, self.world.size
         if num_shards % size:
-            raise ValueError(
-                f"shards: got {num_shards}, expected a multiple of the number of processes, {size}"
-            )
+            raise ValueError(f"shards: got {num_shards}, expected a multiple of the number of processes, {size}")
         own = num_shards // size
         if self.config.sync_batchnorm and (own > 1 or self.world.device.type != "cuda"):
             raise ValueError("sync_batchnorm: expected CUDA and one shard per process")
@@ -89,9 +87,7 @@ class Trainer:
     def _place(self, model: nn.Module) -> nn.Module:
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d) and module.momentum is not None:
-                module.momentum /= len(
-                    self.shards
-                )  # a step makes that many updates of the running statistics
+                module.momentum /= len(self.shards)  # a step makes that many updates of the running statistics
         if self.config.sync_batchnorm:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         memory_format = torch.channels_last if self.config.channels_last else torch.contiguous_format
@@ -127,15 +123,13 @@ class Trainer:
                 parameter.grad = torch.zeros_like(parameter)
         return metrics
 
-    def _measure(
-        self, batch: Batch, network: Callable[[Tensor], Tensor], total: int, metrics: Tensor
-    ) -> Tensor:
+    def _measure(self, batch: Batch, network: Callable[[Tensor], Tensor], total: int, metrics: Tensor) -> Tensor:
         """This batch's share of F = (1 / total) Σ Γ CE; adds those of (F, loss, accuracy) to `metrics`."""
         with self._autocast():
             logits = network(batch.images)
-            weighted = dynamic_cross_entropy(
-                logits, batch.labels, self.oscillation, self.step, reduction="sum"
-            ).div(total)
+            weighted = dynamic_cross_entropy(logits, batch.labels, self.oscillation, self.step, reduction="sum").div(
+                total
+            )
         with torch.no_grad():
             loss = F.cross_entropy(logits.to(metrics.dtype), batch.labels, reduction="sum")
             correct = (logits.argmax(1) == batch.labels).sum(dtype=metrics.dtype)

@@ -236,15 +236,9 @@ def _summary_writer(folder: RunFolder, purge_step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise ValueError(
-            "--tensorboard: the package tensorboard is not installed (pip install tensorboard)"
-        ) from error
+        raise ValueError("--tensorboard: the package tensorboard is not installed (pip install tensorboard)") from error
     return SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step or None)
 
 
 def _device_name(device: torch.device) -> str:
-    return (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"cpu, {torch.get_num_threads()} threads"
-    )
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
