@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from common.analysis import analyse, comparison, figure
+from common.analysis import Analysis, analyse, comparison, figure
 from common.cli import BaseConfig, open_run, option, parse_config, resolve_device
 from common.recording import GracefulStop, RunFolder, Table
 from common.spiral import INITIALISATIONS, SpiralMLP, load_initial_values, spiral_data
@@ -277,7 +277,7 @@ def finish(run: SpiralRun, folder: RunFolder) -> dict[str, Any]:
         folder.write_figure(densities, "density.png")
     if rows:
         print(analysis.table())
-        print(_report(summary, folder))
+        print(_report(summary, analysis, folder))
     return summary
 
 
@@ -311,13 +311,13 @@ def _show_progress(bar: Any, run: SpiralRun) -> None:
     bar.set_postfix(shown)
 
 
-def _report(summary: dict[str, Any], folder: RunFolder) -> str:
+def _report(summary: dict[str, Any], analysis: Analysis, folder: RunFolder) -> str:
     state = "finished" if summary["finished"] else "interrupted; --resume continues it"
     lines = [
         f"{summary['steps']} steps in {summary['seconds']:.1f} s, {state}",
         f"final accuracy {summary['accuracy']:.4f}, F {summary['weighted_loss']:.3g}",
         f"{summary['num_instabilities']} instabilities, {summary['num_oscillating']} of them oscillating",
-        comparison(summary["threshold"], summary["stability_limit"]),
+        comparison(analysis, summary["stability_limit"]),
     ]
     if summary["eigen_updates"]:
         lines.append(

@@ -111,7 +111,8 @@ def test_full_run_has_the_papers_phenomenology(tmp_path):
     first_above = metrics["eig_step"][np.argmax(metrics["eigenvalues"][:, 0] > 2)]
     assert abs(first_above - 4225) <= 75
     assert 9 <= summary["num_instabilities"] <= 11
-    assert 1.9 <= summary["threshold"] <= 2.15
+    # Not "threshold": from one record per edge it is 1.97 ± 0.11 over the 25 phases of --eig-every 25.
+    assert 1.9 <= summary["branch_threshold"] <= 2.15
     assert summary["instabilities"][-1]["stop"] < 70_000 - 12_000
     assert summary["accuracy"] >= 0.98
     assert summary["unconverged_updates"] == 0
