@@ -77,7 +77,7 @@ def report(config: TrainingConfig) -> dict[str, Any]:
     title = f"Myrtle5 ({size}), A = {config.amplitude:g}, T = {config.period:g}, learning rate {config.lr:g}"
     folder.write_figure(figure(metrics, analysis, limit, title))
     print(analysis.table())
-    print(comparison(analysis, limit))
+    print(comparison(analysis.threshold, limit))
     print(f"final accuracy {summary['accuracy']:.4f}; files in {folder.path}")
     return summary
 

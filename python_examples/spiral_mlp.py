@@ -317,7 +317,7 @@ def _report(summary: dict[str, Any], analysis: Analysis, folder: RunFolder) -> s
         f"{summary['steps']} steps in {summary['seconds']:.1f} s, {state}",
         f"final accuracy {summary['accuracy']:.4f}, F {summary['weighted_loss']:.3g}",
         f"{summary['num_instabilities']} instabilities, {summary['num_oscillating']} of them oscillating",
-        comparison(analysis, summary["stability_limit"]),
+        comparison(analysis.threshold, summary["stability_limit"], analysis.branch_threshold),
     ]
     if summary["eigen_updates"]:
         lines.append(

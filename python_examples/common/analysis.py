@@ -103,14 +103,12 @@ def figure(metrics: Metrics, analysis: Analysis, limit: Any = None, title: str |
     )
 
 
-def comparison(analysis: Analysis, limit: float) -> str:
-    """The measured threshold beside the theory's, in one line."""
-    if not math.isfinite(analysis.threshold):
-        return f"threshold not measured, stability limit of the optimizer {limit:.3f}"
-    return (
-        f"threshold {analysis.threshold:.3f} ({analysis.branch_threshold:.3f} over oscillating windows and both "
-        f"branches), stability limit of the optimizer {limit:.3f}"
-    )
+def comparison(threshold: float, limit: float, branches: float = math.nan) -> str:
+    """The measured threshold beside the theory's, in one line; `branches` is `Analysis.branch_threshold`."""
+    measured = f"{threshold:.3f}" if math.isfinite(threshold) else "none measured"
+    if math.isfinite(branches):
+        measured += f" ({branches:.3f} over oscillating windows and both branches)"
+    return f"threshold {measured}, stability limit of the optimizer {limit:.3f}"
 
 
 def _branch_threshold(windows: list[Instability], lambda_step: NDArray[Any], lambda_max: NDArray[Any]) -> float:
