@@ -1,12 +1,11 @@
-"""Spectral density, trace and NTK against matrices whose spectrum is known."""
+"""Spectral density and trace against matrices whose spectrum is known."""
 
 import math
 
 import pytest
 import torch
-from torch import nn
 
-from dynloss_ext import HessianOperator, ntk_eigenvalues, spectral_density, trace
+from dynloss_ext import HessianOperator, spectral_density, trace
 
 
 def symmetric(eigenvalues: torch.Tensor, seed: int = 0) -> torch.Tensor:
@@ -150,45 +149,3 @@ def test_a_product_that_is_not_finite_is_an_error() -> None:
         spectral_density(lambda v: v * math.nan, num_steps=2, num_probes=1, **settings)
     with pytest.raises(RuntimeError, match="not finite"):
         trace(lambda v: v * math.inf, **settings)
-
-
-# ---- NTK
-
-
-def small_net() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(2, 5), nn.Tanh(), nn.Linear(5, 3)).double()
-
-
-def jacobian(model: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
-    """(N, K, P), one backward pass at a time."""
-    rows = []
-    for output in model(inputs).flatten():
-        rows.append(
-            torch.cat([g.flatten() for g in torch.autograd.grad(output, model.parameters(), retain_graph=True)])
-        )
-    return torch.stack(rows).view(len(inputs), 3, -1)
-
-
-@pytest.mark.parametrize("outputs", ["mean", "full"])
-def test_ntk_equals_the_dense_kernel(outputs: str) -> None:
-    model = small_net()
-    inputs = torch.randn(6, 2, dtype=torch.float64)
-    J = jacobian(model, inputs)
-    if outputs == "mean":
-        kernel = torch.einsum("icp,jcp->ij", J, J) / 3
-    else:
-        kernel = J.flatten(0, 1) @ J.flatten(0, 1).T
-    expected = torch.linalg.eigvalsh(kernel).flip(0)[:4]
-    torch.testing.assert_close(ntk_eigenvalues(model, inputs, 4, outputs=outputs), expected, rtol=1e-10, atol=1e-12)
-    assert all(p.grad is None for p in model.parameters())
-
-
-def test_ntk_refuses_bad_input() -> None:
-    model, inputs = small_net(), torch.randn(4, 2, dtype=torch.float64)
-    with pytest.raises(ValueError, match="outputs must be 'mean' or 'full', got 'sum'"):
-        ntk_eigenvalues(model, inputs, outputs="sum")
-    with pytest.raises(ValueError, match="k must be between 1 and 4, the size of the kernel, got 5"):
-        ntk_eigenvalues(model, inputs, 5)
-    with pytest.raises(ValueError, match=r"model must map \(N, ...\) to \(N, K\)"):
-        ntk_eigenvalues(nn.Sequential(nn.Flatten(0), nn.Linear(8, 1).double()), inputs)
