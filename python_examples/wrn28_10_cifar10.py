@@ -46,7 +46,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "validation_images": 1000,
         "batch_size": 128,
         "shards": 2,
-        "epochs": 30,
+        "epochs": 60,
     },
     "smoke": {
         "depth": 10,
