@@ -8,6 +8,7 @@ from dynloss_ext.instability import Instability, detect_instabilities, instabili
 from dynloss_ext.loss import DynamicCrossEntropyLoss, dynamic_cross_entropy, loss_and_gradient
 from dynloss_ext.ntk import ntk_eigenvalues
 from dynloss_ext.oscillation import Oscillation
+from dynloss_ext.spectrum import Estimate, SpectralDensity, spectral_density, trace
 
 __version__ = "0.1.0"
 
@@ -15,9 +16,11 @@ __all__ = [
     "ConvergenceWarning",
     "DynamicCrossEntropyLoss",
     "EigenResult",
+    "Estimate",
     "HessianOperator",
     "Instability",
     "Oscillation",
+    "SpectralDensity",
     "detect_instabilities",
     "dynamic_cross_entropy",
     "eigsh",
@@ -25,5 +28,7 @@ __all__ = [
     "loss_and_gradient",
     "ntk_eigenvalues",
     "reference",
+    "spectral_density",
     "stability_limit",
+    "trace",
 ]

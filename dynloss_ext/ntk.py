@@ -60,7 +60,7 @@ def ntk_eigenvalues(model: nn.Module, inputs: Tensor, k: int = 1, *, outputs: st
         rows = jacobian.flatten(1) / shape[1] ** 0.5
     else:
         rows = jacobian.flatten(0, 1)
-    values: Tensor = torch.linalg.eigvalsh((rows @ rows.t()).double())
+    values: Tensor = torch.linalg.eigvalsh(rows.double() @ rows.double().t())
     return values.flip(0)[:k]
 
 

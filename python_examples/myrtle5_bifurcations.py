@@ -16,12 +16,20 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from common.analysis import analyse, comparison, figure
+import numpy as np
+from numpy.typing import NDArray
+
+from common.analysis import Analysis, Metrics, comparison
+from common.cifar10 import CLASS_NAMES
 from common.cli import parse_config
 from common.config import TrainingConfig
 from common.distributed import is_main_process
 from common.recording import RunFolder
 from common.training import train
+from dynloss_ext import plot
+from dynloss_ext.instability import detect_instabilities, detect_periods, instability_threshold
+
+Array = NDArray[Any]
 
 PAPER: dict[str, Any] = {
     "classes": 3,
@@ -40,8 +48,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "width": 16,
         "train_images": 300,
         "validation_images": 300,
-        "epochs": 3000,
-        "eig_every": 20,
+        "epochs": 2500,
+        "eig_every": 25,
+        "eig_tol": 1e-2,
         "channels_last": True,
     },
     "smoke": {
@@ -50,7 +59,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "validation_images": 60,
         "period": 12.0,
         "epochs": 60,
-        "eig_every": 5,
+        "eig_every": 10,
+        "eig_images": 30,
+        "eig_tol": 1e-2,
         "validate_every": 20,
     },
 }
@@ -69,17 +80,59 @@ def report(config: TrainingConfig) -> dict[str, Any]:
     """Finds the instabilities in the finished run, draws the figure and adds both to the folder."""
     folder = RunFolder(config.out)
     metrics, summary = folder.read_metrics(), folder.read_summary()
-    analysis = analyse(metrics)
-    summary |= analysis.summary()
     limit = summary["stability_limit"]
+    analysis = oscillations(metrics)
+    crossings = upward_crossings(metrics["eig_step"], metrics["eigenvalues"], limit)
+    summary |= analysis.summary() | {"limit_crossings": crossings}
     folder.write_summary(summary)
     size = f"width {config.width}, {summary['num_training_images']} images"
     title = f"Myrtle5 ({size}), A = {config.amplitude:g}, T = {config.period:g}, learning rate {config.lr:g}"
-    folder.write_figure(figure(metrics, analysis, limit, title))
+    names = ("weights", "weighted_loss", "loss", "accuracy", "eig_step", "eigenvalues")
+    folder.write_figure(
+        plot.trajectory(
+            metrics["step"],
+            **{name: metrics[name] for name in names},
+            instabilities=analysis.instabilities,
+            limit=limit,
+            zoom=_zoom(analysis, config),
+            class_names=CLASS_NAMES[: config.classes],
+            title=title,
+        )
+    )
     print(analysis.table())
     print(comparison(analysis.threshold, limit))
+    print(f"λ_max rises through {limit:g} after steps {crossings}")
     print(f"final accuracy {summary['accuracy']:.4f}; files in {folder.path}")
     return summary
+
+
+def oscillations(metrics: Metrics) -> Analysis:
+    """Windows in which F jumps to and fro.
+
+    Here F falls by more than the usual 1e-3 a step while it is perfectly smooth; so the jumps are those of
+    F(t) - (F(t-1) + F(t+1)) / 2, in which a trend cancels and an alternation stays as it is.
+    """
+    step, loss = metrics["step"], metrics["weighted_loss"]
+    alternating = np.zeros_like(loss)
+    alternating[1:-1] = loss[1:-1] - (loss[:-2] + loss[2:]) / 2
+    lambda_max = metrics["eigenvalues"][:, 0]
+    found = detect_instabilities(step, alternating, metrics["eig_step"], lambda_max, max_gap=10)
+    periods = [detect_periods(step, loss, start=window.start, stop=window.stop) for window in found]
+    return Analysis(found, periods, instability_threshold(found))
+
+
+def upward_crossings(eig_step: Array, eigenvalues: Array, limit: float) -> list[int]:
+    """The recorded steps after which λ_max is above the limit for the first time since it was below."""
+    above = eigenvalues[:, 0] > limit
+    return [int(step) for step in eig_step[:-1][above[1:] & ~above[:-1]]]
+
+
+def _zoom(analysis: Analysis, config: TrainingConfig) -> tuple[float, float] | None:
+    """The onset of the first oscillation, where the curve splits into branches."""
+    if not analysis.oscillating:
+        return None
+    start = analysis.oscillating[0].start
+    return max(0.0, start - 0.2 * config.period), min(config.epochs - 1.0, start + 0.8 * config.period)
 
 
 if __name__ == "__main__":

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from common.cli import open_run, option, parse_config, resolve_device
 from common.config import TrainingConfig
-from common.curves import training_curves
+from common.curves import Metrics, training_curves
 from common.distributed import World, join_world
 from common.recording import RunFolder
 from common.training import train
@@ -83,12 +84,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         "train_images": 3000,
         "validation_images": 2000,
         "batch_size": 128,
-        "epochs": 70,
-        "peak_epoch": 30,
-        "stop_epoch": 60,
+        "epochs": 140,
+        "peak_epoch": 60,
+        "stop_epoch": 120,
         "period": 24.0,
         "seeds": 1,
-        "validate_every": 1,
+        "validate_every": 2,
+        "channels_last": True,
     },
     "smoke": {
         "width": 4,
@@ -120,33 +122,35 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def report(config: SeedsConfig) -> dict[str, Any]:
-    """Gathers the runs into one metrics.npz, one summary and one figure."""
+    """Gathers the runs into one metrics.npz, one summary and one figure; diverged ones are counted apart."""
     folder = RunFolder(config.out)
-    groups, arrays, accuracy = {}, {}, {}
+    groups: dict[str, list[Metrics]] = {}
+    arrays: dict[str, NDArray[Any]] = {}
+    accuracy: dict[str, dict[str, Any]] = {}
     for amplitude in config.amplitudes:
-        metrics = [RunFolder(run.out).read_metrics() for run in config.runs(amplitude)]
-        groups[f"A = {amplitude:g}"] = metrics
-        for name in ("validation_step", "validation_accuracy", "validation_loss"):
-            arrays[f"{name}_A{amplitude:g}"] = np.stack([run[name] for run in metrics])
-        final = np.array([run["validation_accuracy"][-1] for run in metrics])
-        accuracy[f"A{amplitude:g}"] = {"mean": final.mean(), "std": final.std(), "seeds": final.tolist()}
+        folders = [RunFolder(run.out) for run in config.runs(amplitude)]
+        metrics = [run.read_metrics() for run in folders if not run.read_summary()["diverged"]]
+        accuracy[f"A{amplitude:g}"] = {"seeds": [], "diverged": len(folders) - len(metrics)}
+        if metrics:
+            groups[f"A = {amplitude:g}"] = metrics
+            for name in ("validation_step", "validation_accuracy", "validation_loss"):
+                arrays[f"{name}_A{amplitude:g}"] = np.stack([run[name] for run in metrics])
+            final = np.array([run["validation_accuracy"][-1] for run in metrics])
+            accuracy[f"A{amplitude:g}"] |= {"mean": final.mean(), "std": final.std(), "seeds": final.tolist()}
     first = RunFolder(config.runs(config.amplitude)[0].out).read_summary()
-    summary = {
-        "finished": True,
-        "num_parameters": first["num_parameters"],
-        "validation_accuracy": accuracy,
-        "device": first["device"],
-        "images_per_second": first["images_per_second"],
-    }
+    summary = {"finished": True, "validation_accuracy": accuracy}
+    summary |= {name: first[name] for name in ("num_parameters", "device", "images_per_second")}
     folder.write_metrics(arrays)
     folder.write_summary(summary)
-    title = f"Myrtle5 (width {config.width}), T = {config.period:g}, {config.seeds} seed(s)"
-    steps_per_epoch = first["steps"] // config.epochs
-    folder.write_figure(training_curves(groups, steps_per_epoch, stop_epoch=config.stop_epoch, title=title))
+    if groups:
+        title = f"Myrtle5 (width {config.width}), T = {config.period:g}, {config.seeds} seed(s)"
+        figure = training_curves(groups, first["steps_per_epoch"], stop_epoch=config.stop_epoch, title=title)
+        folder.write_figure(figure)
     for name, values in accuracy.items():
-        print(f"{name:>6}: validation accuracy {values['mean']:.4f} ± {values['std']:.4f}")
+        result = f"{values['mean']:.4f} ± {values['std']:.4f}" if values["seeds"] else "none"
+        print(f"{name:>6}: validation accuracy {result}, {values['diverged']} diverged")
     print(f"files in {folder.path}")
-    return summary
+    return folder.read_summary()
 
 
 def _is_finished(out: Path, world: World) -> bool:

@@ -46,7 +46,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "validation_images": 1000,
         "batch_size": 128,
         "shards": 2,
-        "epochs": 30,
+        "epochs": 60,
     },
     "smoke": {
         "depth": 10,
@@ -74,10 +74,10 @@ def report(config: TrainingConfig, summary: dict[str, Any]) -> None:
     folder = RunFolder(config.out)
     name = f"WRN-{config.depth}-{config.widen}"
     label = f"A = {config.amplitude:g}"
-    if config.validate_every:
-        steps_per_epoch = summary["steps"] // config.epochs
+    if summary["validation_accuracy"] is not None:
         title = f"{name}, T = {config.period:g}"
-        folder.write_figure(training_curves({label: [folder.read_metrics()]}, steps_per_epoch, title=title))
+        runs = {label: [folder.read_metrics()]}
+        folder.write_figure(training_curves(runs, summary["steps_per_epoch"], title=title))
         print(f"{name}, {label}: validation accuracy {summary['validation_accuracy']:.4f}")
     print(f"{summary['images_per_second']:.0f} images/s; files in {folder.path}")
 

@@ -118,3 +118,33 @@ def test_the_defaults_are_the_papers() -> None:
     with torch.device("meta"):
         count = sum(p.numel() for p in build_model(dataclasses.replace(wide, seed=0)).parameters())
     assert count == 36_479_194
+
+
+def test_a_diverged_seed_is_counted_and_left_out(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    smoke(myrtle5_cifar10, out)
+    summary = json.loads((out / "A50_seed0" / "summary.json").read_text())
+    (out / "A50_seed0" / "summary.json").write_text(json.dumps(summary | {"diverged": True}))
+    again = smoke(myrtle5_cifar10, out)
+    assert again["validation_accuracy"]["A50"] == {"seeds": [], "diverged": 1}
+    assert again["validation_accuracy"]["A1"]["diverged"] == 0
+
+
+def test_onset_of_oscillations_and_crossings_are_found() -> None:
+    """F falls by 4e-3 a step; from step 200 to 400 it also alternates."""
+    step = np.arange(600)
+    alternation = np.where((step >= 200) & (step < 400), 5e-3 * (-1.0) ** step, 0.0)
+    eig_step = step[::10]
+    eigenvalues = np.where((eig_step >= 180) & (eig_step < 390), 50.0, 30.0)[:, None]
+    metrics = {
+        "step": step,
+        "weighted_loss": 3 - 4e-3 * step + alternation,
+        "eig_step": eig_step,
+        "eigenvalues": eigenvalues,
+    }
+    analysis = myrtle5_bifurcations.oscillations(metrics)
+    (window,) = analysis.instabilities
+    assert abs(window.start - 200) <= 2
+    assert abs(window.stop - 400) <= 2
+    assert {part.period for part in analysis.periods[0]} == {2}
+    assert myrtle5_bifurcations.upward_crossings(eig_step, eigenvalues, 40.0) == [170]

@@ -194,6 +194,7 @@ class _Loop:
             "num_validation_images": len(trainer.validation.split),
             "data_md5": trainer.batches.split.fingerprint(),
             "steps": trainer.step,
+            "steps_per_epoch": trainer.batches.per_epoch,
             "weighted_loss": arrays["weighted_loss"][-1],
             "loss": arrays["loss"][-1],
             "accuracy": arrays["accuracy"][-1],
