@@ -6,7 +6,9 @@ from dynloss_ext.eigen import ConvergenceWarning, EigenResult, eigsh
 from dynloss_ext.hessian import HessianOperator
 from dynloss_ext.instability import Instability, detect_instabilities, instability_threshold, stability_limit
 from dynloss_ext.loss import DynamicCrossEntropyLoss, dynamic_cross_entropy, loss_and_gradient
+from dynloss_ext.ntk import ntk_eigenvalues
 from dynloss_ext.oscillation import Oscillation
+from dynloss_ext.spectrum import Estimate, SpectralDensity, spectral_density, trace
 
 __version__ = "0.1.0"
 
@@ -14,14 +16,19 @@ __all__ = [
     "ConvergenceWarning",
     "DynamicCrossEntropyLoss",
     "EigenResult",
+    "Estimate",
     "HessianOperator",
     "Instability",
     "Oscillation",
+    "SpectralDensity",
     "detect_instabilities",
     "dynamic_cross_entropy",
     "eigsh",
     "instability_threshold",
     "loss_and_gradient",
+    "ntk_eigenvalues",
     "reference",
+    "spectral_density",
     "stability_limit",
+    "trace",
 ]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dynloss_ext import _vmap  # noqa: F401  (registers the batching rules)
-from dynloss_ext.oscillation import Oscillation
+from dynloss_ext.oscillation import Oscillation, check_step
 
 __all__ = ["DynamicCrossEntropyLoss", "dynamic_cross_entropy", "loss_and_gradient"]
 
@@ -17,13 +17,23 @@ _NORMALIZATIONS = {"samples": False, "weights": True}
 _ops = torch.ops.dynloss
 
 
-def _check_options(oscillation: Oscillation, reduction: str, normalization: str) -> None:
+def _check_options(
+    oscillation: Oscillation, reduction: str, normalization: str, ignore_index: int, label_smoothing: float
+) -> None:
     if not isinstance(oscillation, Oscillation):
         raise TypeError(f"oscillation: expected an Oscillation, got {type(oscillation).__name__}")
-    if reduction not in _REDUCTIONS:
+    if not isinstance(reduction, str) or reduction not in _REDUCTIONS:
         raise ValueError(f"reduction: expected 'none', 'mean' or 'sum', got {reduction!r}")
-    if normalization not in _NORMALIZATIONS:
+    if not isinstance(normalization, str) or normalization not in _NORMALIZATIONS:
         raise ValueError(f"normalization: expected 'samples' or 'weights', got {normalization!r}")
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index: expected an int, got {type(ignore_index).__name__}")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index: expected an int of 64 bits, got {ignore_index}")
+    if isinstance(label_smoothing, bool) or not isinstance(label_smoothing, (int, float)):
+        raise TypeError(f"label_smoothing: expected a number, got {type(label_smoothing).__name__}")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing}")
 
 
 def _arguments(
@@ -37,7 +47,7 @@ def _arguments(
     label_smoothing: float,
 ) -> tuple[Any, ...]:
     """The arguments of the forward ops; what is not a tensor is checked here, tensors in csrc/arguments.cpp."""
-    _check_options(oscillation, reduction, normalization)
+    _check_options(oscillation, reduction, normalization, ignore_index, label_smoothing)
     if not isinstance(logits, Tensor):
         raise TypeError(f"logits: expected a tensor, got {type(logits).__name__}")
     if not isinstance(target, Tensor):
@@ -55,6 +65,8 @@ def _arguments(
     elif isinstance(step, bool) or not isinstance(step, (int, torch.SymInt)):
         raise TypeError(f"step: expected an int or an int64 tensor, got {type(step).__name__}")
     else:
+        if not torch.compiler.is_compiling():  # there a comparison would restrict the graph
+            check_step("step", step)
         offset = step
     if oscillation.waveform == "function":
         if torch.compiler.is_compiling() or not isinstance(step, int):
@@ -113,12 +125,14 @@ def dynamic_cross_entropy(
 
     Returns:
         The loss: () or (E,) for mean and sum, in float32 at least; target's shape or (E, N) for ``"none"``, in the
-        dtype of the logits. Sums are taken in float64 over rows in a fixed order: the same bits on every run.
+        dtype of the logits, or in float32 at least under autocast. Sums are taken in float64 over rows in a fixed order: the same bits on every run.
 
     Raises:
         ValueError, TypeError: an argument is not as described; the message names it.
         IndexError: on CPU, a target outside [0, C). On CUDA its loss and gradient are NaN instead.
     """
+    if reduction == "none" and isinstance(logits, Tensor) and torch.is_autocast_enabled(logits.device.type):
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     arguments = _arguments(logits, target, oscillation, step, reduction, normalization, ignore_index, label_smoothing)
     loss: Tensor = _ops.cross_entropy(*arguments)[0]
     return loss
@@ -184,7 +198,7 @@ class DynamicCrossEntropyLoss(nn.Module):
         label_smoothing: float = 0.0,
     ) -> None:
         super().__init__()
-        _check_options(oscillation, reduction, normalization)
+        _check_options(oscillation, reduction, normalization, ignore_index, label_smoothing)
         self.oscillation = oscillation
         self.reduction = reduction
         self.normalization = normalization

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -43,11 +43,12 @@ def _parameter(name: str, value: Any, minimum: float, exclusive: bool) -> Tensor
     return tensor
 
 
-def _step_bound(name: str, value: Any) -> int:
+def check_step(name: str, value: Any) -> int:
+    """``value``, if it is an int that float64 holds exactly."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: expected an int (a number of optimisation steps), got {type(value).__name__}")
-    if abs(value) >= 2**53:
-        raise ValueError(f"{name}: expected a step below 2**53, got {value}")
+    if not -(2**53) < value < 2**53:
+        raise ValueError(f"{name}: expected a step of magnitude below 2**53, got {value}")
     return value
 
 
@@ -90,7 +91,7 @@ class Oscillation:
         start_step: int = 0,
         stop_step: int | None = None,
     ) -> None:
-        if waveform not in _WAVEFORMS:
+        if not isinstance(waveform, str) or waveform not in _WAVEFORMS:
             raise ValueError(f"waveform: expected one of {sorted(_WAVEFORMS)}, got {waveform!r}")
         if not isinstance(closed, bool):
             raise TypeError(f"closed: expected a bool, got {type(closed).__name__}")
@@ -121,8 +122,11 @@ class Oscillation:
             raise TypeError(f"gamma: expected a tensor of shape (S, C) or (E, S, C), got {type(gamma).__name__}")
         if gamma.requires_grad:
             raise ValueError("gamma: expected a constant, got a tensor that requires grad")
-        if gamma.dim() not in (2, 3) or gamma.numel() == 0 or gamma.is_complex():
-            raise ValueError(f"gamma: expected a non-empty (S, C) or (E, S, C), got shape {tuple(gamma.shape)}")
+        if gamma.dim() not in (2, 3) or gamma.numel() == 0 or gamma.is_complex() or gamma.dtype == torch.bool:
+            raise ValueError(
+                "gamma: expected real numbers of shape (S, C) or (E, S, C), no dimension 0, got "
+                f"{gamma.dtype} of shape {tuple(gamma.shape)}"
+            )
         table = gamma.detach().to("cpu", torch.float64).clone(memory_format=torch.contiguous_format)
         if not bool((table.isfinite() & (table >= 0)).all()):
             raise ValueError("gamma: expected finite weights >= 0, got negative, infinite or NaN entries")
@@ -187,8 +191,8 @@ class Oscillation:
         start_step: int,
         stop_step: int | None,
     ) -> None:
-        start = _step_bound("start_step", start_step)
-        stop = math.inf if stop_step is None else _step_bound("stop_step", stop_step)
+        start = check_step("start_step", start_step)
+        stop = math.inf if stop_step is None else check_step("stop_step", stop_step)
         if stop < start:
             raise ValueError(f"stop_step: expected a step >= start_step = {start}, got {stop_step}")
         try:
@@ -207,9 +211,15 @@ class Oscillation:
     def _checked_order(self, class_order: Sequence[int] | None) -> Tensor | None:
         if class_order is None:
             return None
-        order = [int(c) for c in class_order]
+        expected = f"class_order: expected a permutation of the ints 0..{self._num_classes - 1}"
+        values = class_order.tolist() if hasattr(class_order, "tolist") else class_order
+        if isinstance(values, str) or not isinstance(values, Iterable):
+            raise TypeError(f"{expected}, got {class_order!r}")
+        order = list(values)
+        if any(isinstance(c, bool) or not isinstance(c, int) for c in order):
+            raise TypeError(f"{expected}, got {class_order!r}")
         if sorted(order) != list(range(self._num_classes)):
-            raise ValueError(f"class_order: expected a permutation of 0..{self._num_classes - 1}, got {order}")
+            raise ValueError(f"{expected}, got {order}")
         return torch.tensor(order, dtype=torch.int64)
 
     def _place(self) -> None:
@@ -314,7 +324,7 @@ class Oscillation:
             raise TypeError(f"step: expected an int or an int64 tensor (S,), got {type(step).__name__}")
         if isinstance(step, Tensor) and (step.dim() != 1 or step.dtype != torch.int64):
             raise ValueError(f"step: expected an int64 tensor (S,), got {step.dtype} of shape {tuple(step.shape)}")
-        steps = step.cpu() if isinstance(step, Tensor) else torch.tensor([step])
+        steps = step.cpu() if isinstance(step, Tensor) else torch.tensor([check_step("step", step)])
         if self._function is not None:
             weights = (
                 torch.stack([self.evaluate_function(int(s)) for s in steps])
@@ -330,7 +340,13 @@ class Oscillation:
     def evaluate_function(self, step: int) -> Tensor:
         """Γ (C,) float64 from the user's function, checked."""
         assert self._function is not None
-        gamma = torch.as_tensor(self._function(step)).detach().to("cpu", torch.float64)
+        value = self._function(step)
+        try:
+            gamma = torch.as_tensor(value).detach().to("cpu", torch.float64)
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(
+                f"function: expected weights of shape ({self._num_classes},) at step {step}, got {value!r}"
+            ) from None
         if gamma.shape != (self._num_classes,) or not bool((gamma.isfinite() & (gamma >= 0)).all()):
             raise ValueError(
                 f"function: expected finite weights >= 0 of shape ({self._num_classes},) at step {step}, got {gamma}"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
@@ -85,16 +86,99 @@ def environment(folder: Path, torch_version: str | None = None) -> Path:
     return folder / "bin" / "python"
 
 
+@pytest.fixture
+def setup_script(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The names that setup.py defines, nothing being built."""
+    monkeypatch.setattr("setuptools.setup", lambda **options: None)
+    monkeypatch.setattr(sys, "argv", ["setup.py", "sdist"])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for name in ("CUDA_HOME", "CUDA_PATH", "DYNLOSS_EXT_CUDA"):
+        monkeypatch.delenv(name, raising=False)
+    return runpy.run_path(str(ROOT / "setup.py"))
+
+
+def fake_nvcc(toolkit: Path, release: str = "13.0", architectures: str = "") -> Path:
+    """A program that answers as nvcc does what setup.py asks of it."""
+    nvcc = toolkit / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text(
+        f"""#!/bin/sh
+case "$*" in
+  *--dryrun*) echo '#$ _HERE_={nvcc.parent}' >&2;;
+  --version) echo 'Cuda compilation tools, release {release}, V{release}.88';;
+  --list-gpu-arch) echo '{architectures}';;
+esac
+"""
+    )
+    nvcc.chmod(0o755)
+    return nvcc
+
+
+def test_the_toolkit_is_the_one_that_nvcc_names(setup_script: dict[str, Any], tmp_path: Path) -> None:
+    toolkit = tmp_path / "toolkit"
+    nvcc = fake_nvcc(toolkit)
+    wrapper, link = tmp_path / "wrapper", tmp_path / "link"
+    wrapper.write_text(f'#!/bin/sh\nexec {nvcc} "$@"\n')
+    wrapper.chmod(0o755)
+    link.symlink_to(nvcc)
+    for path in (nvcc, wrapper, link):
+        assert setup_script["toolkit_of"](path) == toolkit
+    assert setup_script["toolkit_of"](tmp_path / "missing") is None
+
+
+@pytest.mark.parametrize(
+    ("known", "chosen"),
+    [
+        ("75 80 86 90 100 110 120", "8.0;9.0;10.0;12.0+PTX"),
+        ("80 86 89 90", "8.0;9.0+PTX"),
+        ("90 100 103", "9.0;10.0+PTX"),
+    ],
+)
+def test_default_architectures_are_those_nvcc_knows(
+    setup_script: dict[str, Any], tmp_path: Path, known: str, chosen: str
+) -> None:
+    nvcc = fake_nvcc(tmp_path, architectures="\n".join(f"compute_{number}" for number in known.split()))
+    assert setup_script["default_architectures"](nvcc) == chosen
+
+
+def test_cuda_is_chosen_by_torch_nvcc_and_wish(
+    setup_script: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choose = setup_script["choose_cuda"]
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert choose("13.0") is None  # no nvcc
+    monkeypatch.setenv("DYNLOSS_EXT_CUDA", "1")
+    with pytest.raises(SystemExit, match="DYNLOSS_EXT_CUDA=1, but nvcc was not found"):
+        choose("13.0")
+    with pytest.raises(SystemExit, match="this torch was built without CUDA"):
+        choose(None)
+    fake_nvcc(tmp_path)
+    assert choose("13.2") == tmp_path
+    with pytest.raises(SystemExit, match=r"release 13\.0, but torch was built for CUDA 12\.8"):
+        choose("12.8")
+    monkeypatch.setenv("DYNLOSS_EXT_CUDA", "0")
+    assert choose("13.0") is None
+    monkeypatch.setenv("DYNLOSS_EXT_CUDA", "")
+    assert choose("13.0") == tmp_path
+    assert choose(None) is None
+    monkeypatch.setenv("DYNLOSS_EXT_CUDA", "yes")
+    with pytest.raises(SystemExit, match="DYNLOSS_EXT_CUDA must be 0, 1 or unset, not 'yes'"):
+        choose("13.0")
+
+
 def find_torch(python: Path, installer: Sequence[str | Path], cwd: Path, **environ: str) -> str | None:
     """What find_torch answers to a build that `python` runs, isolated as by pip, called by `installer`."""
+    overlay = cwd / "overlay"
+    overlay.mkdir(exist_ok=True)
+    hide = "import sys; sys.path = [path for path in sys.path if '-packages' not in path]"
+    (overlay / "sitecustomize.py").write_text(hide)
     search = (
-        "import json, sys; sys.path = [path for path in sys.path if '-packages' not in path];"
-        f" sys.path.insert(0, {str(ROOT / 'tools')!r}); import target_torch;"
+        f"{hide}; sys.path.insert(0, {str(ROOT / 'tools')!r}); import json, target_torch;"
         " print(json.dumps([target_torch.find_torch(), sys.path]))"
     )
     start = f"import subprocess; subprocess.run([{str(python)!r}, '-c', {search!r}], check=True)"
     command = [installer[0], "-c", start, *installer[1:]]
-    environ = {"PATH": os.environ["PATH"]} | environ
+    environ = {"PATH": os.environ["PATH"], "PYTHONPATH": str(overlay), "PYTHONNOUSERSITE": "1"} | environ
     result = subprocess.run(command, cwd=cwd, env=environ, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     version, path = json.loads(result.stdout)
@@ -104,7 +188,7 @@ def find_torch(python: Path, installer: Sequence[str | Path], cwd: Path, **envir
 
 def test_torch_is_found_where_pip_builds_in_the_targets_interpreter(tmp_path: Path) -> None:
     target = environment(tmp_path / "target", "2.13.0+cpu")
-    assert find_torch(target, [sys.executable], tmp_path, PYTHONPATH="", PYTHONNOUSERSITE="1") == "2.13.0+cpu"
+    assert find_torch(target, [sys.executable], tmp_path) == "2.13.0+cpu"
 
 
 def test_torch_is_found_where_the_build_has_an_interpreter_of_its_own(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@
 #include <ATen/ops/mul.h>
 #include <ATen/ops/ones_like.h>
 #include <ATen/ops/sum.h>
+#include <ATen/ops/where.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/function.h>
@@ -119,9 +120,13 @@ struct ResolvedNode : public Node {
 // grad_output · gradient without in-place writes, for graphs that will be used again or are only being
 // traced.
 Tensor rescaled(const Tensor& gradient, const Tensor& grad_output, const Tensor& normalizer) {
-  Tensor factor = grad_output * (normalizer.select(-1, 1) / normalizer.select(-1, 0));
+  const Tensor divisor = normalizer.select(-1, 0), divided_by = normalizer.select(-1, 1);
+  // A mean over nothing has divided by 0 and keeps its gradient of 0.
+  Tensor factor = grad_output * at::where(divisor == 0, at::ones_like(divisor), divided_by / divisor);
   if (factor.dim() == 1) factor = factor.unsqueeze(-1).unsqueeze(-1);
-  return gradient * factor.to(gradient.scalar_type());
+  // In the type of the arithmetic: a half would round the factor, or hold it as inf.
+  const auto arithmetic = gradient.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  return (gradient * factor.to(arithmetic)).to(gradient.scalar_type());
 }
 
 // On the CPU a look tells whether there is anything to do, for less than the call of an op.
@@ -149,11 +154,12 @@ struct CrossEntropyBackward : public ResolvedNode {
 
     Tensor saved = gradient_.unpack();
     const Tensor normalizer = normalizer_.unpack();
-    if (torch::autograd::get_current_graph_task_keep_graph() ||
-        at::areAnyTensorSubclassLike({saved, grad_output}))
+    const bool keep = torch::autograd::get_current_graph_task_keep_graph();
+    if (!keep) gradient_.reset_data();
+    // Saved-tensor hooks may have shown the buffer to somebody.
+    if (keep || saved.use_count() > 1 || at::areAnyTensorSubclassLike({saved, grad_output}))
       return {rescaled(saved, grad_output, normalizer)};
     // Nobody else will ask for the buffer: hand it over, so that a leaf can keep it as its .grad.
-    gradient_.reset_data();
     if (!needs_no_rescaling(grad_output, normalizer)) ops::rescale_(saved, grad_output, normalizer);
     return {std::move(saved)};
   }
@@ -165,13 +171,27 @@ struct CrossEntropyBackward : public ResolvedNode {
   }
 };
 
+// Whether the forward pass computes the gradient along with the loss. Not where it may be differentiated, or
+// traced: a compiled backward that does not read the logits would take its result for a constant. And not for
+// float16, which cannot hold the gradient of a mean before the loss scale has been applied.
+bool computes_gradient(const Tensor& logits, int64_t reduction) {
+  return reduction != reduction_none && !in_transform() && !tangent_of(logits).defined() &&
+         !at::isTensorSubclassLike(logits) && logits.scalar_type() != at::kHalf;
+}
+
+void check_strided(const Tensor& logits) {
+  TORCH_CHECK_VALUE(logits.layout() == at::kStrided, "logits: expected a strided (dense) tensor, got ",
+                    logits.layout());
+}
+
 std::tuple<Tensor, Tensor, Tensor> cross_entropy(DYNLOSS_FORWARD_PARAMETERS) {
+  check_strided(logits);
   const bool requires_grad = torch::autograd::compute_requires_grad(logits);
   const Tensor tangent = tangent_of(logits);
   Tensor loss, gradient, weights, normalizer;
   {
     at::AutoDispatchBelowADInplaceOrView guard;
-    if (requires_grad && reduction != reduction_none && !in_transform() && !tangent.defined())
+    if (requires_grad && computes_gradient(logits, reduction))
       std::tie(loss, gradient, weights, normalizer) =
           ops::cross_entropy_with_gradient(DYNLOSS_FORWARD_ARGUMENTS);
     else
@@ -194,6 +214,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy(DYNLOSS_FORWARD_PARAMETERS) {
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_with_gradient(DYNLOSS_FORWARD_PARAMETERS) {
+  check_strided(logits);
   const bool differentiated =
       tangent_of(logits).defined() || (in_transform() && torch::autograd::compute_requires_grad(logits));
   TORCH_CHECK(!differentiated,

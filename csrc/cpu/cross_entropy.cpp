@@ -89,25 +89,26 @@ struct Layout {
   int64_t classes;
 };
 
-// The stride that walks dimensions [first, last) of x, without the class dimension, as one; none if there is
-// none.
-std::optional<int64_t> joint_stride(const at::Tensor& x, int64_t first, int64_t class_dim) {
-  int64_t stride = 0, expected = 0;
+// The stride that walks dimensions [first, dim) of x, without the class dimension, as one; none if there is
+// none, `single` where there is but one step.
+std::optional<int64_t> joint_stride(const at::Tensor& x, int64_t first, int64_t class_dim, int64_t single) {
+  std::optional<int64_t> stride;
+  int64_t expected = 0;
   for (int64_t d = x.dim() - 1; d >= first; --d) {
     if (d == class_dim || x.size(d) == 1) continue;
-    if (stride == 0)
+    if (!stride)
       stride = x.stride(d);
     else if (x.stride(d) != expected)
       return std::nullopt;
     expected = x.stride(d) * x.size(d);
   }
-  return stride;
+  return stride ? stride : single;
 }
 
 std::optional<Operand> as_rows(const at::Tensor& x, bool ensemble) {
   const int64_t class_dim = ensemble ? 2 : (x.dim() == 1 ? 0 : 1);
   if (x.stride(class_dim) != 1 && x.size(class_dim) != 1) return std::nullopt;
-  const auto row_stride = joint_stride(x, ensemble ? 1 : 0, class_dim);
+  const auto row_stride = joint_stride(x, ensemble ? 1 : 0, class_dim, x.size(class_dim));
   if (!row_stride) return std::nullopt;
   return Operand{x.data_ptr(), ensemble ? x.stride(0) : 0, *row_stride, 1};
 }
@@ -118,15 +119,8 @@ std::optional<Operand> as_planes(const at::Tensor& x, bool ensemble) {
     if (x.stride(0) != 1) return std::nullopt;
     return Operand{x.data_ptr(), 0, 1, x.stride(1)};
   }
-  const auto inner = joint_stride(x, 2, 1);
-  if (!inner || *inner > 1) return std::nullopt;
+  if (joint_stride(x, 2, 1, 1) != 1) return std::nullopt;
   return Operand{x.data_ptr(), x.stride(0), 1, x.stride(1)};
-}
-
-// The classes last in memory, if no cheaper way of walking x exists.
-at::Tensor rows_copy(const at::Tensor& x, bool ensemble) {
-  if (ensemble || x.dim() <= 2) return x.contiguous();
-  return x.movedim(1, -1).contiguous().movedim(-1, 1);
 }
 
 Layout layout_of(const at::Tensor& logits, bool ensemble, bool planes) {
@@ -157,8 +151,8 @@ at::Tensor new_gradient(const at::Tensor& logits) {
   return gradient;
 }
 
-// The operands of one call in a common layout. Those that do not fit are copied; so is the result, back into
-// `out`.
+// The operands of one call in a common layout, that of the logits. Those that do not fit are copied; a result
+// that does not is written to a copy, which finish() copies back.
 class Operands {
  public:
   Operands(const at::Tensor& logits, bool ensemble) : ensemble_(ensemble) {
@@ -169,25 +163,18 @@ class Operands {
 
   Operand input(const at::Tensor& x) {
     if (const auto operand = view(x)) return *operand;
-    // The copy is laid out for rows; planes can only be asked of what already lies so.
-    kept_.push_back(planes_ ? x.contiguous() : rows_copy(x, ensemble_));
-    if (planes_ && kept_.back().dim() == 2) kept_.back() = x.t().contiguous().t();
-    const auto operand = view(kept_.back());
-    TORCH_INTERNAL_ASSERT(operand.has_value(), "no common layout for strides ", x.strides());
-    return *operand;
+    copies_.push_back(rearranged(x));
+    return *view(copies_.back());
   }
 
   Operand output(const at::Tensor& out) {
     if (const auto operand = view(out)) return *operand;
-    result_ =
-        planes_ && out.dim() == 2 ? at::empty_like(out.t().contiguous()).t() : rows_copy(out, ensemble_);
-    if (planes_ && out.dim() > 2) result_ = out.contiguous();
     destination_ = out;
-    return *view(result_);
+    return input(out);
   }
 
   void finish() {
-    if (destination_.defined()) destination_.copy_(result_);
+    if (destination_.defined()) destination_.copy_(copies_.back());
   }
 
   Operand logits;
@@ -198,9 +185,14 @@ class Operands {
     return planes_ ? as_planes(x, ensemble_) : as_rows(x, ensemble_);
   }
 
+  at::Tensor rearranged(const at::Tensor& x) const {
+    if (planes_) return x.dim() == 2 ? x.t().contiguous().t() : x.contiguous();
+    return ensemble_ || x.dim() <= 2 ? x.contiguous() : x.movedim(1, -1).contiguous().movedim(-1, 1);
+  }
+
   bool ensemble_, planes_;
-  std::vector<at::Tensor> kept_;
-  at::Tensor result_, destination_;
+  std::vector<at::Tensor> copies_;
+  at::Tensor destination_;
 };
 
 Storage storage_of(at::ScalarType dtype) {

@@ -14,6 +14,7 @@
 #include "graph_operator.h"
 #include "operator.h"
 #include "python_operator.h"
+#include "quadrature.h"
 
 namespace py = pybind11;
 
@@ -74,6 +75,13 @@ py::dict run_eigsh(SymmetricOperator& op, int64_t k, const std::string& which, d
   return out;
 }
 
+std::pair<std::vector<double>, std::vector<double>> run_tridiagonalize(SymmetricOperator& op,
+                                                                       const at::Tensor& start,
+                                                                       int64_t steps) {
+  Tridiagonal result = without_gil([&] { return tridiagonalize(op, start, steps, check_signals); });
+  return {std::move(result.diagonal), std::move(result.off_diagonal)};
+}
+
 }  // namespace
 
 void bind_lanczos(py::module_& module) {
@@ -92,6 +100,7 @@ void bind_lanczos(py::module_& module) {
   module.def("eigsh", &run_eigsh, py::arg("op"), py::kw_only(), py::arg("k"), py::arg("which"),
              py::arg("tol"), py::arg("v0"), py::arg("max_hvp"), py::arg("max_basis"), py::arg("seed"),
              py::arg("audit"), py::arg("num_guards"));
+  module.def("tridiagonalize", &run_tridiagonalize, py::arg("op"), py::arg("start"), py::arg("steps"));
 }
 
 }  // namespace dynloss
