@@ -95,6 +95,8 @@ class TrainingConfig(BaseConfig):
         require("peak_epoch", not piecewise or self.peak_epoch < self.epochs, f"less than epochs ({self.epochs})")
         has_data = self.data is not None and (self.download or self.data.expanduser().exists())
         require("data", self.synthetic or has_data, "an existing folder with CIFAR-10 (or use --synthetic)")
+        whole = self.model != "wrn" and not self.batchnorm
+        require("eig_batch", self.eig_batch is None or whole, "none with BatchNorm: its batch is the whole set")
         blocked = self.sync_batchnorm and self.eig_every > 0
         require("sync_batchnorm", not blocked, "eig_every 0 with it: only one process computes eigenvalues")
 
