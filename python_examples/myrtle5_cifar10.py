@@ -124,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 def report(config: SeedsConfig) -> dict[str, Any]:
     """Gathers the runs into one metrics.npz, one summary and one figure; diverged ones are counted apart."""
     folder = RunFolder(config.out)
-    groups: dict[str, list[Metrics]] = {}
+    groups: dict[str, Sequence[Metrics]] = {}
     arrays: dict[str, NDArray[Any]] = {}
     accuracy: dict[str, dict[str, Any]] = {}
     for amplitude in config.amplitudes:

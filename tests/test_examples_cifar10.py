@@ -87,7 +87,7 @@ def test_wide_resnet(tmp_path: Path) -> None:
 def test_without_data_the_script_says_what_it_needs(script: ModuleType, tmp_path: Path, capsys: Any) -> None:
     with pytest.raises(SystemExit):
         script.main(["--out", str(tmp_path / "run")])
-    assert "data: got None, expected a folder with CIFAR-10 (or use --synthetic)" in capsys.readouterr().err
+    assert "data: got None, expected an existing folder with CIFAR-10 (or use --synthetic)" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

@@ -252,9 +252,11 @@ def test_a_diverging_run_ends_early_and_says_so(tmp_path: Path) -> None:
         ({"amplitude": 0.5}, "amplitude: got 0.5, expected at least 1"),
         ({"classes": 1}, "classes: got 1, expected 2 to 10"),
         ({"nesterov": True}, "nesterov: got True, expected a momentum above 0"),
-        ({"synthetic": False}, "data: got None, expected a folder"),
+        ({"synthetic": False, "data": Path("/nowhere")}, r"data: got PosixPath\('/nowhere'\), expected an existing"),
+        ({"synthetic": False}, "data: got None, expected an existing folder"),
         ({"schedule": "piecewise", "peak_epoch": 9}, r"peak_epoch: got 9, expected less than epochs \(6\)"),
         ({"batch_size": 0}, "batch_size: got 0, expected at least 1"),
+        ({"batchnorm": True, "eig_batch": 8}, "eig_batch: got 8, expected none with BatchNorm"),
         ({"sync_batchnorm": True, "eig_every": 1}, "sync_batchnorm: got True"),
     ],
 )

@@ -93,7 +93,10 @@ class TrainingConfig(BaseConfig):
         require("nesterov", not self.nesterov or self.momentum > 0, "a momentum above 0 with it")
         piecewise = self.schedule == "piecewise"
         require("peak_epoch", not piecewise or self.peak_epoch < self.epochs, f"less than epochs ({self.epochs})")
-        require("data", self.synthetic or self.data is not None, "a folder with CIFAR-10 (or use --synthetic)")
+        has_data = self.data is not None and (self.download or self.data.expanduser().exists())
+        require("data", self.synthetic or has_data, "an existing folder with CIFAR-10 (or use --synthetic)")
+        whole = self.model != "wrn" and not self.batchnorm
+        require("eig_batch", self.eig_batch is None or whole, "none with BatchNorm: its batch is the whole set")
         blocked = self.sync_batchnorm and self.eig_every > 0
         require("sync_batchnorm", not blocked, "eig_every 0 with it: only one process computes eigenvalues")
 

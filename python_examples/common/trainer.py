@@ -127,9 +127,8 @@ class Trainer:
         """This batch's share of F = (1 / total) Σ Γ CE; adds those of (F, loss, accuracy) to `metrics`."""
         with self._autocast():
             logits = network(batch.images)
-            weighted = dynamic_cross_entropy(logits, batch.labels, self.oscillation, self.step, reduction="sum").div(
-                total
-            )
+            share = dynamic_cross_entropy(logits, batch.labels, self.oscillation, self.step, reduction="sum")
+            weighted = share / total
         with torch.no_grad():
             loss = F.cross_entropy(logits.to(metrics.dtype), batch.labels, reduction="sum")
             correct = (logits.argmax(1) == batch.labels).sum(dtype=metrics.dtype)
