@@ -1,0 +1,213 @@
+"""Γ(step): against exact rational arithmetic, the paper's definition and its authors' clock."""
+
+import copy
+import math
+import pickle
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cross_entropy_cases import close
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dynloss_ext import Oscillation, dynamic_cross_entropy, reference
+
+
+def exact_triangle(classes, amplitude, period, step, order=None, closed=False):
+    """Eq. 2-3 of the paper in rational arithmetic, rounded once at the end."""
+    turn = Fraction(period + 1 if closed else period)
+    amplitude, period = Fraction(amplitude), Fraction(period)
+    turns, t = step // turn, step % turn
+    rise = 2 * (amplitude - 1) * t / period
+    raised = 1 + rise if t < period / 2 else 2 * amplitude - 1 - rise
+    active = int(turns) % classes
+    g = [Fraction(1)] * classes
+    g[order[active] if order is not None else active] = raised
+    return [float(classes * value / sum(g)) for value in g]
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    classes=st.integers(1, 12),
+    amplitude=st.floats(1, 1e4),
+    period=st.one_of(st.integers(1, 10_000), st.floats(0.5, 1e5)),
+    step=st.integers(0, 2**40),
+    closed=st.booleans(),
+    data=st.data(),
+)
+def test_triangle_equals_rational_arithmetic(classes, amplitude, period, step, closed, data):
+    order = data.draw(st.permutations(range(classes)))
+    oscillation = Oscillation(classes, amplitude, period, class_order=order, closed=closed)
+    exact = exact_triangle(classes, amplitude, period, step, order, closed)
+    # g is a difference of numbers up to 2A: its rounding, not that of the phase.
+    expected = torch.tensor(exact, dtype=torch.float64)
+    torch.testing.assert_close(oscillation.weights(step), expected, rtol=1e-12, atol=1e-12 * amplitude)
+
+
+@pytest.mark.parametrize("base", [2**24, 2**31, 2**32, 2**40, 2**53 - 20])
+@pytest.mark.parametrize("period", [5000, 10, 12.5, 1e6 + 0.1])
+def test_neighbouring_steps_stay_apart_far_beyond_float32(base, period):
+    oscillation = Oscillation(3, 70, period)
+    steps = torch.arange(base, base + 20)
+    expected = torch.tensor([exact_triangle(3, 70, period, int(s)) for s in steps], dtype=torch.float64)
+    close(oscillation.weights(steps), expected)
+    assert len(set(oscillation.weights(steps).amax(1).tolist())) >= 5
+    logits, target = torch.zeros(1, 3, dtype=torch.float64), torch.tensor([1])
+    for index, step in enumerate(steps.tolist()):
+        for given_step in (step, torch.tensor(step)):
+            loss = dynamic_cross_entropy(logits, target, oscillation, given_step)
+            assert loss.item() == pytest.approx(expected[index, 1].item() * math.log(3), rel=1e-12)
+
+
+def test_one_cycle_by_hand():
+    weights = Oscillation(2, 3, 4).weights(torch.arange(9))
+    raised = [2 * g / (g + 1) for g in (1, 2, 3, 2)]
+    expected = [[g, 2 - g] for g in raised] + [[2 - g, g] for g in raised] + [[1, 1]]
+    close(weights, torch.tensor(expected, dtype=torch.float64))
+
+
+def test_closed_turn_has_both_ends_at_one_and_lasts_one_step_more():
+    weights = Oscillation(3, 70, 4, closed=True).weights(torch.arange(15))
+    assert torch.equal(weights[[0, 4, 5, 9, 10, 14]], torch.ones(6, 3, dtype=torch.float64))
+    assert weights[[2, 7, 12]].argmax(1).tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("waveform", ["triangle", "sine", "square"])
+def test_waveform_against_its_definition(waveform):
+    classes, amplitude, period = 5, 20.0, 8.0
+    weights = Oscillation(classes, amplitude, period, waveform=waveform).weights(torch.arange(80))
+    for s in range(80):
+        t = s % 8
+        g = {
+            "triangle": 1 + 19 * (1 - abs(t - 4) / 4),
+            "sine": 1 + 19 * math.sin(math.pi * t / 8),
+            "square": 20.0,
+        }[waveform]
+        expected = torch.ones(classes, dtype=torch.float64)
+        expected[s // 8 % 5] = g
+        close(weights[s], classes * expected / expected.sum())
+
+
+@pytest.mark.parametrize("waveform", ["triangle", "sine", "square"])
+@pytest.mark.parametrize("closed", [False, True])
+def test_weights_sum_to_the_number_of_classes_and_equal_the_twin(waveform, closed):
+    oscillation = Oscillation(
+        7, 33.3, 11.7, waveform=waveform, closed=closed, class_order=[6, 0, 5, 1, 4, 2, 3], start_step=-5, stop_step=190
+    )
+    steps = torch.arange(-20, 210)
+    weights = oscillation.weights(steps)
+    close(weights.sum(1), torch.full((230,), 7.0, dtype=torch.float64))
+    close(weights, torch.stack([reference.weights(oscillation, int(s)) for s in steps]))
+
+
+def test_before_start_and_from_stop_on_the_weights_are_one():
+    oscillation = Oscillation(3, 70, 10, start_step=100, stop_step=113)
+    ones = torch.ones(3, dtype=torch.float64)
+    for step in (-(2**53) + 1, -1, 0, 99, 113, 114, 2**53 - 1):
+        assert torch.equal(oscillation.weights(step), ones)
+    # The first turn begins at start_step.
+    assert torch.equal(oscillation.weights(105), Oscillation(3, 70, 10).weights(5))
+    assert torch.equal(oscillation.weights(112), Oscillation(3, 70, 10).weights(12))
+
+
+def test_amplitude_one_is_the_plain_cross_entropy():
+    assert torch.equal(Oscillation(4, 1, 10).weights(torch.arange(50)), torch.ones(50, 4, dtype=torch.float64))
+
+
+def test_class_order_raises_the_classes_in_that_order():
+    oscillation = Oscillation(4, 70, 10, class_order=(2, 0, 3, 1))
+    assert oscillation.weights(torch.arange(5, 85, 10)).argmax(1).tolist() == [2, 0, 3, 1, 2, 0, 3, 1]
+    for order in (range(4), [0, 1, 2, 3], np.arange(4), torch.arange(4)):
+        assert Oscillation(4, 70, 10, class_order=order).weights(25).argmax() == 2
+
+
+def test_table_repeats_as_it_is():
+    gamma = torch.rand(5, 3)
+    oscillation = Oscillation.from_table(gamma, start_step=2, stop_step=20)
+    close(oscillation.weights(torch.arange(2, 20)), gamma.double()[torch.arange(18) % 5])
+    assert torch.equal(oscillation.weights(1), torch.ones(3, dtype=torch.float64))
+    assert torch.equal(oscillation.weights(20), torch.ones(3, dtype=torch.float64))
+    gamma.zero_()
+    assert oscillation.weights(2).sum() > 0, "a copy is kept"
+    close(Oscillation.from_table(torch.eye(3)).weights(2**53 - 1), torch.eye(3).double()[(2**53 - 1) % 3])
+
+
+def test_ensemble_has_one_oscillation_per_member():
+    amplitudes, periods = [1.0, 5.0, 70.0], [3, 10, 12.5]
+    for oscillation, singles in (
+        (
+            Oscillation(4, torch.tensor(amplitudes), torch.tensor(periods, dtype=torch.float64)),
+            [Oscillation(4, a, t) for a, t in zip(amplitudes, periods, strict=True)],
+        ),
+        (Oscillation(4, 5, torch.tensor([3, 9])), [Oscillation(4, 5, 3), Oscillation(4, 5, 9)]),
+        (Oscillation(4, torch.tensor([5.0]), 3), [Oscillation(4, 5, 3)]),
+    ):
+        assert oscillation.ensemble_size == len(singles)
+        steps = torch.arange(40)
+        close(oscillation.weights(steps), torch.stack([o.weights(steps) for o in singles], 1))
+        close(oscillation.weights(17), torch.stack([o.weights(17) for o in singles]))
+    tables = torch.rand(2, 5, 3, dtype=torch.float64)
+    close(Oscillation.from_table(tables).weights(torch.arange(7)), tables.movedim(0, 1)[torch.arange(7) % 5])
+
+
+def test_function_is_called_with_the_step():
+    oscillation = Oscillation.from_function(lambda step: [step, 2.0, 3.0], 3)
+    close(oscillation.weights(5), torch.tensor([5.0, 2, 3], dtype=torch.float64))
+    assert oscillation.weights(torch.tensor([5, 6]))[1, 0] == 6
+    assert oscillation.weights(torch.empty(0, dtype=torch.int64)).shape == (0, 3)
+
+
+def test_shapes_and_dtype_of_weights():
+    single, ensemble = Oscillation(3, 2, 5), Oscillation(3, torch.tensor([2.0, 3.0]), 5)
+    empty = torch.empty(0, dtype=torch.int64)
+    shapes = [tuple(o.weights(s).shape) for o in (single, ensemble) for s in (1, torch.arange(4), empty)]
+    assert shapes == [(3,), (4, 3), (0, 3), (2, 3), (4, 2, 3), (0, 2, 3)]
+    assert single.weights(1).dtype == torch.float64
+
+
+def test_is_plain_immutable_data():
+    oscillation = Oscillation(3, 70, 10, class_order=[1, 0, 2], stop_step=50)
+    oscillation.amplitude.zero_()
+    oscillation.period.zero_()
+    assert oscillation.amplitude == 70
+    assert oscillation.period == 10
+    for twin in (copy.deepcopy(oscillation), pickle.loads(pickle.dumps(oscillation))):
+        assert twin == oscillation
+        assert hash(twin) == hash(oscillation)
+        assert torch.equal(twin.weights(5), oscillation.weights(5))
+    others = [
+        Oscillation(3, 71, 10, class_order=[1, 0, 2], stop_step=50),
+        Oscillation(3, 70, 10, stop_step=50),
+        Oscillation(3, 70, 10, class_order=[1, 0, 2]),
+        Oscillation(3, 70, 10, class_order=[1, 0, 2], stop_step=50, closed=True),
+        Oscillation.from_table(torch.ones(2, 3)),
+    ]
+    assert all(oscillation != other for other in others)
+    assert oscillation != 3
+    assert "70" in repr(oscillation)
+
+
+def test_authors_trajectory_runs_on_the_closed_clock():
+    """The first 300 rows of the authors' run: row i is taken after update i, with the weights of step i + 1."""
+    data = np.load(Path(__file__).parent / "data" / "spiral_reference_5000.npz")
+    x, y = torch.from_numpy(data["X"]), torch.from_numpy(data["y"]).long()
+    parameters = [torch.from_numpy(data[name]).requires_grad_() for name in ("w1", "b1", "w2", "b2")]
+    oscillation = Oscillation(3, 70, 5000, closed=True, stop_step=65013)
+
+    def loss(step):
+        hidden = torch.relu(x @ parameters[0] + parameters[1])
+        return dynamic_cross_entropy(hidden @ parameters[2] + parameters[3], y, oscillation, step)
+
+    values = []
+    current = loss(0)
+    for step in range(300):
+        gradients = torch.autograd.grad(current, parameters)
+        with torch.no_grad():
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter -= gradient
+        current = loss(step + 1)
+        values.append(current.item())
+    np.testing.assert_allclose(values, data["weighted_loss"][:300], rtol=1e-12)
