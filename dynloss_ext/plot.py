@@ -52,6 +52,7 @@ def trajectory(
     eigenvalues: Any = (),
     loss: Any = None,
     instabilities: Sequence[Instability] = (),
+    threshold: float | None = None,
     limit: Any = None,
     ntk: Any = None,
     zoom: tuple[float, float] | None = None,
@@ -68,8 +69,8 @@ def trajectory(
         eig_step: (M,) steps of the eigenvalues.
         eigenvalues: (M, k) largest Hessian eigenvalues, descending.
         loss: (S,) plain cross-entropy, drawn behind F.
-        instabilities: windows to mark: their start green, their stop red, their mean curvature as a dashed
-            line.
+        instabilities: windows to mark: their start green, their stop red.
+        threshold: the dashed line, by default `instability_threshold(instabilities)`.
         limit: the optimizer's stability limit, one number or (S,) where the learning rate changes.
         ntk: (M,) largest eigenvalue of the neural tangent kernel, for one more panel.
         zoom: (first, last) step of a second column.
@@ -79,6 +80,7 @@ def trajectory(
     Raises:
         ValueError: an array whose length differs from its steps'.
     """
+    threshold = instability_threshold(instabilities) if threshold is None else threshold
     step, eig_step = _array("step", step, 1), _array("eig_step", eig_step, 1)
     rows = {
         "weights": _array("weights", weights, 2, len(step)),
@@ -109,7 +111,7 @@ def trajectory(
             seen = (eig_step >= first) & (eig_step <= last)
             if len(eig_step):
                 bound = limit if np.ndim(limit) == 0 else (step[inside], limit[inside])
-                _eigenvalue_panel(axes[4, column], eig_step[seen], eigenvalues[seen], instabilities, bound)
+                _eigenvalue_panel(axes[4, column], eig_step[seen], eigenvalues[seen], threshold, bound)
                 if column == 0:
                     _legend_above(axes[4, 0])
             if ntk is not None:
@@ -293,11 +295,10 @@ def _step_panels(axes: Array, step: Array, rows: dict[str, Array], names: list[s
             _legend_above(axes[0], title_left="class")
 
 
-def _eigenvalue_panel(axis: Axes, step: Array, values: Array, instabilities: Sequence[Instability], limit: Any) -> None:
+def _eigenvalue_panel(axis: Axes, step: Array, values: Array, threshold: float, limit: Any) -> None:
     for index in range(values.shape[1]):  # the largest on top
         style: dict[str, Any] = {"color": _colour(EIGENVALUE_COLOURS, index), "zorder": 2.5 - 0.01 * index}
         axis.plot(step, values[:, index], lw=0.9, label=f"$\\lambda_{index + 1}$", **style)
-    threshold = instability_threshold(instabilities)
     if math.isfinite(threshold):
         axis.axhline(threshold, color="#555555", lw=1.0, ls="--", label=f"threshold {threshold:.2f}", zorder=3)
     style = {"color": STOP_COLOUR, "lw": 1.2, "ls": ":", "zorder": 3}

@@ -74,6 +74,7 @@ def test_trajectory_marks_starts_stops_threshold_and_limit(run):
     assert at[plot.STOP_COLOUR][-2:] == [288, 4999]
     (threshold,) = lines_with_label(eigen, "threshold 1.38")  # the mean of 0.6, 0.9, 2.4 and 1.6
     assert threshold.get_ydata()[0] == pytest.approx(1.375)
+    assert lines_with_label(draw(run, threshold=2.02).axes[4], "threshold 2.02")
     (limit,) = lines_with_label(eigen, "stability limit 2")
     assert limit.get_ydata()[0] == 2
 

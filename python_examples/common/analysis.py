@@ -97,6 +97,7 @@ def figure(metrics: Metrics, analysis: Analysis, limit: Any = None, title: str |
         **recorded,
         ntk=metrics.get("ntk"),
         instabilities=analysis.instabilities,
+        threshold=analysis.branch_threshold,
         limit=limit,
         zoom=zoom,
         title=title,
