@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-import dynloss_ext
 from common.analysis import Analysis, analyse, comparison, figure
 from common.cli import BaseConfig, open_run, option, parse_config, resolve_device
 from common.recording import GracefulStop, RunFolder, Table
@@ -35,6 +34,7 @@ from dynloss_ext import (
     loss_and_gradient,
     ntk_eigenvalues,
     plot,
+    spectral_density,
     stability_limit,
 )
 
@@ -211,7 +211,7 @@ class SpiralRun:
             **values,
         )
         if config.density_every and row % config.density_every == 0:
-            spectrum = dynloss_ext.spectral_density(hessian)
+            spectrum = spectral_density(hessian)
             self.density_rows.append(
                 density_step=row,
                 density_grid=spectrum.grid,
