@@ -11,6 +11,16 @@ class SymmetricOperator:
 class GraphOperator(SymmetricOperator):
     def __init__(self, gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> None: ...
 
+class GaussNewtonOperator(SymmetricOperator):
+    def __init__(
+        self,
+        outputs: Tensor,
+        output_gradient: Tensor,
+        dummy: Tensor,
+        pullback: Sequence[Tensor | None],
+        parameters: Sequence[Tensor],
+    ) -> None: ...
+
 class PythonOperator(SymmetricOperator):
     def __init__(self, product: Callable[[Tensor], Tensor], size: int, like: Tensor) -> None: ...
 
@@ -22,6 +32,7 @@ class EigshOutput(TypedDict):
     num_hvp: int
     status: str
 
+def lanczos_quadrature(op: SymmetricOperator, x: Tensor, steps: int) -> tuple[list[float], list[float]]: ...
 def eigsh(
     op: SymmetricOperator,
     *,
@@ -33,5 +44,4 @@ def eigsh(
     max_basis: int,
     seed: int,
     audit: bool,
-    num_guards: int,
 ) -> EigshOutput: ...
