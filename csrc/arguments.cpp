@@ -141,4 +141,17 @@ void check_direction(const char* name, const at::Tensor& direction, const at::Te
                     ", got ", direction.device());
 }
 
+void check_labels(const at::Tensor& labels, int64_t classes, int64_t ignore_index) {
+  const int64_t* label = labels.const_data_ptr<int64_t>();
+  const int64_t count = labels.numel();
+  bool bad = false;
+  for (int64_t i = 0; i < count; ++i)
+    bad |= static_cast<uint64_t>(label[i]) >= static_cast<uint64_t>(classes) && label[i] != ignore_index;
+  if (!bad) return;
+  for (int64_t i = 0; i < count; ++i)
+    TORCH_CHECK_INDEX((label[i] >= 0 && label[i] < classes) || label[i] == ignore_index,
+                      "target: class index ", label[i], " at position ", i, " is out of range for ", classes,
+                      " classes");
+}
+
 }  // namespace dynloss

@@ -40,6 +40,8 @@ void check_schedule(const ScheduleArguments& schedule, const c10::SymInt& classe
 void check_options(int64_t reduction, double label_smoothing);
 void check_derivative(const at::Tensor& grad_output, const at::Tensor& logits, const at::Tensor& target,
                       const at::Tensor& weights, const at::Tensor& normalizer);
+// On CPU, int64 and contiguous; raises IndexError.
+void check_labels(const at::Tensor& labels, int64_t classes, int64_t ignore_index);
 void check_direction(const char* name, const at::Tensor& direction, const at::Tensor& logits);
 
 }  // namespace dynloss

@@ -39,6 +39,10 @@ TORCH_LIBRARY(dynloss, library) {
   library.def("cross_entropy_with_gradient(" DYNLOSS_LOGITS_TARGET DYNLOSS_SCHEDULE DYNLOSS_OPTIONS
               ") -> (Tensor loss, Tensor gradient, Tensor weights, Tensor normalizer)");
 
+  // The same with the gradient written over the logits.
+  library.def("cross_entropy_into_logits(Tensor(a!) logits, Tensor target, " DYNLOSS_SCHEDULE DYNLOSS_OPTIONS
+              ") -> (Tensor loss, Tensor weights, Tensor normalizer)");
+
   // gradient *= grad_output · normalizer[1] / normalizer[0], untouched where that is exactly 1.
   library.def("rescale_(Tensor(a!) gradient, Tensor grad_output, Tensor normalizer) -> ()");
 

@@ -18,10 +18,11 @@ auto find(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
-#define DYNLOSS_FORWARD_PARAMETERS                                                            \
-  const Tensor &logits, const Tensor &target, SymInt step, const OptionalTensor &step_tensor, \
-      const Tensor &clock, const OptionalTensor &class_order, const OptionalTensor &table,    \
-      int64_t reduction, bool by_weights, SymInt ignore_index, double label_smoothing
+#define DYNLOSS_AFTER_LOGITS                                                                              \
+  const Tensor &target, SymInt step, const OptionalTensor &step_tensor, const Tensor &clock,              \
+      const OptionalTensor &class_order, const OptionalTensor &table, int64_t reduction, bool by_weights, \
+      SymInt ignore_index, double label_smoothing
+#define DYNLOSS_FORWARD_PARAMETERS const Tensor &logits, DYNLOSS_AFTER_LOGITS
 #define DYNLOSS_FORWARD_ARGUMENTS                                                                    \
   logits, target, step, step_tensor, clock, class_order, table, reduction, by_weights, ignore_index, \
       label_smoothing
@@ -41,6 +42,12 @@ inline std::tuple<Tensor, Tensor, Tensor> cross_entropy(DYNLOSS_FORWARD_PARAMETE
 inline std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_with_gradient(DYNLOSS_FORWARD_PARAMETERS) {
   static const auto op = find<std::tuple<Tensor, Tensor, Tensor, Tensor>(DYNLOSS_FORWARD_PARAMETERS)>(
       "dynloss::cross_entropy_with_gradient");
+  return op.call(DYNLOSS_FORWARD_ARGUMENTS);
+}
+
+inline std::tuple<Tensor, Tensor, Tensor> cross_entropy_into_logits(Tensor& logits, DYNLOSS_AFTER_LOGITS) {
+  static const auto op = find<std::tuple<Tensor, Tensor, Tensor>(Tensor&, DYNLOSS_AFTER_LOGITS)>(
+      "dynloss::cross_entropy_into_logits");
   return op.call(DYNLOSS_FORWARD_ARGUMENTS);
 }
 

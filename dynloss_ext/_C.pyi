@@ -13,6 +13,16 @@ class SymmetricOperator:
 class GraphOperator(SymmetricOperator):
     def __init__(self, gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> None: ...
 
+class GaussNewtonOperator(SymmetricOperator):
+    def __init__(
+        self,
+        outputs: Tensor,
+        output_gradient: Tensor,
+        dummy: Tensor,
+        pullback: Sequence[Tensor | None],
+        parameters: Sequence[Tensor],
+    ) -> None: ...
+
 class PythonOperator(SymmetricOperator):
     def __init__(self, product: Callable[[Tensor], Tensor], size: int, like: Tensor) -> None: ...
 
@@ -35,6 +45,5 @@ def eigsh(
     max_basis: int,
     seed: int,
     audit: bool,
-    num_guards: int,
 ) -> EigshOutput: ...
 def tridiagonalize(op: SymmetricOperator, start: Tensor, steps: int) -> tuple[list[float], list[float]]: ...

@@ -2,8 +2,8 @@
 
 from dynloss_ext import _extension as _extension
 from dynloss_ext import reference
-from dynloss_ext.eigen import ConvergenceWarning, EigenResult, eigsh
-from dynloss_ext.hessian import HessianOperator
+from dynloss_ext.eigen import ConvergenceWarning, EigenResult, EigenTracker, eigsh
+from dynloss_ext.hessian import GaussNewtonOperator, HessianOperator
 from dynloss_ext.instability import Instability, detect_instabilities, instability_threshold, stability_limit
 from dynloss_ext.loss import DynamicCrossEntropyLoss, dynamic_cross_entropy, loss_and_gradient
 from dynloss_ext.ntk import ntk_eigenvalues
@@ -16,7 +16,9 @@ __all__ = [
     "ConvergenceWarning",
     "DynamicCrossEntropyLoss",
     "EigenResult",
+    "EigenTracker",
     "Estimate",
+    "GaussNewtonOperator",
     "HessianOperator",
     "Instability",
     "Oscillation",

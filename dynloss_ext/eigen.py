@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dynloss_ext import _C
-from dynloss_ext.hessian import HessianOperator
+from dynloss_ext.hessian import CurvatureOperator
 
-__all__ = ["ConvergenceWarning", "EigenResult", "eigsh"]
+__all__ = ["ConvergenceWarning", "EigenResult", "EigenTracker", "eigsh"]
 
-Operator = HessianOperator | Callable[[Tensor], Tensor]
+Operator = CurvatureOperator | Callable[[Tensor], Tensor]
 
 
 class ConvergenceWarning(UserWarning):
@@ -86,43 +86,220 @@ def eigsh(
         ConvergenceWarning: not every pair converged; ``status`` says why.
     """
     op, size, like = _resolve(H, n, dtype, device, v0)
+    max_hvp = 1000 if max_hvp is None else max_hvp
+    _check_settings(k, which, tol, max_hvp, max_basis, size)
+    start = None if v0 is None else _check_start(v0, size, like, max_basis)
+    result = _solve(
+        op,
+        k=k,
+        which=which,
+        tol=tol,
+        v0=start,
+        max_hvp=max_hvp,
+        max_basis=max_basis,
+        seed=seed % 2**64,
+        audit=True,
+    )
+    _warn_unless_converged(result, "eigsh")
+    return result
+
+
+class EigenTracker:
+    """The extreme eigenpairs of a Hessian that changes a little from call to call, at fewer products than `eigsh`.
+
+    An update searches the Krylov space of the old eigenvectors' sum and stops by the same residual rule. What that
+    space cannot show (an eigenvector that has none of the old ones in it) is looked for by an audit: at the first
+    update, every ``audit_every`` updates, and on ``update(H, audit=True)``, which is due when the problem jumps.
+
+    Args:
+        k: number of eigenpairs.
+        which: "LA" largest, "SA" smallest (the most negative curvature), "LM" largest in magnitude.
+        tol: relative tolerance of the residuals, as in `eigsh`.
+        audit_every: updates from one audit to the next; 1 audits every update.
+        max_basis: most basis vectors to hold; memory is 2 · max_basis · P numbers.
+        max_hvp: most products to spend on one update; 1000 by default.
+        max_interval: `due` lets up to this many steps pass without an update while the eigenvalues rest.
+        rest: relative change of the leading eigenvalue from update to update that still counts as rest.
+        seed: of the random vectors.
+
+    Attributes:
+        result: of the last update, or None.
+        identities: (k,) int64: a number for every eigenpair of ``result`` that stays with the eigenvector where
+            values cross: pairs are matched by overlap with the last update's, and one that overlaps with none
+            (less than 0.5) is given a new number. Its sign stays, too.
+        num_updates: number of updates so far.
+        num_hvp: number of products so far.
+    """
+
+    def __init__(
+        self,
+        k: int = 3,
+        *,
+        which: str = "LA",
+        tol: float = 1e-3,
+        audit_every: int = 20,
+        max_basis: int = 24,
+        max_hvp: int | None = None,
+        max_interval: int = 1,
+        rest: float = 0.01,
+        seed: int = 0,
+    ) -> None:
+        max_hvp = 1000 if max_hvp is None else max_hvp
+        _check_settings(k, which, tol, max_hvp, max_basis, None)
+        check_count("audit_every", audit_every, 1, None, "")
+        check_count("max_interval", max_interval, 1, None, "")
+        if not rest >= 0:
+            raise ValueError(f"rest must be >= 0, got {rest!r}")
+        self._settings = {"k": k, "which": which, "tol": tol, "max_hvp": max_hvp, "max_basis": max_basis}
+        self._audit_every = audit_every
+        self._max_interval = max_interval
+        self._rest = rest
+        self._seed = seed % 2**63
+        self.result: EigenResult | None = None
+        self.identities = torch.arange(k)
+        self.num_updates = 0
+        self.num_hvp = 0
+        self._next_identity = k
+        self._since_audit = 0
+        self._interval = 1
+
+    def update(
+        self,
+        H: Operator,
+        *,
+        audit: bool = False,
+        n: int | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> EigenResult:
+        """The eigenpairs of H; ``n``, ``dtype`` and ``device`` are those of `eigsh`, for a callable.
+
+        Raises:
+            TypeError, ValueError: H is not an operator of the size, dtype and device of the last update's.
+
+        Warns:
+            ConvergenceWarning: not every pair converged; the result says which and why.
+        """
+        start = None if self.result is None else self.result.vectors
+        op, size, like = _resolve(H, n, dtype, device, start if n is None else None)
+        check_count("k", len(self.identities), 1, size, "the size of H")
+        if start is not None:
+            if (start.shape[0], start.dtype, start.device) != (size, like.dtype, like.device):
+                raise ValueError(
+                    f"H must be of the size, dtype and device of the last update's, {start.shape[0]}, {start.dtype} on"
+                    f" {start.device}; got {size}, {like.dtype} on {like.device}: use a new tracker"
+                )
+            if not bool(start.any()):
+                start = None
+        audited = audit or start is None or self._since_audit + 1 >= self._audit_every
+        result = _solve(
+            op,
+            **self._settings,
+            v0=None if start is None else start.T.contiguous(),
+            seed=self._seed + self.num_updates,
+            audit=audited,
+        )
+        if start is not None:
+            result = self._match(result, start)
+        self._schedule(result)
+        self._since_audit = 0 if audited and result.status == "converged" else self._since_audit + 1
+        self.num_updates += 1
+        self.num_hvp += result.num_hvp
+        self.result = result
+        _warn_unless_converged(result, "EigenTracker.update")
+        return result
+
+    def due(self, steps_since_update: int) -> bool:
+        """Whether it is time for an update: after every step while the leading eigenvalue moves by more than ``rest``
+        from update to update; while it rests, after 2, 4, ... up to ``max_interval`` steps."""
+        return self.result is None or steps_since_update >= self._interval
+
+    def _schedule(self, result: EigenResult) -> None:
+        if self.result is None:
+            return
+        lead = 0 if self._settings["which"] != "SA" else -1
+        before, now = float(self.result.values[lead]), float(result.values[lead])
+        resting = abs(now - before) <= self._rest * max(abs(now), abs(before))
+        self._interval = min(2 * self._interval, self._max_interval) if resting else 1
+
+    def _match(self, result: EigenResult, old: Tensor) -> EigenResult:
+        """Carries identities and signs over, the largest overlap first."""
+        overlaps = (old.T @ result.vectors).to("cpu", torch.float64)
+        left = overlaps.abs()
+        signs = torch.ones(left.shape[1], dtype=torch.float64)
+        identities = torch.full_like(self.identities, -1)
+        for _ in range(left.shape[1]):
+            before, now = divmod(int(left.argmax()), left.shape[1])
+            if not left[before, now] >= 0.5:
+                break
+            identities[now] = self.identities[before]
+            signs[now] = 1.0 if overlaps[before, now] >= 0 else -1.0
+            left[before, :] = left[:, now] = -1.0
+        for i in torch.nonzero(identities < 0).flatten().tolist():
+            identities[i] = self._next_identity
+            self._next_identity += 1
+        self.identities = identities
+        return replace(result, vectors=result.vectors * signs.to(result.vectors))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything an interrupted run needs to go on with the same numbers; loadable with ``weights_only``."""
+        result = None if self.result is None else {f.name: getattr(self.result, f.name) for f in fields(self.result)}
+        counters = {name: getattr(self, name) for name in self._COUNTERS}
+        return {"settings": dict(self._settings), "result": result, "identities": self.identities.clone(), **counters}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes over a `state_dict`.
+
+        Raises:
+            ValueError: it comes from a tracker with other settings.
+        """
+        missing = {"settings", "result", "identities", *self._COUNTERS} - state.keys()
+        if missing:
+            raise ValueError(f"state lacks {sorted(missing)}")
+        if dict(state["settings"]) != self._settings:
+            raise ValueError(f"state is of a tracker with {dict(state['settings'])}, this one has {self._settings}")
+        self.result = None if state["result"] is None else EigenResult(**state["result"])
+        self.identities = state["identities"].clone()
+        for name in self._COUNTERS:
+            setattr(self, name, state[name])
+
+    _COUNTERS = ("num_updates", "num_hvp", "_next_identity", "_since_audit", "_interval", "_seed")
+
+
+def _check_settings(k: int, which: str, tol: float, max_hvp: int, max_basis: int, size: int | None) -> None:
+    """Refuses settings of the driver that cannot work; size is P where it is known."""
     check_count("k", k, 1, size, "the size of H")
     if which not in ("LA", "SA", "LM"):
         raise ValueError(f'which must be "LA", "SA" or "LM", got {which!r}')
     if not 0 <= tol < 1:
         raise ValueError(f"tol must be in [0, 1), got {tol!r}")
-    max_hvp = 1000 if max_hvp is None else max_hvp
     check_count("max_hvp", max_hvp, k, None, "")
-    check_count("max_basis", max_basis, min(size, k + 2), None, "")
-    start = None if v0 is None else _check_start(v0, size, like, max_basis)
-    result = _solve(op, k=k, which=which, tol=tol, v0=start, max_hvp=max_hvp, max_basis=max_basis, seed=seed % 2**64)[0]
-    if result.status != "converged":
-        reached = f"{int(result.converged.sum())} of {k} eigenpairs"
-        warnings.warn(
-            f"eigsh stopped by {result.status} after {result.num_hvp} products with {reached} converged; "
-            f"residuals {[f'{r:.1e}' for r in result.residuals.tolist()]}",
-            ConvergenceWarning,
-            stacklevel=2,
-        )
-    return result
+    check_count("max_basis", max_basis, k + 2 if size is None else min(size, k + 2), None, "")
 
 
-def _solve(
-    op: _C.SymmetricOperator, *, k: int, which: str, audit: bool = True, num_guards: int = 0, **settings: Any
-) -> tuple[EigenResult, Tensor]:
-    """Runs the driver; also returns the Ritz vectors to start the next problem from, (m, P), wanted first."""
-    out = _C.eigsh(op, k=k, which=which, audit=audit, num_guards=num_guards, **settings)
+def _solve(op: _C.SymmetricOperator, **settings: Any) -> EigenResult:
+    out = _C.eigsh(op, **settings)
     values = torch.tensor(out["values"], dtype=torch.float64)
     order = torch.argsort(values, descending=True, stable=True)
-    result = EigenResult(
+    return EigenResult(
         values=values[order],
-        vectors=out["vectors"][:k][order.to(out["vectors"].device)].T,
+        vectors=out["vectors"][order.to(out["vectors"].device)].T,
         residuals=torch.tensor(out["residuals"], dtype=torch.float64)[order],
         num_hvp=out["num_hvp"],
         converged=torch.tensor(out["converged"], dtype=torch.bool)[order],
         status=out["status"],
     )
-    return result, out["vectors"]
+
+
+def _warn_unless_converged(result: EigenResult, name: str) -> None:
+    if result.status == "converged":
+        return
+    warnings.warn(
+        f"{name} stopped by {result.status} after {result.num_hvp} products with {int(result.converged.sum())} of"
+        f" {len(result.values)} eigenpairs converged; residuals {[f'{r:.1e}' for r in result.residuals.tolist()]}",
+        ConvergenceWarning,
+        stacklevel=3,
+    )
 
 
 def _resolve(
@@ -133,7 +310,7 @@ def _resolve(
     v0: Tensor | None,
 ) -> tuple[_C.SymmetricOperator, int, Tensor]:
     """The C++ operator, its size, and an empty tensor with its dtype and device."""
-    if isinstance(H, HessianOperator):
+    if isinstance(H, CurvatureOperator):
         for name, given, own in (("n", n, H.shape[0]), ("dtype", dtype, H.dtype)):
             if given is not None and given != own:
                 raise ValueError(f"{name} is known from H to be {own}, got {given}: leave it out")

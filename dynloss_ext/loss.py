@@ -125,7 +125,8 @@ def dynamic_cross_entropy(
 
     Returns:
         The loss: () or (E,) for mean and sum, in float32 at least; target's shape or (E, N) for ``"none"``, in the
-        dtype of the logits, or in float32 at least under autocast. Sums are taken in float64 over rows in a fixed order: the same bits on every run.
+        dtype of the logits, or in float32 at least under autocast. Sums over rows are taken in float64 in a fixed
+        order: the same bits on every run.
 
     Raises:
         ValueError, TypeError: an argument is not as described; the message names it.
@@ -178,6 +179,9 @@ class DynamicCrossEntropyLoss(nn.Module):
     Args:
         oscillation: Γ.
         reduction, normalization, ignore_index, label_smoothing: As for :func:`dynamic_cross_entropy`.
+        inplace_gradient: Where a gradient is needed, writes it over the logits, which saves a tensor of their size.
+            The logits are of no use afterwards. For a plain backward pass in eager mode, with mean or sum, of logits
+            that a model has computed; whatever else, such as a double backward, raises RuntimeError.
 
     Example:
         >>> criterion = DynamicCrossEntropyLoss(Oscillation(10, amplitude=50, period=100))
@@ -196,14 +200,20 @@ class DynamicCrossEntropyLoss(nn.Module):
         normalization: str = "samples",
         ignore_index: int = -100,
         label_smoothing: float = 0.0,
+        inplace_gradient: bool = False,
     ) -> None:
         super().__init__()
         _check_options(oscillation, reduction, normalization, ignore_index, label_smoothing)
+        if not isinstance(inplace_gradient, bool):
+            raise TypeError(f"inplace_gradient: expected a bool, got {type(inplace_gradient).__name__}")
+        if inplace_gradient and reduction == "none":
+            raise ValueError("inplace_gradient: expected reduction 'mean' or 'sum', got 'none'")
         self.oscillation = oscillation
         self.reduction = reduction
         self.normalization = normalization
         self.ignore_index = ignore_index
         self.label_smoothing = label_smoothing
+        self.inplace_gradient = inplace_gradient
         self.register_buffer("current_step", torch.zeros((), dtype=torch.int64))
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
@@ -211,6 +221,12 @@ class DynamicCrossEntropyLoss(nn.Module):
         step: int | Tensor = self.current_step
         if self.oscillation.waveform == "function" and not torch.compiler.is_compiling():
             step = int(self.current_step)
+        options = (self.reduction, self.normalization, self.ignore_index, self.label_smoothing)
+        if self.inplace_gradient and torch.is_grad_enabled() and logits.requires_grad:
+            loss: Tensor = _ops.cross_entropy_into_logits(
+                *_arguments(logits, target, self.oscillation, step, *options)
+            )[0]
+            return loss
         return dynamic_cross_entropy(
             logits,
             target,

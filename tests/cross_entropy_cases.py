@@ -93,7 +93,9 @@ def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-12) -> None:
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
-def assert_double_backward(loss: Callable[[Tensor], Tensor], at: Tensor, v: Tensor, gradient: Tensor, hvp: Tensor) -> None:
+def assert_double_backward(
+    loss: Callable[[Tensor], Tensor], at: Tensor, v: Tensor, gradient: Tensor, hvp: Tensor
+) -> None:
     """The check that a gradient cached in the forward pass fails: reverse over reverse against the exact product."""
     x = at.clone().requires_grad_()
     (g,) = torch.autograd.grad(loss(x).sum(), x, create_graph=True)

@@ -1,7 +1,14 @@
 """Small problems with known second derivatives, shared by the tests of the curvature part."""
 
+from pathlib import Path
+
+import numpy as np
 import torch
 import torch.nn.functional as F
+
+from dynloss_ext import Oscillation, dynamic_cross_entropy
+
+REFERENCE = Path(__file__).parent / "data/spiral_reference_5000.npz"
 
 
 def mlp(dtype=torch.float64, seed=0):
@@ -27,3 +34,28 @@ def dense_hessian(params):
         return loss_of([piece.view(p.shape) for piece, p in zip(flat.split(sizes), params, strict=True)])
 
     return torch.autograd.functional.hessian(of_flat, torch.cat([p.detach().reshape(-1) for p in params]))
+
+
+class Spiral:
+    """The reference's network and data; `train` takes one step of gradient descent at learning rate 1."""
+
+    def __init__(self):
+        reference = np.load(REFERENCE)
+        self.X = torch.tensor(reference["X"])
+        self.y = torch.tensor(reference["y"]).long()
+        self.params = [torch.tensor(reference[name]).requires_grad_() for name in ("w1", "b1", "w2", "b2")]
+        self.oscillation = Oscillation(3, float(reference["amplitude"]), int(reference["period"]), closed=True)
+        self.eig_step, self.eig_top5 = reference["eig_step"], reference["eig_top5"]
+        self.step = 0
+
+    def loss(self):
+        w1, b1, w2, b2 = self.params
+        logits = torch.relu(self.X @ w1 + b1) @ w2 + b2
+        return dynamic_cross_entropy(logits, self.y, self.oscillation, self.step)
+
+    def train(self):
+        gradients = torch.autograd.grad(self.loss(), self.params)
+        with torch.no_grad():
+            for p, g in zip(self.params, gradients, strict=True):
+                p.sub_(g)
+        self.step += 1

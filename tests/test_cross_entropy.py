@@ -111,7 +111,9 @@ def strided(x, how):
 
 STRIDES = ["contiguous", "transposed", "sliced", "offset", "padded_rows", "channels_last", "expanded"]
 SHAPES = [(n, c) for n in (0, 1, 2, 31, 64, 65) for c in (1, 2, 3, 10, 16, 17, 31, 32, 33, 40, 257)]
-SHAPES += [(c,) for c in (1, 3, 40)] + [(2, c, 5) for c in (1, 3, 33)] + [(3, 3, 4, 5), (2, 300, 3), (0, 4, 3), (2, 4, 0)]
+SHAPES += (
+    [(c,) for c in (1, 3, 40)] + [(2, c, 5) for c in (1, 3, 33)] + [(3, 3, 4, 5), (2, 300, 3), (0, 4, 3), (2, 4, 0)]
+)
 SHAPES += [(e, n, c, "ensemble") for e, n, c in ((1, 5, 3), (3, 70, 3), (2, 3, 40), (3, 0, 4), (4, 1, 1))]
 
 
@@ -151,7 +153,11 @@ def test_any_shape_dtype_stride_and_option(
     unreduced = options["reduction"] == "none" or dtype == torch.float64
     assert loss.dtype == (dtype if unreduced else torch.float32)
     if not expected.isnan().any():
-        near(loss.detach(), expected, dtype if options["reduction"] == "none" else torch.promote_types(dtype, torch.float32))
+        near(
+            loss.detach(),
+            expected,
+            dtype if options["reduction"] == "none" else torch.promote_types(dtype, torch.float32),
+        )
     else:
         torch.testing.assert_close(loss.detach().double(), expected, equal_nan=True, rtol=1e-5, atol=1e-5)
 
@@ -378,9 +384,7 @@ def test_autocast_returns_float32_as_torch(dtype, reduction):
     x = logits.clone().requires_grad_()
     with torch.autocast("cpu", dtype=dtype):
         loss = dynamic_cross_entropy(x, target, oscillation, 3, reduction=reduction, normalization="weights")
-        expected = F.cross_entropy(
-            logits, target, weight=oscillation.weights(3).float(), reduction=reduction
-        )
+        expected = F.cross_entropy(logits, target, weight=oscillation.weights(3).float(), reduction=reduction)
         assert dynamic_cross_entropy(logits.double(), target, oscillation, 3).dtype == torch.float64
     assert loss.dtype == expected.dtype == torch.float32
     torch.testing.assert_close(loss.detach(), expected)

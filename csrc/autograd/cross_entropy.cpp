@@ -213,6 +213,68 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy(DYNLOSS_FORWARD_PARAMETERS) {
   return {loss, weights, normalizer};
 }
 
+// ---- loss whose gradient takes the place of the logits
+
+struct IntoLogitsBackward : public Node {
+  std::string name() const override { return "DynamicCrossEntropyIntoLogitsBackward"; }
+
+  SavedVariable gradient_, normalizer_;
+
+  variable_list apply(variable_list&& grads) override {
+    const Tensor& grad_output = grads[0];
+    if (!grad_output.defined() || !task_should_compute_output(0)) return {Tensor()};
+    TORCH_CHECK(
+        !at::GradMode::is_enabled(),
+        "inplace_gradient: the logits have been overwritten, so the gradient cannot be differentiated "
+        "(create_graph=True); use inplace_gradient=False");
+    std::lock_guard<std::mutex> lock(mutex_);
+    Tensor gradient = gradient_.unpack();
+    const Tensor normalizer = normalizer_.unpack();
+    if (torch::autograd::get_current_graph_task_keep_graph())
+      return {rescaled(gradient, grad_output, normalizer)};
+    if (!needs_no_rescaling(grad_output, normalizer)) ops::rescale_(gradient, grad_output, normalizer);
+    return {gradient};
+  }
+
+  void release_variables() override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    gradient_.reset_data();
+    normalizer_.reset_data();
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor> cross_entropy_into_logits(Tensor& logits, DYNLOSS_AFTER_LOGITS) {
+  check_strided(logits);
+  const bool requires_grad = torch::autograd::compute_requires_grad(logits);
+  TORCH_CHECK(!in_transform() && !tangent_of(logits).defined() && !at::isTensorSubclassLike(logits),
+              "inplace_gradient: works in eager mode and first-order reverse mode only, not under "
+              "torch.func, forward "
+              "mode or torch.compile");
+  TORCH_CHECK(!requires_grad || !logits.is_leaf(),
+              "inplace_gradient: logits is a leaf that requires grad and would be overwritten; expected the "
+              "output of "
+              "a model");
+  TORCH_CHECK_VALUE(reduction != reduction_none,
+                    "inplace_gradient: expected reduction 'mean' or 'sum', got 'none'");
+  Tensor overwritten = logits.detach(), loss, weights, normalizer;
+  {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    std::tie(loss, weights, normalizer) =
+        ops::cross_entropy_into_logits(overwritten, target, step, step_tensor, clock, class_order, table,
+                                       reduction, by_weights, ignore_index, label_smoothing);
+  }
+  // Whoever saved the logits for a backward of their own must hear of it.
+  torch::autograd::impl::bump_version(logits);
+  if (requires_grad) {
+    auto node = new_node<IntoLogitsBackward>();
+    node->set_next_edges(torch::autograd::collect_next_edges(logits));
+    node->gradient_ = SavedVariable(overwritten, false);
+    node->normalizer_ = SavedVariable(normalizer, false);
+    torch::autograd::set_history(loss, node);
+  }
+  return {loss, weights, normalizer};
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_with_gradient(DYNLOSS_FORWARD_PARAMETERS) {
   check_strided(logits);
   const bool differentiated =
@@ -403,6 +465,7 @@ Tensor cross_entropy_third(const Tensor& u, const Tensor& v, DYNLOSS_RESOLVED_PA
 TORCH_LIBRARY_IMPL(dynloss, Autograd, library) {
   library.impl("cross_entropy", &cross_entropy);
   library.impl("cross_entropy_with_gradient", &cross_entropy_with_gradient);
+  library.impl("cross_entropy_into_logits", &cross_entropy_into_logits);
   library.impl("cross_entropy_gradient", &cross_entropy_gradient);
   library.impl("cross_entropy_hessian", &cross_entropy_hessian);
   library.impl("cross_entropy_third", &cross_entropy_third);

@@ -28,9 +28,34 @@ struct TargetWeights {
         spread(static_cast<T>(smoothing / static_cast<double>(num_classes))),
         total(static_cast<T>((1.0 - smoothing) * gamma_label +
                              smoothing / static_cast<double>(num_classes) * gamma_sum)) {}
+
+  DYNLOSS_HOST_DEVICE TargetWeights(T on_label, T spread, T total)
+      : on_label(on_label), spread(spread), total(total) {}
+
+  // Of a row with sum = Σ exp(z - max) and linear = Σ q_c (z_c - max).
+  DYNLOSS_HOST_DEVICE T loss(T sum, T linear) const { return total * std::log(sum) - linear; }
 };
 
-// Running maximum and Σ exp(z - maximum) of a part of a row; parts merge in any order.
+// What the rows of a block share, so that one row costs no float64 arithmetic.
+template <typename T>
+struct SharedTargetWeights {
+  T keep;    // 1 - ε
+  T spread;  // ε / C
+  T common;  // ε / C · Σ Γ
+
+  DYNLOSS_HOST_DEVICE SharedTargetWeights(double gamma_sum, double smoothing, int64_t num_classes)
+      : keep(static_cast<T>(1.0 - smoothing)),
+        spread(static_cast<T>(smoothing / static_cast<double>(num_classes))),
+        common(static_cast<T>(smoothing / static_cast<double>(num_classes) * gamma_sum)) {}
+
+  DYNLOSS_HOST_DEVICE TargetWeights<T> at(T gamma_label) const {
+    return {keep * gamma_label, spread, keep * gamma_label + common};
+  }
+};
+
+// Running maximum and Σ exp(z - maximum) of a part of a row; parts are brought to a common maximum and summed
+// in any order. A part that is empty or all -inf so far has sum 0: -inf - -inf must not make it NaN. A row
+// that is -inf as a whole ends with sum 0, and 0/0 makes it NaN as it should be.
 template <typename T>
 struct MaxSum {
   T max;
@@ -38,13 +63,17 @@ struct MaxSum {
 
   DYNLOSS_HOST_DEVICE static MaxSum empty() { return {-static_cast<T>(INFINITY), T(0)}; }
 
-  // A part that is empty or all -inf so far has sum 0 and must not turn into NaN by -inf - -inf. A row that
-  // is -inf as a whole ends with sum 0, and 0/0 makes it NaN as it should be.
-  DYNLOSS_HOST_DEVICE MaxSum merge(const MaxSum& other) const {
-    const T top = max > other.max ? max : other.max;
-    const T scale = max == top ? T(1) : static_cast<T>(exp(max - top));
-    const T other_scale = other.max == top ? T(1) : static_cast<T>(exp(other.max - top));
-    return {top, sum * scale + other.sum * other_scale};
+  // The sum in terms of a larger maximum.
+  DYNLOSS_HOST_DEVICE T sum_at(T top) const { return max == top ? sum : sum * std::exp(max - top); }
+
+  template <int n>
+  DYNLOSS_HOST_DEVICE void add(const T (&z)[n]) {
+    T top = max;
+    for (int i = 0; i < n; ++i) top = z[i] > top ? z[i] : top;
+    sum = sum_at(top);
+    max = top;
+    const T base = top == -static_cast<T>(INFINITY) ? T(0) : top;
+    for (int i = 0; i < n; ++i) sum += std::exp(z[i] - base);
   }
 };
 

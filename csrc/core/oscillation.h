@@ -53,6 +53,15 @@ struct Schedule {
   int64_t num_classes;
 };
 
+// sin(π x); CUDA's own needs no reduction of large arguments, which would cost every kernel a stack frame.
+DYNLOSS_HOST_DEVICE inline double sin_pi(double x) {
+#if defined(__CUDA_ARCH__)
+  return sinpi(x);
+#else
+  return sin(3.14159265358979323846 * x);
+#endif
+}
+
 // g(t) of the raised class, t in [0, turn).
 DYNLOSS_HOST_DEVICE inline double raw_weight(const Clock& clock, double t) {
   const double rise = clock.amplitude - 1.0;
@@ -60,7 +69,7 @@ DYNLOSS_HOST_DEVICE inline double raw_weight(const Clock& clock, double t) {
     case Waveform::square:
       return clock.amplitude;
     case Waveform::sine:
-      return 1.0 + rise * sin(3.14159265358979323846 * (t / clock.period));
+      return 1.0 + rise * sin_pi(t / clock.period);
     default:
       return t < clock.period / 2 ? 1.0 + 2.0 * rise * t / clock.period
                                   : 2.0 * clock.amplitude - 1.0 - 2.0 * rise * t / clock.period;

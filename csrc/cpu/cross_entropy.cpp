@@ -220,19 +220,6 @@ const int64_t* block_labels(const at::Tensor& labels, const Layout& layout, int6
   return labels.const_data_ptr<int64_t>() + (shared ? 0 : index * layout.rows);
 }
 
-void check_labels(const at::Tensor& labels, int64_t classes, int64_t ignore_index) {
-  const int64_t* label = labels.const_data_ptr<int64_t>();
-  const int64_t count = labels.numel();
-  bool bad = false;
-  for (int64_t i = 0; i < count; ++i)
-    bad |= static_cast<uint64_t>(label[i]) >= static_cast<uint64_t>(classes) && label[i] != ignore_index;
-  if (!bad) return;
-  for (int64_t i = 0; i < count; ++i)
-    TORCH_CHECK_INDEX((label[i] >= 0 && label[i] < classes) || label[i] == ignore_index,
-                      "target: class index ", label[i], " at position ", i, " is out of range for ", classes,
-                      " classes");
-}
-
 // What a mean divides by: the samples that count, or Σ Γ_y over them.
 double mean_normalizer(const int64_t* labels, int64_t rows, int64_t ignore_index, const double* weights,
                        bool by_weights) {
@@ -357,7 +344,10 @@ struct Forward {
   at::Tensor loss, gradient, weights, normalizer;
 };
 
-Forward forward(bool with_gradient, const at::Tensor& logits, const at::Tensor& target, int64_t step,
+// Where the gradient goes.
+enum class Gradient { none, fresh, into_logits };
+
+Forward forward(Gradient gradient, const at::Tensor& logits, const at::Tensor& target, int64_t step,
                 const Optional& step_tensor, const at::Tensor& clock, const Optional& class_order,
                 const Optional& table, int64_t reduction, bool by_weights, int64_t ignore_index,
                 double label_smoothing) {
@@ -392,16 +382,19 @@ Forward forward(bool with_gradient, const at::Tensor& logits, const at::Tensor& 
     normalizer[2 * e] = reduction == reduction_mean
                             ? mean_normalizer(own, samples, ignore_index, weights + e * classes, by_weights)
                             : 1.0;
-    normalizer[2 * e + 1] = normalizer[2 * e];
+    // float16 could not hold the gradient of a mean until a loss scale has been applied.
+    const bool postpone = gradient == Gradient::into_logits && logits.scalar_type() == at::kHalf;
+    normalizer[2 * e + 1] = postpone ? 1.0 : normalizer[2 * e];
   }
 
-  Run run = new_run(with_gradient ? Kind::loss_and_gradient : Kind::loss, operands, logits, labels,
-                    result.weights, ignore_index, label_smoothing);
-  if (with_gradient) {
-    result.gradient = new_gradient(logits);
+  Run run = new_run(gradient == Gradient::none ? Kind::loss : Kind::loss_and_gradient, operands, logits,
+                    labels, result.weights, ignore_index, label_smoothing);
+  if (gradient != Gradient::none) {
+    result.gradient = gradient == Gradient::into_logits ? logits : new_gradient(logits);
     run.block.out = operands.output(result.gradient);
+    run.block.into_logits = run.block.out.data == run.block.logits.data;
     for (int64_t index = 0; index < run.layout.blocks; ++index)
-      run.scale[index] = 1.0 / normalizer[ensemble ? 2 * index : 0];
+      run.scale[index] = 1.0 / normalizer[ensemble ? 2 * index + 1 : 1];
   }
   const at::ScalarType dtype = loss_dtype(logits, reduction);
   if (reduction == reduction_none) {
@@ -423,8 +416,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> cross_entropy(
     const at::Tensor& logits, const at::Tensor& target, int64_t step, const Optional& step_tensor,
     const at::Tensor& clock, const Optional& class_order, const Optional& table, int64_t reduction,
     bool by_weights, int64_t ignore_index, double label_smoothing) {
-  Forward result = forward(false, logits, target, step, step_tensor, clock, class_order, table, reduction,
-                           by_weights, ignore_index, label_smoothing);
+  Forward result = forward(Gradient::none, logits, target, step, step_tensor, clock, class_order, table,
+                           reduction, by_weights, ignore_index, label_smoothing);
   return {result.loss, result.weights, result.normalizer};
 }
 
@@ -432,21 +425,38 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> cross_entropy_with_gr
     const at::Tensor& logits, const at::Tensor& target, int64_t step, const Optional& step_tensor,
     const at::Tensor& clock, const Optional& class_order, const Optional& table, int64_t reduction,
     bool by_weights, int64_t ignore_index, double label_smoothing) {
-  Forward result = forward(true, logits, target, step, step_tensor, clock, class_order, table, reduction,
-                           by_weights, ignore_index, label_smoothing);
+  Forward result = forward(Gradient::fresh, logits, target, step, step_tensor, clock, class_order, table,
+                           reduction, by_weights, ignore_index, label_smoothing);
   return {result.loss, result.gradient, result.weights, result.normalizer};
 }
 
-// grad_output · gradient, for a gradient normalised as the loss is.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> cross_entropy_into_logits(
+    at::Tensor& logits, const at::Tensor& target, int64_t step, const Optional& step_tensor,
+    const at::Tensor& clock, const Optional& class_order, const Optional& table, int64_t reduction,
+    bool by_weights, int64_t ignore_index, double label_smoothing) {
+  Forward result = forward(Gradient::into_logits, logits, target, step, step_tensor, clock, class_order,
+                           table, reduction, by_weights, ignore_index, label_smoothing);
+  return {result.loss, result.weights, result.normalizer};
+}
+
 void rescale_(at::Tensor& gradient, const at::Tensor& grad_output, const at::Tensor& normalizer) {
   const bool ensemble = grad_output.dim() == 1;
-  const double* divisors = normalizer.const_data_ptr<double>();
+  const at::Tensor factors = grad_output.to(at::kDouble, /*non_blocking=*/false, /*copy=*/true).contiguous();
+  const at::Tensor divisors = normalizer.contiguous();
+  double* factor = factors.mutable_data_ptr<double>();
+  const double* divisor = divisors.const_data_ptr<double>();
   bool untouched = true;
-  const at::Tensor factors = grad_output.to(at::kDouble).contiguous();
-  for (int64_t e = 0; e < factors.numel(); ++e)
-    untouched &= factors.const_data_ptr<double>()[e] == 1.0 && divisors[2 * e] == divisors[2 * e + 1];
+  for (int64_t e = 0; e < factors.numel(); ++e) {
+    // A mean over nothing has a gradient of 0, whatever it is divided by.
+    if (divisor[2 * e] != 0) factor[e] *= divisor[2 * e + 1] / divisor[2 * e];
+    untouched &= factor[e] == 1.0;
+  }
   if (untouched) return;
-  gradient.mul_((ensemble ? factors.reshape({-1, 1, 1}) : factors).to(gradient.scalar_type()));
+  if (ensemble)
+    gradient.mul_(
+        factors.to(gradient.scalar_type() == at::kDouble ? at::kDouble : at::kFloat).reshape({-1, 1, 1}));
+  else
+    gradient.mul_(at::Scalar(factor[0]));
 }
 
 at::Tensor derivative(Kind kind, const at::Tensor* u, const at::Tensor* v, const at::Tensor& grad_output,
@@ -509,6 +519,7 @@ TORCH_LIBRARY_IMPL(dynloss, CPU, library) {
   library.impl("oscillation_weights", &oscillation_weights);
   library.impl("cross_entropy", &cross_entropy);
   library.impl("cross_entropy_with_gradient", &cross_entropy_with_gradient);
+  library.impl("cross_entropy_into_logits", &cross_entropy_into_logits);
   library.impl("rescale_", &rescale_);
   library.impl("cross_entropy_gradient", &cross_entropy_gradient);
   library.impl("cross_entropy_hessian", &cross_entropy_hessian);

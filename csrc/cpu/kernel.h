@@ -38,6 +38,7 @@ struct Block {
   double scale;           // multiplies gradient, Hessian·v and third·u·v of every row
   const void* row_scale;  // and this of each, or null; float, or double for float64 storage
   void* row_loss;         // per row, in the storage type, or null
+  bool into_logits;       // `out` is `logits` itself
 };
 
 // Rows [begin, end) of the block: writes `out` and `row_loss`, returns the sum of the losses.

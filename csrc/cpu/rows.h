@@ -67,7 +67,8 @@ inline void load_tile(const Operand& operand, int64_t row, int64_t end, int64_t 
 }
 
 template <typename T, typename S>
-inline void store_tile(const Operand& operand, int64_t row, int64_t end, int64_t num_classes, Vec<T>* tile) {
+inline void store_tile(const Operand& operand, int64_t row, int64_t end, int64_t num_classes, Vec<T>* tile,
+                       bool into_logits) {
   const int lanes = static_cast<int>(std::min<int64_t>(width<T>, end - row));
   if (operand.row_stride == 1 && num_classes > 1) {
     for (int64_t c = 0; c < num_classes; ++c) {
@@ -81,7 +82,8 @@ inline void store_tile(const Operand& operand, int64_t row, int64_t end, int64_t
   }
   for (int64_t c = 0; c < num_classes; c += width<T>) transpose_square<T>(tile + c);
   const S* last = at<T, S>(operand, end - 1, num_classes);
-  const bool may_overlap = operand.row_stride == num_classes;
+  // The logits of later rows are still to be read.
+  const bool may_overlap = operand.row_stride == num_classes && !into_logits;
   for (int i = 0; i < lanes; ++i)
     for (int64_t c = 0; c < num_classes; c += width<T>) {
       S* p = at<T, S>(operand, row + i, c);
@@ -177,7 +179,7 @@ double run_tiles(const Block& block, int64_t begin, int64_t end) {
           z[c] = counted ? z[c] : Vec<T>{};
         }
       }
-      store_tile<T, S>(block.out, row, end, C, z);
+      store_tile<T, S>(block.out, row, end, C, z, block.into_logits);
     }
   }
   double loss_sum = 0;
@@ -251,6 +253,8 @@ double run_long_rows(const Block& block, int64_t begin, int64_t end) {
       else
         e = buffer.get();
     }
+    // Read before the output is written: it may be the same row.
+    const T picked = load_part<T, S>(z + label, 1, T(0))[0] - top;
     Vec<T> sums{}, linears{};
     for_vectors<T>(C, [&](int64_t i, int count) {
       const Vec<T> shifted = load_some<T, S>(z + i, count, lowest) - top;
@@ -265,7 +269,6 @@ double run_long_rows(const Block& block, int64_t begin, int64_t end) {
     });
     const T sum = horizontal_sum<T>(sums);
     if constexpr (has_loss_v<K>) {
-      const T picked = load_part<T, S>(z + label, 1, T(0))[0] - top;
       T linear = q.on_label * picked;
       if (smooth) linear += q.spread * horizontal_sum<T>(linears);
       const T loss = q.total * std::log(sum) - linear;

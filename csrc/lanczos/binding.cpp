@@ -45,16 +45,17 @@ Which parse_which(const std::string& which) {
   return Which::kMagnitude;
 }
 
-std::shared_ptr<GraphOperator> make_graph_operator(const std::vector<std::optional<at::Tensor>>& gradients,
-                                                   std::vector<at::Tensor> parameters) {
-  std::vector<at::Tensor> known;
-  for (const auto& gradient : gradients) known.push_back(gradient.value_or(at::Tensor()));
-  return std::make_shared<GraphOperator>(std::move(known), std::move(parameters));
+using OptionalTensors = std::vector<std::optional<at::Tensor>>;
+
+std::vector<at::Tensor> undefined_for_none(const OptionalTensors& tensors) {
+  std::vector<at::Tensor> out;
+  for (const auto& tensor : tensors) out.push_back(tensor.value_or(at::Tensor()));
+  return out;
 }
 
 py::dict run_eigsh(SymmetricOperator& op, int64_t k, const std::string& which, double tol,
                    const std::optional<at::Tensor>& v0, int64_t max_hvp, int64_t max_basis, uint64_t seed,
-                   bool audit, int64_t num_guards) {
+                   bool audit) {
   const EigshOptions options{.count = k,
                              .which = parse_which(which),
                              .tolerance = tol,
@@ -62,7 +63,6 @@ py::dict run_eigsh(SymmetricOperator& op, int64_t k, const std::string& which, d
                              .max_basis = max_basis,
                              .seed = seed,
                              .audit = audit,
-                             .num_guards = num_guards,
                              .poll = check_signals};
   EigshResult result = without_gil([&] { return eigsh(op, options, v0.value_or(at::Tensor())); });
   py::dict out;
@@ -91,7 +91,19 @@ void bind_lanczos(py::module_& module) {
         return without_gil([&] { return op.apply(v); });
       });
   py::class_<GraphOperator, SymmetricOperator, std::shared_ptr<GraphOperator>>(module, "GraphOperator")
-      .def(py::init(&make_graph_operator), py::arg("gradients"), py::arg("parameters"));
+      .def(py::init([](const OptionalTensors& gradients, std::vector<at::Tensor> parameters) {
+             return std::make_shared<GraphOperator>(undefined_for_none(gradients), std::move(parameters));
+           }),
+           py::arg("gradients"), py::arg("parameters"));
+  py::class_<GaussNewtonOperator, SymmetricOperator, std::shared_ptr<GaussNewtonOperator>>(
+      module, "GaussNewtonOperator")
+      .def(py::init([](const at::Tensor& outputs, const at::Tensor& output_gradient, const at::Tensor& dummy,
+                       const OptionalTensors& pullback, std::vector<at::Tensor> parameters) {
+             return std::make_shared<GaussNewtonOperator>(
+                 outputs, output_gradient, dummy, undefined_for_none(pullback), std::move(parameters));
+           }),
+           py::arg("outputs"), py::arg("output_gradient"), py::arg("dummy"), py::arg("pullback"),
+           py::arg("parameters"));
   py::class_<PythonOperator, SymmetricOperator, std::shared_ptr<PythonOperator>>(module, "PythonOperator")
       .def(py::init([](py::function product, int64_t size, const at::Tensor& like) {
              return std::make_shared<PythonOperator>(std::move(product), size, like.options());
@@ -99,7 +111,7 @@ void bind_lanczos(py::module_& module) {
            py::arg("product"), py::arg("size"), py::arg("like"));
   module.def("eigsh", &run_eigsh, py::arg("op"), py::kw_only(), py::arg("k"), py::arg("which"),
              py::arg("tol"), py::arg("v0"), py::arg("max_hvp"), py::arg("max_basis"), py::arg("seed"),
-             py::arg("audit"), py::arg("num_guards"));
+             py::arg("audit"));
   module.def("tridiagonalize", &run_tridiagonalize, py::arg("op"), py::arg("start"), py::arg("steps"));
 }
 

@@ -27,6 +27,12 @@ constexpr int64_t kMaxAuditProducts = 8;
 constexpr int64_t kStagnation = 8;
 constexpr double kNoiseFactor = 10.0;
 
+// Residuals this far above what is allowed (one product gains a factor of 2 to 5) are not looked at every
+// product.
+constexpr double kFar = 10.0;
+// How much of a unit start vector may lie outside the basis.
+constexpr double kLost = 0.5;
+
 enum class Step { kDone, kBudget, kNonFinite };
 
 class Solver {
@@ -51,10 +57,21 @@ class Solver {
   std::string solve(const at::Tensor& start) {
     Step step = begin(start);
     while (step == Step::kDone) {
+      if (basis_.size() < options_.count) {
+        step = expand(basis_.product(basis_.size() - 1));
+        continue;
+      }
       project();
       if (!all_converged()) {
         if (at_noise_floor()) return "noise floor";
+        const bool far = worst_excess() > kFar;
         step = expand(next_direction());
+        // A second product before looking again; in a Krylov space this is the direction of every residual.
+        if (far && step == Step::kDone && basis_.size() < capacity_) {
+          step = expand(basis_.product(basis_.size() - 1));
+        }
+      } else if (const at::Tensor lost = lost_start(); lost.defined()) {
+        step = expand(lost);
       } else if (!options_.audit || basis_.size() == length_) {
         return "converged";
       } else {
@@ -72,15 +89,32 @@ class Solver {
     return "max_hvp";
   }
 
+  // The Krylov space of one vector made of all the old ones: every product then works for every wanted pair,
+  // where a block would spend as many as it has vectors on each power of H. (Unequal weights, as v and -v may
+  // be there.)
   Step begin(const at::Tensor& start) {
-    if (start.defined()) {
-      for (int64_t i = 0; i < start.size(0); ++i) {
-        const at::Tensor x = start.select(0, i);
-        if (basis_.propose(x, norm(x)) == 0.0) continue;
-        if (const Step step = multiply(); step != Step::kDone) return step;
-      }
+    at::Tensor sum;
+    for (int64_t i = 0; start.defined() && i < start.size(0); ++i) {
+      at::Tensor x = start.select(0, i).clone();
+      const double length = norm(x);
+      if (length == 0.0) continue;
+      x.div_(length);
+      start_.push_back(x);
+      sum = sum.defined() ? sum.add_(x, 1.0 + 0.5 * static_cast<double>(i)) : x.clone();
     }
-    return basis_.size() > 0 ? Step::kDone : expand(random_vector());
+    return expand(sum.defined() ? sum : random_vector());
+  }
+
+  // A start vector that the basis has lost, each at most once. A Krylov space has one vector for equal
+  // eigenvalues; the others are among the old vectors.
+  at::Tensor lost_start() {
+    at::Tensor lost;
+    while (!start_.empty() && !lost.defined()) {
+      const at::Tensor& x = start_.back();
+      if (basis_.distance(x) > kLost) lost = x;
+      start_.pop_back();
+    }
+    return lost;
   }
 
   // One product, with the candidate of the basis.
@@ -161,12 +195,13 @@ class Solver {
     return residual_norms_[i] <= allowed ? 0.0 : residual_norms_[i] / allowed;
   }
 
-  bool all_converged() const {
-    for (int64_t i = 0; i < options_.count; ++i) {
-      if (excess(i) > 0.0) return false;
-    }
-    return true;
+  double worst_excess() const {
+    double worst = 0.0;
+    for (int64_t i = 0; i < options_.count; ++i) worst = std::max(worst, excess(i));
+    return worst;
   }
+
+  bool all_converged() const { return worst_excess() == 0.0; }
 
   // The worst wanted residual; a random vector where all are small but there are too few of them.
   at::Tensor next_direction() {
@@ -224,9 +259,9 @@ class Solver {
   // Residuals that stopped falling, at a height that the operator's own noise explains. The noise of a
   // product is seen in the asymmetry of the projection, one component of it at a time.
   bool at_noise_floor() {
-    double worst = 0.0, height = 0.0;
+    const double worst = worst_excess();
+    double height = 0.0;
     for (int64_t i = 0; i < options_.count; ++i) {
-      worst = std::max(worst, excess(i));
       if (i < residuals_.size(0) && excess(i) > 0.0) height = std::max(height, residual_norms_[i]);
     }
     if (worst < 0.7 * best_) {
@@ -254,8 +289,8 @@ class Solver {
       out.residuals.push_back(found ? residual_norms_[i] : nan);
       out.converged.push_back(found && excess(i) == 0.0 && !unaudited_);
     }
-    const int64_t rows = std::min(options_.count + options_.num_guards, basis_.size());
-    out.vectors = at::zeros({std::max(options_.count, rows), length_}, op_.options());
+    const int64_t rows = std::min(options_.count, basis_.size());
+    out.vectors = at::zeros({options_.count, length_}, op_.options());
     if (rows > 0) out.vectors.narrow(0, 0, rows).copy_(basis_.combine(leading(rows)));
     out.num_products = num_products_;
     out.status = std::move(status);
@@ -270,6 +305,7 @@ class Solver {
   RitzBasis basis_;
   at::Generator generator_;
 
+  std::vector<at::Tensor> start_;       // unit start vectors that were not yet looked for
   EigenPairs ritz_;                     // wanted first
   at::Tensor residuals_;                // of the wanted pairs, (≤ k, P)
   std::vector<double> residual_norms_;  // and their norms

@@ -21,7 +21,6 @@ struct EigshOptions {
   int64_t max_basis = 24;
   uint64_t seed = 0;
   bool audit = true;           // probe the complement of the basis before claiming convergence
-  int64_t num_guards = 0;      // further Ritz vectors to return, as a start for the next problem
   std::function<void()> poll;  // called before every product; may throw to interrupt
 };
 
@@ -29,7 +28,7 @@ struct EigshResult {
   std::vector<double> values;     // wanted first; NaN where no finite product was had
   std::vector<double> residuals;  // ‖H y - θ y‖
   std::vector<bool> converged;
-  at::Tensor vectors;  // (k + guards at most, P), wanted first
+  at::Tensor vectors;  // (k, P), wanted first
   int64_t num_products = 0;
   // "converged", "max_hvp", "non-finite product" or "noise floor"
   std::string status;
@@ -37,7 +36,7 @@ struct EigshResult {
 
 // The wanted eigenpairs of a symmetric operator by Rayleigh-Ritz on a basis grown by residuals: thick-restart
 // Lanczos (Wu & Simon 2000) when it starts from one vector, and as good from a block of old eigenvectors.
-// start: (m, P) rows to begin with, or undefined for a random vector.
+// start: (m, P) rows, whose Krylov space is searched, or undefined for a random vector.
 // Throws std::invalid_argument where the products show that the operator is not symmetric.
 EigshResult eigsh(SymmetricOperator& op, const EigshOptions& options, const at::Tensor& start);
 

@@ -1,24 +1,26 @@
 #include "graph_operator.h"
 
-#include <ATen/ops/cat.h>
 #include <ATen/ops/zeros.h>
-#include <c10/util/Exception.h>
 #include <torch/csrc/autograd/autograd.h>
 
 #include <utility>
 
 namespace dynloss {
+namespace {
+
+// A backward pass through a graph that is kept.
+std::vector<at::Tensor> pull_back(const std::vector<at::Tensor>& outputs,
+                                  const std::vector<at::Tensor>& inputs,
+                                  const std::vector<at::Tensor>& seeds) {
+  return torch::autograd::grad(outputs, inputs, seeds, /*retain_graph=*/true, /*create_graph=*/false,
+                               /*allow_unused=*/true);
+}
+
+}  // namespace
 
 GraphOperator::GraphOperator(std::vector<at::Tensor> gradients, std::vector<at::Tensor> parameters)
     : parameters_(std::move(parameters)) {
-  TORCH_CHECK_VALUE(!parameters_.empty() && gradients.size() == parameters_.size(),
-                    "expected one gradient per parameter, got ", gradients.size(), " for ",
-                    parameters_.size());
-  for (size_t i = 0; i < parameters_.size(); ++i) {
-    const at::Tensor& parameter = parameters_[i];
-    snapshots_.push_back({static_cast<uint32_t>(parameter._version()), parameter.const_data_ptr()});
-    offsets_.push_back(size_);
-    size_ += parameter.numel();
+  for (size_t i = 0; i < gradients.size(); ++i) {
     if (gradients[i].defined() && gradients[i].requires_grad()) {
       outputs_.push_back(gradients[i]);
       output_parameters_.push_back(i);
@@ -26,32 +28,41 @@ GraphOperator::GraphOperator(std::vector<at::Tensor> gradients, std::vector<at::
   }
 }
 
-void GraphOperator::check_unchanged() const {
-  for (size_t i = 0; i < parameters_.size(); ++i) {
-    const bool same = static_cast<uint32_t>(parameters_[i]._version()) == snapshots_[i].version &&
-                      parameters_[i].const_data_ptr() == snapshots_[i].data;
-    TORCH_CHECK(
-        same, "parameter ", i, " of shape ", parameters_[i].sizes(),
-        " was changed in place after the loss of this HessianOperator was computed; its products would "
-        "mix two states. Compute the loss again and build a new HessianOperator.");
+at::Tensor GraphOperator::apply(const at::Tensor& v) {
+  parameters_.check_unchanged();
+  if (outputs_.empty()) return at::zeros({size()}, options());  // the loss is linear in the parameters
+  std::vector<at::Tensor> seeds;
+  seeds.reserve(outputs_.size());
+  for (const size_t i : output_parameters_) seeds.push_back(parameters_.part(v, i));
+  return parameters_.join(pull_back(outputs_, parameters_.tensors(), seeds));
+}
+
+GaussNewtonOperator::GaussNewtonOperator(at::Tensor outputs, at::Tensor output_gradient, at::Tensor dummy,
+                                         std::vector<at::Tensor> pullback, std::vector<at::Tensor> parameters)
+    : parameters_(std::move(parameters)),
+      outputs_(std::move(outputs)),
+      output_gradient_(std::move(output_gradient)),
+      dummy_(std::move(dummy)) {
+  for (size_t i = 0; i < pullback.size(); ++i) {
+    if (pullback[i].defined()) {
+      pullback_.push_back(pullback[i]);
+      pullback_parameters_.push_back(i);
+    }
   }
 }
 
-at::Tensor GraphOperator::apply(const at::Tensor& v) {
-  check_unchanged();
-  if (outputs_.empty()) return at::zeros({size_}, v.options());  // the loss is linear in the parameters
+at::Tensor GaussNewtonOperator::apply(const at::Tensor& v) {
+  parameters_.check_unchanged();
+  const at::Tensor zero = at::zeros({size()}, options());
+  if (!output_gradient_.requires_grad()) return zero;  // the loss is linear in the outputs
   std::vector<at::Tensor> seeds;
-  seeds.reserve(outputs_.size());
-  for (const size_t i : output_parameters_) {
-    seeds.push_back(v.narrow(0, offsets_[i], parameters_[i].numel()).view(parameters_[i].sizes()));
-  }
-  auto pieces = torch::autograd::grad(outputs_, parameters_, seeds, /*retain_graph=*/true,
-                                      /*create_graph=*/false, /*allow_unused=*/true);
-  for (size_t i = 0; i < pieces.size(); ++i) {
-    pieces[i] =
-        pieces[i].defined() ? pieces[i].reshape({-1}) : at::zeros({parameters_[i].numel()}, v.options());
-  }
-  return at::cat(pieces);
+  seeds.reserve(pullback_.size());
+  for (const size_t i : pullback_parameters_) seeds.push_back(parameters_.part(v, i));
+  const at::Tensor forward = pull_back(pullback_, {dummy_}, seeds).front();  // J v
+  if (!forward.defined()) return zero;
+  const at::Tensor curved = pull_back({output_gradient_}, {outputs_}, {forward}).front();  // ∇²ℓ J v
+  if (!curved.defined()) return zero;
+  return parameters_.join(pull_back({outputs_}, parameters_.tensors(), {curved}));
 }
 
 }  // namespace dynloss

@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "flat_parameters.h"
 #include "operator.h"
 
 namespace dynloss {
@@ -15,25 +16,37 @@ class GraphOperator final : public SymmetricOperator {
   // depend on parameters[i].
   GraphOperator(std::vector<at::Tensor> gradients, std::vector<at::Tensor> parameters);
 
-  int64_t size() const override { return size_; }
-  at::TensorOptions options() const override { return parameters_.front().options(); }
+  int64_t size() const override { return parameters_.size(); }
+  at::TensorOptions options() const override { return parameters_.options(); }
   at::Tensor apply(const at::Tensor& v) override;
 
  private:
-  // What a parameter was when its gradient was recorded.
-  struct Snapshot {
-    uint32_t version;
-    const void* data;
-  };
-
-  void check_unchanged() const;
-
-  std::vector<at::Tensor> parameters_;
-  std::vector<Snapshot> snapshots_;
-  std::vector<int64_t> offsets_;           // of each parameter in the flat vector
+  FlatParameters parameters_;
   std::vector<at::Tensor> outputs_;        // the gradients that depend on the parameters
   std::vector<size_t> output_parameters_;  // and which parameters they belong to
-  int64_t size_ = 0;
+};
+
+// The generalised Gauss-Newton matrix Jᵀ ∇²ℓ J of loss = ℓ(z(parameters)) with J = dz/dparameters
+// (Schraudolph 2002), exactly: three backward passes through recorded graphs. The product J v is the
+// derivative of the linear map u -> Jᵀ u, recorded once for a dummy u.
+class GaussNewtonOperator final : public SymmetricOperator {
+ public:
+  // outputs: z; output_gradient: dloss/dz recorded with create_graph; dummy: like z, requires grad;
+  // pullback[i]: (dz/dparameters[i])ᵀ dummy recorded with create_graph, or undefined.
+  GaussNewtonOperator(at::Tensor outputs, at::Tensor output_gradient, at::Tensor dummy,
+                      std::vector<at::Tensor> pullback, std::vector<at::Tensor> parameters);
+
+  int64_t size() const override { return parameters_.size(); }
+  at::TensorOptions options() const override { return parameters_.options(); }
+  at::Tensor apply(const at::Tensor& v) override;
+
+ private:
+  FlatParameters parameters_;
+  at::Tensor outputs_;
+  at::Tensor output_gradient_;
+  at::Tensor dummy_;
+  std::vector<at::Tensor> pullback_;
+  std::vector<size_t> pullback_parameters_;
 };
 
 }  // namespace dynloss

@@ -1,6 +1,7 @@
 #include "ritz_basis.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/addmv.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/linalg_vector_norm.h>
@@ -48,6 +49,12 @@ double RitzBasis::propose(const at::Tensor& x, double norm) {
   if (!(remainder > 100.0 * epsilon_ * norm)) return 0.0;
   slot.div_(remainder);
   return remainder;
+}
+
+double RitzBasis::distance(const at::Tensor& x) const {
+  const BelowAutograd below;
+  const at::Tensor v = vectors();
+  return to_host(at::linalg_vector_norm(at::addmv(x, v.t(), v.mv(x), 1, -1))).front();
 }
 
 bool RitzBasis::accept(const at::Tensor& product) {

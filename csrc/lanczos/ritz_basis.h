@@ -24,6 +24,9 @@ class RitzBasis {
   double propose(const at::Tensor& x, double norm);
   at::Tensor candidate() const { return pair(size_).select(0, 0); }
 
+  // ‖x - V Vᵀ x‖.
+  double distance(const at::Tensor& x) const;
+
   // Takes in the candidate together with its product; false, and nothing taken in, where the product is not
   // finite.
   bool accept(const at::Tensor& product);

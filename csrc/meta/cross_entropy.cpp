@@ -5,6 +5,7 @@
 #include <torch/library.h>
 
 #include <tuple>
+#include <utility>
 
 #include "arguments.h"
 
@@ -44,6 +45,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> cross_entropy(
   return {empty_on(logits, loss_sizes, loss_dtype(logits, reduction)),
           empty_on(logits, appended(reduced, classes), at::kDouble),
           empty_on(logits, appended(reduced, 2), at::kDouble)};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> cross_entropy_into_logits(
+    at::Tensor& logits, const at::Tensor& target, c10::SymInt step, const Optional& step_tensor,
+    const at::Tensor& clock, const Optional& class_order, const Optional& table, int64_t reduction,
+    bool by_weights, c10::SymInt ignore_index, double label_smoothing) {
+  return cross_entropy(logits, target, std::move(step), step_tensor, clock, class_order, table, reduction,
+                       by_weights, std::move(ignore_index), label_smoothing);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> cross_entropy_with_gradient(
@@ -87,6 +96,7 @@ at::Tensor cross_entropy_third(const at::Tensor& u, const at::Tensor& v, const a
 TORCH_LIBRARY_IMPL(dynloss, Meta, library) {
   library.impl("oscillation_weights", &oscillation_weights);
   library.impl("cross_entropy", &cross_entropy);
+  library.impl("cross_entropy_into_logits", &cross_entropy_into_logits);
   library.impl("cross_entropy_with_gradient", &cross_entropy_with_gradient);
   library.impl("rescale_", &rescale_);
   library.impl("cross_entropy_gradient", &cross_entropy_gradient);

@@ -1,0 +1,271 @@
+// What a block of threads knows of its member (a single problem, or one of an ensemble) before and after it
+// goes through the rows: Γ(step), normalizers, the reduction; and the elements of a row's derivatives.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cmath>
+#include <cstdint>
+#include <type_traits>
+
+#include "core/cross_entropy_row.h"
+#include "core/oscillation.h"
+#include "cuda/block.cuh"
+#include "cuda/cross_entropy.h"
+#include "cuda/storage.cuh"
+
+namespace dynloss::cuda {
+
+// How a launch is cut up.
+struct Grid {
+  int threads;
+  int64_t blocks;       // per member
+  size_t block_memory;  // bytes
+  int tile_rows;        // thread per row: how many rows a block stages at once
+  bool cached;          // block per row: the row stays in shared memory
+};
+
+// ---- what all kernels share
+
+__device__ inline int64_t member_index(const Grid& grid) { return blockIdx.x / grid.blocks; }
+__device__ inline int64_t block_in_member(const Grid& grid) { return blockIdx.x % grid.blocks; }
+
+template <typename S>
+__device__ S* row_of(const Operand& operand, const Problem& p, int64_t member, int64_t row) {
+  const int64_t outer = p.inner_rows == p.rows ? 0 : row / p.inner_rows;
+  return static_cast<S*>(operand.data) + member * operand.member_stride + outer * operand.outer_stride +
+         (row - outer * p.inner_rows) * operand.row_stride;
+}
+
+// The label of a row. An ignored row contributes 0; a label that is no class makes its row NaN and is never
+// used as an index.
+struct RowLabel {
+  static constexpr int ignored = -2, no_class = -1;
+
+  int64_t index;  // a class, or one of these
+
+  __device__ explicit RowLabel(int code) : index(code) {}
+  __device__ RowLabel(const Problem& p, int64_t member, int64_t row)
+      : index(load_label(p.target, p.label, member * p.target_member_stride + row)) {
+    if (index == p.ignore_index)
+      index = ignored;
+    else if (index < 0 || index >= p.classes)
+      index = no_class;
+  }
+
+  __device__ int code() const { return static_cast<int>(index); }
+  __device__ bool usual() const { return index >= 0; }
+
+  template <typename T>
+  __device__ T fill() const {
+    return index == ignored ? T(0) : static_cast<T>(NAN);
+  }
+};
+
+// Σ Γ, where label smoothing asks for it.
+__device__ inline double sum_of_weights(const ClassWeights& weights, const Problem& p) {
+  if (p.label_smoothing == 0) return 0.0;
+  if (weights.table_row == nullptr) return weights.raised + (p.classes - 1) * weights.rest;
+  double sum[1] = {0.0};
+  for (int64_t c = threadIdx.x; c < p.classes; c += blockDim.x) sum[0] += weights.table_row[c];
+  block_sum(sum);
+  return sum[0];
+}
+
+// What the rows of one member share, in the type of the arithmetic.
+template <typename T>
+struct MemberWeights {
+  const double* table_row;
+  int64_t active;
+  T raised, rest;
+  SharedTargetWeights<T> shared;
+  bool smooth;
+
+  __device__ MemberWeights(const ClassWeights& weights, const Problem& p)
+      : table_row(weights.table_row),
+        active(weights.active),
+        raised(static_cast<T>(weights.raised)),
+        rest(static_cast<T>(weights.rest)),
+        shared(sum_of_weights(weights, p), p.label_smoothing, p.classes),
+        smooth(p.label_smoothing != 0) {}
+
+  __device__ T gamma(int64_t class_index) const {
+    if (table_row != nullptr) return static_cast<T>(table_row[class_index]);
+    return class_index == active ? raised : rest;
+  }
+  __device__ TargetWeights<T> at(int64_t label) const { return shared.at(gamma(label)); }
+};
+
+// weight · x, where a weight of 0 takes an infinite x with it.
+template <typename T>
+__device__ T weighted(T weight, T x) {
+  return weight == T(0) ? T(0) : weight * x;
+}
+
+__device__ inline double normalizer_term(const Forward& p, const ClassWeights& weights,
+                                         const RowLabel& label) {
+  if (label.index == RowLabel::ignored) return 0.0;
+  if (!p.by_weights) return 1.0;
+  return label.usual() ? weights[label.index] : 0.0;
+}
+
+// ---- forward: before and after the rows
+
+// Γ(step) is evaluated by one thread and shared; the first block of a member writes it out.
+__device__ inline const ClassWeights& prepare_weights(const Forward& p, const Grid& grid) {
+  const int64_t member = member_index(grid);
+  if (threadIdx.x == 0) {
+    const int64_t offset = p.step_tensor == nullptr ? 0 : p.step_tensor[member * p.step_member_stride];
+    const double* table = p.table == nullptr ? nullptr : p.table + member * p.table_rows * p.classes;
+    scratch().weights =
+        weights_at({p.clock + member, p.class_order, table, p.table_rows, p.classes}, p.step + offset);
+  }
+  __syncthreads();
+  const ClassWeights& weights = scratch().weights;
+  if (block_in_member(grid) == 0)
+    for (int64_t c = threadIdx.x; c < p.classes; c += blockDim.x)
+      p.weights[member * p.classes + c] = weights[c];
+  return weights;
+}
+
+// What the losses are divided by, where one block has all rows of its member and can count them first.
+__device__ inline double count_first(const Forward& p, const Grid& grid) {
+  if (grid.blocks > 1 || !p.mean) return 1.0;
+  double sum[1] = {0.0};
+  for (int64_t row = threadIdx.x; row < p.rows; row += blockDim.x)
+    sum[0] += normalizer_term(p, scratch().weights, RowLabel(p, member_index(grid), row));
+  block_sum(sum);
+  return sum[0];
+}
+
+// What the gradient is divided by as it is written. Blocks that have only part of the rows would learn the
+// normalizer too late: they divide by the number of rows, and rescale_ mends that. float16 cannot hold
+// gradients so small, and waits for rescale_, which also knows grad_output.
+template <typename S>
+__device__ double gradient_divisor(const Forward& p, const Grid& grid, double counted) {
+  if (!p.mean || std::is_same_v<S, __half>) return 1.0;
+  return grid.blocks == 1 ? counted : static_cast<double>(p.rows);
+}
+
+// Γ, the weights of the rows and the divisors: what a block works with.
+template <typename S>
+struct ForwardBlock {
+  using T = Arithmetic<S>;
+
+  int64_t member;
+  MemberWeights<T> member_weights;
+  T scale;
+  double loss_sum = 0;
+  double normalizer_sum = 0;
+
+  __device__ ForwardBlock(const Forward& p, const Grid& grid)
+      : member(member_index(grid)), member_weights(prepare_weights(p, grid), p) {
+    const double counted = count_first(p, grid);
+    const double divisor = gradient_divisor<S>(p, grid, counted);
+    scale = static_cast<T>(1.0 / divisor);
+    if (threadIdx.x == 0) {
+      scratch().counted = counted;
+      scratch().divisor = divisor;
+    }
+  }
+
+  // By one thread of each row.
+  __device__ void add(const Forward& p, int64_t row, const RowLabel& label, T loss) {
+    if (p.row_loss != nullptr) static_cast<S*>(p.row_loss)[member * p.rows + row] = narrow<S>(loss);
+    loss_sum += static_cast<double>(loss);
+    if (p.mean) normalizer_sum += normalizer_term(p, scratch().weights, label);
+  }
+
+  // The sums over the blocks of the member, known to the block that arrives last.
+  __device__ bool sum_over_blocks(const Forward& p, const Grid& grid, double (&sums)[2]) const {
+    const double* partials = p.partials + 2 * member * grid.blocks;
+    if (threadIdx.x == 0) {
+      double* own = p.partials + 2 * int64_t(blockIdx.x);
+      own[0] = sums[0];
+      own[1] = sums[1];
+      __threadfence();
+      scratch().last = atomicAdd(&p.arrivals[member], 1u) == static_cast<unsigned>(grid.blocks - 1);
+    }
+    __syncthreads();
+    if (!scratch().last) return false;
+    __threadfence();
+    sums[0] = sums[1] = 0.0;
+    for (int64_t i = threadIdx.x; i < grid.blocks; i += blockDim.x) {
+      sums[0] += __ldcg(partials + 2 * i);
+      sums[1] += __ldcg(partials + 2 * i + 1);
+    }
+    block_sum(sums);
+    if (threadIdx.x == 0) p.arrivals[member] = 0;  // for the next launch
+    return true;
+  }
+
+  __device__ void finish(const Forward& p, const Grid& grid) const {
+    double* normalizer = p.normalizer + 2 * member;
+    if (p.loss == nullptr) {
+      if (block_in_member(grid) == 0 && threadIdx.x == 0) normalizer[0] = normalizer[1] = 1.0;
+      return;
+    }
+    double sums[2] = {loss_sum, normalizer_sum};
+    block_sum(sums);
+    if (grid.blocks > 1 && !sum_over_blocks(p, grid, sums)) return;
+    if (threadIdx.x != 0) return;
+    normalizer[0] = !p.mean ? 1.0 : grid.blocks == 1 ? scratch().counted : sums[1];
+    normalizer[1] = scratch().divisor;
+    static_cast<T*>(p.loss)[member] = static_cast<T>(sums[0] / normalizer[0]);
+  }
+};
+
+// ---- the elements of a row, given e = exp(z - max) and their sum
+
+template <typename T>
+struct RowGradient {
+  T factor, spread, on_label;
+
+  __device__ RowGradient(const TargetWeights<T>& q, T scale, T sum)
+      : factor(scale * q.total / sum), spread(scale * q.spread), on_label(scale * q.on_label) {}
+
+  __device__ T at(const MemberWeights<T>& weights, int64_t class_index, int64_t label, T e) const {
+    T x = factor * e;
+    if (weights.smooth) x -= spread * weights.gamma(class_index);
+    return class_index == label ? x - on_label : x;
+  }
+};
+
+// Σ p v, Σ p u and Σ p u v, of a part of a row before they are divided by the sum of e.
+template <typename T>
+struct InnerProducts {
+  T sums[3] = {};  // v, u, u v
+
+  __device__ void add(T e, T u, T v) {
+    sums[0] += e * v;
+    sums[1] += e * u;
+    sums[2] += e * u * v;
+  }
+  __device__ void divide(T sum) {
+    for (T& x : sums) x /= sum;
+  }
+  __device__ T factor(int order, T u, T v) const {
+    return order == 2 ? hessian_factor(v, sums[0]) : third_factor(u, v, sums[1], sums[0], sums[2]);
+  }
+};
+
+template <typename S>
+struct DerivativeBlock {
+  using T = Arithmetic<S>;
+
+  int64_t member;
+  MemberWeights<T> member_weights;
+  T scale;
+
+  __device__ DerivativeBlock(const Derivative& p, const Grid& grid)
+      : DerivativeBlock(p, member_index(grid), {p.weights + member_index(grid) * p.classes, 0, 1.0, 1.0}) {}
+  __device__ DerivativeBlock(const Derivative& p, int64_t member, const ClassWeights& weights)
+      : member(member), member_weights(weights, p), scale(static_cast<T>(1.0 / p.normalizer[2 * member])) {}
+
+  __device__ T row_scale(const Derivative& p, int64_t row) const {
+    return scale *
+           load_as<T>(p.grad_output, p.grad_storage, member * p.grad_member_stride + row * p.grad_row_stride);
+  }
+};
+
+}  // namespace dynloss::cuda

@@ -1,0 +1,41 @@
+#include "flat_parameters.h"
+
+#include <ATen/ops/cat.h>
+#include <ATen/ops/zeros.h>
+#include <c10/util/Exception.h>
+
+#include <utility>
+
+namespace dynloss {
+
+FlatParameters::FlatParameters(std::vector<at::Tensor> parameters) : parameters_(std::move(parameters)) {
+  TORCH_CHECK_VALUE(!parameters_.empty(), "expected at least one parameter");
+  for (const at::Tensor& parameter : parameters_) {
+    snapshots_.push_back({static_cast<uint32_t>(parameter._version()), parameter.const_data_ptr()});
+    offsets_.push_back(size_);
+    size_ += parameter.numel();
+  }
+}
+
+void FlatParameters::check_unchanged() const {
+  for (size_t i = 0; i < parameters_.size(); ++i) {
+    const bool same = static_cast<uint32_t>(parameters_[i]._version()) == snapshots_[i].version &&
+                      parameters_[i].const_data_ptr() == snapshots_[i].data;
+    TORCH_CHECK(same, "parameter ", i, " of shape ", parameters_[i].sizes(),
+                " was changed in place after this operator recorded it; its products would mix two states. "
+                "Compute the loss again and build a new operator.");
+  }
+}
+
+at::Tensor FlatParameters::part(const at::Tensor& v, size_t i) const {
+  return v.narrow(0, offsets_[i], parameters_[i].numel()).view(parameters_[i].sizes());
+}
+
+at::Tensor FlatParameters::join(std::vector<at::Tensor> parts) const {
+  for (size_t i = 0; i < parts.size(); ++i) {
+    parts[i] = parts[i].defined() ? parts[i].reshape({-1}) : at::zeros({parameters_[i].numel()}, options());
+  }
+  return at::cat(parts);
+}
+
+}  // namespace dynloss

@@ -1,0 +1,40 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <vector>
+
+namespace dynloss {
+
+// Parameters seen as one flat vector, at the values they had when this was made.
+class FlatParameters {
+ public:
+  explicit FlatParameters(std::vector<at::Tensor> parameters);
+
+  const std::vector<at::Tensor>& tensors() const { return parameters_; }
+  int64_t size() const { return size_; }
+  at::TensorOptions options() const { return parameters_.front().options(); }
+
+  // Throws where a parameter was changed in place, or given other storage, since then.
+  void check_unchanged() const;
+
+  // The part of a flat vector that belongs to parameter i, in its shape.
+  at::Tensor part(const at::Tensor& v, size_t i) const;
+
+  // One flat vector from a tensor per parameter; undefined ones count as zeros.
+  at::Tensor join(std::vector<at::Tensor> parts) const;
+
+ private:
+  struct Snapshot {
+    uint32_t version;
+    const void* data;
+  };
+
+  std::vector<at::Tensor> parameters_;
+  std::vector<Snapshot> snapshots_;
+  std::vector<int64_t> offsets_;
+  int64_t size_ = 0;
+};
+
+}  // namespace dynloss

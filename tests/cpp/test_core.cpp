@@ -1,0 +1,188 @@
+// csrc/core on the host: Γ(step) and the maths of a row against long double.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <random>
+#include <vector>
+
+#include "check.h"
+#include "core/cross_entropy_row.h"
+#include "core/oscillation.h"
+#include "twin.h"
+
+namespace {
+
+using namespace dynloss;
+using twin::Real;
+
+std::mt19937_64 random_bits(7);
+
+double uniform(double low, double high) {
+  return std::uniform_real_distribution<double>(low, high)(random_bits);
+}
+int64_t integer(int64_t low, int64_t high) {
+  return std::uniform_int_distribution<int64_t>(low, high)(random_bits);
+}
+
+bool close(Real x, Real expected, Real tolerance) {
+  if (std::isnan(expected)) return std::isnan(x);
+  return x == expected || std::fabs(x - expected) <= tolerance;
+}
+
+struct Case {
+  Clock clock;
+  twin::Oscillation oscillation;
+  int64_t classes;
+  std::vector<int64_t> order;
+  std::vector<double> table;
+  int64_t table_rows = 0;
+
+  Schedule schedule() const {
+    return {&clock, order.empty() ? nullptr : order.data(), table.empty() ? nullptr : table.data(),
+            table_rows, classes};
+  }
+};
+
+// Periods are multiples of 1/8, so that both sides know exactly which turn a step belongs to; closed turns
+// are for whole periods.
+Case random_case(int waveform) {
+  Case x;
+  x.classes = integer(1, 12);
+  const bool closed = integer(0, 1) == 1;
+  const double period =
+      closed ? static_cast<double>(integer(1, 10000)) : static_cast<double>(integer(8, 80000)) / 8;
+  const double start = static_cast<double>(integer(-5, 50));
+  const double stop = integer(0, 2) == 0 ? INFINITY : start + static_cast<double>(integer(0, 100000));
+  x.clock = {uniform(1, 100), period, closed ? period + 1 : period,
+             start,           stop,   static_cast<double>(waveform)};
+  x.oscillation = {x.clock.amplitude, x.clock.period, x.clock.turn, start, stop, waveform, {}, {}};
+  if (integer(0, 1) == 1) {
+    for (int64_t c = 0; c < x.classes; ++c) x.order.push_back(c);
+    std::shuffle(x.order.begin(), x.order.end(), random_bits);
+    x.oscillation.class_order = x.order;
+  }
+  return x;
+}
+
+void compare_weights(const Case& x, int64_t step) {
+  context = "step " + std::to_string(step) + ", period " + std::to_string(x.clock.period) + ", turn " +
+            std::to_string(x.clock.turn) + ", amplitude " + std::to_string(x.clock.amplitude) + ", classes " +
+            std::to_string(x.classes);
+  const ClassWeights weights = weights_at(x.schedule(), step);
+  const auto expected = twin::weights(x.oscillation, x.classes, step);
+  Real sum = 0;
+  for (int64_t c = 0; c < x.classes; ++c) {
+    // Near the end of a turn g is the small difference of numbers as large as 2 A.
+    CHECK(close(weights[c], expected[c], 2e-15L * (1 + x.clock.amplitude) * (1 + expected[c])));
+    sum += weights[c];
+  }
+  if (x.table.empty()) CHECK(close(sum, x.classes, 1e-13L * x.classes));
+}
+
+void test_weights() {
+  for (int i = 0; i < 3000; ++i) {
+    const Case x = random_case(i % 3);
+    compare_weights(x, integer(-10, 200000));
+    // Far out, where float32 cannot tell neighbours apart, and at the ends of turns.
+    compare_weights(x, (int64_t{1} << 40) + integer(0, 1000));
+    const auto turn = static_cast<int64_t>(std::ceil(x.clock.turn * static_cast<double>(integer(0, 40))));
+    for (int64_t d = -1; d <= 1; ++d) compare_weights(x, static_cast<int64_t>(x.clock.start_step) + turn + d);
+  }
+}
+
+void test_tables() {
+  for (int i = 0; i < 300; ++i) {
+    Case x = random_case(0);
+    x.order.clear();
+    x.table_rows = integer(1, 7);
+    for (int64_t s = 0; s < x.table_rows; ++s) {
+      x.oscillation.table.emplace_back();
+      for (int64_t c = 0; c < x.classes; ++c) {
+        x.table.push_back(uniform(0, 5));
+        x.oscillation.table.back().push_back(x.table.back());
+      }
+    }
+    for (int j = 0; j < 10; ++j) compare_weights(x, integer(-10, 100000));
+  }
+}
+
+// Parts of a row brought together in any order give the whole.
+template <typename T>
+void test_max_sum(Real epsilon) {
+  for (int i = 0; i < 2000; ++i) {
+    std::vector<T> z(integer(1, 60) * 4);
+    const double scale = std::pow(10.0, uniform(-2, 2.5));
+    for (T& x : z)
+      x = integer(0, 9) == 0 ? -static_cast<T>(INFINITY) : static_cast<T>(uniform(-scale, scale));
+    if (i % 50 == 0)
+      for (T& x : z) x = -static_cast<T>(INFINITY);
+    if (i % 50 == 1) z[0] = static_cast<T>(NAN);
+    if (i % 50 == 2) z[0] = static_cast<T>(INFINITY);
+    context = "MaxSum of " + std::to_string(z.size()) + " elements, scale " + std::to_string(scale);
+    std::vector<MaxSum<T>> parts(integer(1, 5), MaxSum<T>::empty());
+    for (size_t k = 0; k < z.size(); k += 4) {
+      const T four[4] = {z[k], z[k + 1], z[k + 2], z[k + 3]};
+      parts[random_bits() % parts.size()].add(four);
+    }
+    T top = -static_cast<T>(INFINITY), sum = 0;
+    for (const auto& part : parts) top = part.max > top ? part.max : top;
+    for (const auto& part : parts) sum += part.sum_at(top);
+    Real expected_top = -INFINITY, expected = 0;
+    for (const T x : z) expected_top = std::fmax(expected_top, static_cast<Real>(x));
+    for (const T x : z)
+      expected += x == -static_cast<T>(INFINITY) ? 0 : std::exp(static_cast<Real>(x) - expected_top);
+    CHECK(close(sum, expected, 64 * epsilon * (1 + scale) * expected));
+    if (!std::isnan(expected)) CHECK(top == static_cast<T>(expected_top));
+  }
+}
+
+void test_row() {
+  for (int i = 0; i < 2000; ++i) {
+    const int64_t classes = integer(1, 40), label = integer(0, classes - 1);
+    const double smoothing = i % 2 == 0 ? 0 : uniform(0, 1);
+    std::vector<Real> z, gamma, u, v;
+    double gamma_sum = 0;
+    for (int64_t c = 0; c < classes; ++c) {
+      z.push_back(uniform(-5, 5));
+      u.push_back(uniform(-1, 1));
+      v.push_back(uniform(-1, 1));
+      gamma.push_back(uniform(0, 3));
+      gamma_sum += static_cast<double>(gamma[c]);
+    }
+    context = "row of " + std::to_string(classes);
+    const twin::Row expected = twin::row(z, gamma, label, smoothing);
+    const TargetWeights<double> q(static_cast<double>(gamma[label]), gamma_sum, smoothing, classes);
+    const auto shared =
+        SharedTargetWeights<double>(gamma_sum, smoothing, classes).at(static_cast<double>(gamma[label]));
+    CHECK(close(q.total, expected.total, 1e-14L * (1 + expected.total)));
+    CHECK(close(shared.total, q.total, 1e-14L) && close(shared.on_label, q.on_label, 1e-15L) &&
+          shared.spread == q.spread);
+    double sum = 0, linear = 0;
+    for (int64_t c = 0; c < classes; ++c) {
+      sum += std::exp(static_cast<double>(z[c]));
+      linear += static_cast<double>((q.spread * gamma[c] + (c == label ? q.on_label : 0)) * z[c]);
+      CHECK(close(q.spread * gamma[c] + (c == label ? q.on_label : 0), expected.q[c], 1e-14L));
+    }
+    CHECK(close(q.loss(sum, linear), expected.loss, 1e-12L * (1 + expected.size)));
+    const auto hessian = twin::derivative(expected, 2, u, v), third = twin::derivative(expected, 3, u, v);
+    const Real pv = twin::dot(expected.p, v), pu = twin::dot(expected.p, u);
+    Real puv = 0;
+    for (int64_t c = 0; c < classes; ++c) puv += expected.p[c] * u[c] * v[c];
+    for (int64_t c = 0; c < classes; ++c) {
+      const Real scale = expected.total * expected.p[c];
+      CHECK(close(scale * hessian_factor(v[c], pv), hessian[c], 1e-17L));
+      CHECK(close(scale * third_factor(u[c], v[c], pu, pv, puv), third[c], 1e-17L));
+    }
+  }
+}
+
+}  // namespace
+
+int main() {
+  test_weights();
+  test_tables();
+  test_max_sum<float>(6e-8L);
+  test_max_sum<double>(1.2e-16L);
+  test_row();
+  return finish("csrc/core");
+}
