@@ -17,8 +17,12 @@ using twin::Real;
 
 std::mt19937_64 random_bits(7);
 
-double uniform(double low, double high) { return std::uniform_real_distribution<double>(low, high)(random_bits); }
-int64_t integer(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(random_bits); }
+double uniform(double low, double high) {
+  return std::uniform_real_distribution<double>(low, high)(random_bits);
+}
+int64_t integer(int64_t low, int64_t high) {
+  return std::uniform_int_distribution<int64_t>(low, high)(random_bits);
+}
 
 bool close(Real x, Real expected, Real tolerance) {
   if (std::isnan(expected)) return std::isnan(x);
@@ -34,8 +38,8 @@ struct Case {
   int64_t table_rows = 0;
 
   Schedule schedule() const {
-    return {&clock, order.empty() ? nullptr : order.data(), table.empty() ? nullptr : table.data(), table_rows,
-            classes};
+    return {&clock, order.empty() ? nullptr : order.data(), table.empty() ? nullptr : table.data(),
+            table_rows, classes};
   }
 };
 
@@ -45,10 +49,12 @@ Case random_case(int waveform) {
   Case x;
   x.classes = integer(1, 12);
   const bool closed = integer(0, 1) == 1;
-  const double period = closed ? static_cast<double>(integer(1, 10000)) : static_cast<double>(integer(8, 80000)) / 8;
+  const double period =
+      closed ? static_cast<double>(integer(1, 10000)) : static_cast<double>(integer(8, 80000)) / 8;
   const double start = static_cast<double>(integer(-5, 50));
   const double stop = integer(0, 2) == 0 ? INFINITY : start + static_cast<double>(integer(0, 100000));
-  x.clock = {uniform(1, 100), period, closed ? period + 1 : period, start, stop, static_cast<double>(waveform)};
+  x.clock = {uniform(1, 100), period, closed ? period + 1 : period,
+             start,           stop,   static_cast<double>(waveform)};
   x.oscillation = {x.clock.amplitude, x.clock.period, x.clock.turn, start, stop, waveform, {}, {}};
   if (integer(0, 1) == 1) {
     for (int64_t c = 0; c < x.classes; ++c) x.order.push_back(c);
@@ -106,7 +112,8 @@ void test_max_sum(Real epsilon) {
   for (int i = 0; i < 2000; ++i) {
     std::vector<T> z(integer(1, 60) * 4);
     const double scale = std::pow(10.0, uniform(-2, 2.5));
-    for (T& x : z) x = integer(0, 9) == 0 ? -static_cast<T>(INFINITY) : static_cast<T>(uniform(-scale, scale));
+    for (T& x : z)
+      x = integer(0, 9) == 0 ? -static_cast<T>(INFINITY) : static_cast<T>(uniform(-scale, scale));
     if (i % 50 == 0)
       for (T& x : z) x = -static_cast<T>(INFINITY);
     if (i % 50 == 1) z[0] = static_cast<T>(NAN);

@@ -23,8 +23,12 @@ using namespace dynloss::cuda;
 using twin::Real;
 
 std::mt19937_64 random_bits(11);
-double uniform(double low, double high) { return std::uniform_real_distribution<double>(low, high)(random_bits); }
-int64_t integer(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(random_bits); }
+double uniform(double low, double high) {
+  return std::uniform_real_distribution<double>(low, high)(random_bits);
+}
+int64_t integer(int64_t low, int64_t high) {
+  return std::uniform_int_distribution<int64_t>(low, high)(random_bits);
+}
 
 // ---- element types
 
@@ -96,7 +100,9 @@ class Array {
   const Operand& operand() const { return operand_; }
   S& at(int64_t e, int64_t r, int64_t c) { return static_cast<S*>(operand_.data)[index(e, r, c)]; }
   Real value(int64_t e, int64_t r, int64_t c) { return widen(at(e, r, c)); }
-  void set(int64_t e, int64_t r, int64_t c, double x) { at(e, r, c) = narrow<S>(static_cast<Arithmetic<S>>(x)); }
+  void set(int64_t e, int64_t r, int64_t c, double x) {
+    at(e, r, c) = narrow<S>(static_cast<Arithmetic<S>>(x));
+  }
   std::vector<Real> row(int64_t e, int64_t r) {
     std::vector<Real> x;
     for (int64_t c = 0; c < shape_.classes; ++c) x.push_back(value(e, r, c));
@@ -190,8 +196,8 @@ struct Problem {
   Options options;
   int64_t ignore_index;
   Array<S> logits, u, v, out;
-  std::vector<int64_t> labels;          // of (members, rows) or (rows,)
-  std::vector<unsigned char> target;    // the same in the label type
+  std::vector<int64_t> labels;        // of (members, rows) or (rows,)
+  std::vector<unsigned char> target;  // the same in the label type
   std::vector<twin::Oscillation> oscillations;
   std::vector<Clock> clocks;
   std::vector<int64_t> order, steps;
@@ -212,11 +218,15 @@ struct Problem {
     make_logits();
   }
 
-  int64_t label(int64_t e, int64_t r) const { return labels[(options.shared_target ? 0 : e * shape.rows) + r]; }
+  int64_t label(int64_t e, int64_t r) const {
+    return labels[(options.shared_target ? 0 : e * shape.rows) + r];
+  }
   bool ignored(int64_t e, int64_t r) const { return label(e, r) == ignore_index; }
   bool valid(int64_t e, int64_t r) const { return label(e, r) >= 0 && label(e, r) < shape.classes; }
 
-  twin::Row row(int64_t e, int64_t r) { return twin::row(logits.row(e, r), gamma[e], label(e, r), options.smoothing); }
+  twin::Row row(int64_t e, int64_t r) {
+    return twin::row(logits.row(e, r), gamma[e], label(e, r), options.smoothing);
+  }
 
   Real normalizer(int64_t e) const {
     if (options.reduction != Reduction::mean) return 1;
@@ -261,7 +271,8 @@ struct Problem {
         }
       }
       steps.push_back(options.step_tensor ? integer(0, 5000) : 0);
-      gamma.push_back(shape.classes > 0 ? twin::weights(o, shape.classes, step + steps[e]) : std::vector<Real>());
+      gamma.push_back(shape.classes > 0 ? twin::weights(o, shape.classes, step + steps[e])
+                                        : std::vector<Real>());
       oscillations.push_back(o);
     }
   }
@@ -270,7 +281,8 @@ struct Problem {
     const int64_t count = options.shared_target ? shape.rows : shape.members * shape.rows;
     const size_t size = options.label == Label::int64 ? 8 : options.label == Label::int32 ? 4 : 1;
     target.resize(count * size);
-    const int64_t most = options.label == Label::uint8 ? std::min<int64_t>(shape.classes, 255) : shape.classes;
+    const int64_t most =
+        options.label == Label::uint8 ? std::min<int64_t>(shape.classes, 255) : shape.classes;
     for (int64_t i = 0; i < count; ++i) {
       int64_t label = most > 0 ? integer(0, most - 1) : 0;
       if (i % 3 == 0 && most > 0) label = most - 1;
@@ -296,10 +308,10 @@ struct Problem {
     if (!options.extremes) return;
     for (int64_t r = 0; r < shape.rows; ++r)
       for (int64_t c = 0; c < shape.classes; ++c) {
-        if (r % 5 == 1) logits.set(0, r, c, -INFINITY);                              // NaN
-        if (r % 5 == 2 && c == shape.classes / 2) logits.set(0, r, c, INFINITY);     // NaN
-        if (r % 5 == 3 && c == label(0, r)) logits.set(0, r, c, -INFINITY);          // loss +inf
-        if (r % 5 == 4 && c == shape.classes - 1) logits.set(0, r, c, NAN);          // NaN
+        if (r % 5 == 1) logits.set(0, r, c, -INFINITY);                           // NaN
+        if (r % 5 == 2 && c == shape.classes / 2) logits.set(0, r, c, INFINITY);  // NaN
+        if (r % 5 == 3 && c == label(0, r)) logits.set(0, r, c, -INFINITY);       // loss +inf
+        if (r % 5 == 4 && c == shape.classes - 1) logits.set(0, r, c, NAN);       // NaN
         if (r % 5 == 0 && c % 3 == 1 && c != label(0, r)) logits.set(0, r, c, -INFINITY);
       }
   }
@@ -313,12 +325,13 @@ bool close(Real x, Real expected, Real tolerance) {
 template <typename S>
 std::string describe(const Shape& s, const Options& o, const char* what) {
   const char* names[] = {"float32", "float64", "float16", "bfloat16"};
-  return std::string(what) + " " + names[static_cast<int>(storage_v<S>)] + " (" + std::to_string(s.members) + ", " +
-         std::to_string(s.rows) + ", " + std::to_string(s.classes) + ") inner " + std::to_string(s.inner) + " layout " +
-         std::to_string(static_cast<int>(s.layout)) + " offsets " + std::to_string(s.offset) + ", " +
-         std::to_string(s.out_offset) + " smoothing " + std::to_string(o.smoothing) + " reduction " +
-         std::to_string(static_cast<int>(o.reduction)) + " label " + std::to_string(static_cast<int>(o.label)) +
-         " seed " + std::to_string(emulator::settings().seed);
+  return std::string(what) + " " + names[static_cast<int>(storage_v<S>)] + " (" + std::to_string(s.members) +
+         ", " + std::to_string(s.rows) + ", " + std::to_string(s.classes) + ") inner " +
+         std::to_string(s.inner) + " layout " + std::to_string(static_cast<int>(s.layout)) + " offsets " +
+         std::to_string(s.offset) + ", " + std::to_string(s.out_offset) + " smoothing " +
+         std::to_string(o.smoothing) + " reduction " + std::to_string(static_cast<int>(o.reduction)) +
+         " label " + std::to_string(static_cast<int>(o.label)) + " seed " +
+         std::to_string(emulator::settings().seed);
 }
 
 // Compares `out` with a derivative of the given order; `scale` is what a row's is multiplied by.
@@ -339,7 +352,8 @@ void compare_derivative(Problem<S>& problem, int order, F&& scale) {
         const Real magnitude = std::fabs(by) * (row.total * row.p[c] * (order == 1 ? 1 : 16) + row.q[c]);
         const Real tolerance = 64 * arithmetic_precision<S> * magnitude +
                                1.01L * precision<S> * std::fabs(by * expected[c]) + smallest<S>;
-        if (!CHECK(close(problem.out.value(e, r, c), by * expected[c], std::isnan(tolerance) ? 0 : tolerance)))
+        if (!CHECK(
+                close(problem.out.value(e, r, c), by * expected[c], std::isnan(tolerance) ? 0 : tolerance)))
           std::printf("    order %d, row %ld, class %ld: %Lg, expected %Lg\n", order, static_cast<long>(r),
                       static_cast<long>(c), problem.out.value(e, r, c), by * expected[c]);
       }
@@ -461,17 +475,25 @@ void test_forward(Problem<S>& problem, bool with_gradient) {
 
   std::vector<float> grad_output;
   for (int64_t e = 0; e < problem.shape.members; ++e)
-    grad_output.push_back(static_cast<float>(run.normalizer[2 * e] / run.normalizer[2 * e + 1]) * (e % 2 + 1.0f));
+    grad_output.push_back(static_cast<float>(run.normalizer[2 * e] / run.normalizer[2 * e + 1]) *
+                          (e % 2 + 1.0f));
   const Shape& shape = problem.shape;
   if (shape.layout != Layout::rows || shape.rows * shape.classes == 0) return;
-  Rescale rescale{storage_v<S>, problem.out.operand().data, shape.members, shape.rows * shape.classes,
-                  problem.out.operand().member_stride, grad_output.data(), Storage::float32, 1,
+  Rescale rescale{storage_v<S>,
+                  problem.out.operand().data,
+                  shape.members,
+                  shape.rows * shape.classes,
+                  problem.out.operand().member_stride,
+                  grad_output.data(),
+                  Storage::float32,
+                  1,
                   run.normalizer.data()};
   const bool once_rounded = std::is_same_v<S, float> || std::is_same_v<S, double>;
   CHECK(launch_rescale(rescale, nullptr) == cudaSuccess);
   CHECK(problem.out.surroundings_untouched());
   if (!once_rounded) return;  // a second rounding, which the tolerances do not know
-  compare_derivative(problem, 1, [&](int64_t e, int64_t) { return Real(grad_output[e]) / run.normalizer[2 * e]; });
+  compare_derivative(problem, 1,
+                     [&](int64_t e, int64_t) { return Real(grad_output[e]) / run.normalizer[2 * e]; });
 }
 
 // ---- the derivatives
@@ -515,7 +537,8 @@ void test_all(const Shape& shape, const Options& options) {
   Problem<S> problem(shape, options);
   test_forward(problem, false);
   test_forward(problem, true);
-  for (int order = 1; order <= 3; ++order) test_derivative(problem, order, options.reduction == Reduction::none);
+  for (int order = 1; order <= 3; ++order)
+    test_derivative(problem, order, options.reduction == Reduction::none);
 }
 
 // ---- what is tested
@@ -636,8 +659,15 @@ void test_weights_kernel() {
     std::vector<int64_t> steps;
     for (int i = 0; i < 100; ++i) steps.push_back(integer(0, 10000));
     std::vector<double> out(steps.size() * 3 * 7, -777);
-    Weights p{steps.data(), 100, 3, 7, problem.clocks.data(), options.class_order ? problem.order.data() : nullptr,
-              options.table ? problem.table.data() : nullptr, problem.table_rows, out.data()};
+    Weights p{steps.data(),
+              100,
+              3,
+              7,
+              problem.clocks.data(),
+              options.class_order ? problem.order.data() : nullptr,
+              options.table ? problem.table.data() : nullptr,
+              problem.table_rows,
+              out.data()};
     CHECK(launch_weights(p, nullptr) == cudaSuccess);
     for (int64_t s = 0; s < 100; ++s)
       for (int64_t e = 0; e < 3; ++e) {

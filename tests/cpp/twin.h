@@ -70,7 +70,8 @@ inline Real dot(const std::vector<Real>& a, const std::vector<Real>& b) {
 }
 
 // Order 1: Q p - q; 2: the derivative of that along v; 3: and of that along u, from p' = p (u - p·u).
-inline std::vector<Real> derivative(const Row& r, int order, const std::vector<Real>& u, const std::vector<Real>& v) {
+inline std::vector<Real> derivative(const Row& r, int order, const std::vector<Real>& u,
+                                    const std::vector<Real>& v) {
   std::vector<Real> x(r.p.size());
   const Real pv = dot(r.p, v), pu = dot(r.p, u);
   Real pv_along_u = 0;  // d(p·v)

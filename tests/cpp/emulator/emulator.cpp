@@ -121,7 +121,8 @@ void fiber_main() {
 
 Thread* new_fiber() {
   auto* thread = new Thread;
-  thread->stack = mmap(nullptr, stack_size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  thread->stack =
+      mmap(nullptr, stack_size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (thread->stack == MAP_FAILED) fail("no memory for stacks");
   getcontext(&thread->context);
   thread->context.uc_stack.ss_sp = thread->stack;
@@ -223,7 +224,8 @@ cudaError_t run(const void* kernel, const cudaLaunchConfig_t& config, Body body,
   const int limit = allowed == allowed_block_memory.end() ? plain_block_memory : allowed->second;
   if (config.dynamicSmemBytes > static_cast<size_t>(std::max(limit, plain_block_memory)))
     return cudaErrorInvalidValue;
-  if (config.gridDim.x == 0 || config.blockDim.x == 0 || config.blockDim.x > 1024 || config.blockDim.x % warp_size != 0)
+  if (config.gridDim.x == 0 || config.blockDim.x == 0 || config.blockDim.x > 1024 ||
+      config.blockDim.x % warp_size != 0)
     return cudaErrorInvalidConfiguration;
   machine.config = config;
   blockDim = config.blockDim;
