@@ -6,6 +6,10 @@ raised; where it passes the stability limit 2 / lr the loss starts to jump betwe
     python python_examples/myrtle5_bifurcations.py --data DATA --out runs/bifurcations
     python python_examples/myrtle5_bifurcations.py --data DATA --preset cpu --out runs/bifurcations
 
+figures/myrtle5_bifurcations_cpu holds the run of `--preset cpu` on CIFAR-10: λ_max passes 2 / lr = 40 between
+steps 225 and 250, F and the accuracy split into two branches at step 253; both are smooth again while λ_max is
+below 40 (steps 2020 to 2300), and split anew at step 2312.
+
 The paper gives the data (3000 images of the first three classes) and the network; A, T, the learning rate and
 the batch are not published: the defaults here are ours.
 """
@@ -19,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from common.analysis import Analysis, Metrics, comparison
+from common.analysis import Analysis, Metrics, analyse, comparison
 from common.cifar10 import CLASS_NAMES
 from common.cli import parse_config
 from common.config import TrainingConfig
@@ -27,7 +31,6 @@ from common.distributed import is_main_process
 from common.recording import RunFolder
 from common.training import train
 from dynloss_ext import plot
-from dynloss_ext.instability import detect_instabilities, detect_periods, instability_threshold
 
 Array = NDArray[Any]
 
@@ -82,7 +85,7 @@ def report(config: TrainingConfig) -> dict[str, Any]:
     metrics, summary = folder.read_metrics(), folder.read_summary()
     limit = summary["stability_limit"]
     analysis = oscillations(metrics)
-    crossings = upward_crossings(metrics["eig_step"], metrics["eigenvalues"], limit)
+    crossings = upward_crossings(metrics["eig_step"], metrics["eigenvalues"], limit, hold=config.period / 5)
     summary |= analysis.summary() | {"limit_crossings": crossings}
     folder.write_summary(summary)
     size = f"width {config.width}, {summary['num_training_images']} images"
@@ -93,6 +96,7 @@ def report(config: TrainingConfig) -> dict[str, Any]:
             metrics["step"],
             **{name: metrics[name] for name in names},
             instabilities=analysis.instabilities,
+            threshold=analysis.branch_threshold,
             limit=limit,
             zoom=_zoom(analysis, config),
             class_names=CLASS_NAMES[: config.classes],
@@ -100,7 +104,7 @@ def report(config: TrainingConfig) -> dict[str, Any]:
         )
     )
     print(analysis.table())
-    print(comparison(analysis.threshold, limit))
+    print(comparison(analysis.threshold, limit, analysis.branch_threshold))
     print(f"λ_max rises through {limit:g} after steps {crossings}")
     print(f"final accuracy {summary['accuracy']:.4f}; files in {folder.path}")
     return summary
@@ -112,19 +116,24 @@ def oscillations(metrics: Metrics) -> Analysis:
     Here F falls by more than the usual 1e-3 a step while it is perfectly smooth; so the jumps are those of
     F(t) - (F(t-1) + F(t+1)) / 2, in which a trend cancels and an alternation stays as it is.
     """
-    step, loss = metrics["step"], metrics["weighted_loss"]
+    loss = metrics["weighted_loss"]
     alternating = np.zeros_like(loss)
     alternating[1:-1] = loss[1:-1] - (loss[:-2] + loss[2:]) / 2
-    lambda_max = metrics["eigenvalues"][:, 0]
-    found = detect_instabilities(step, alternating, metrics["eig_step"], lambda_max, max_gap=10)
-    periods = [detect_periods(step, loss, start=window.start, stop=window.stop) for window in found]
-    return Analysis(found, periods, instability_threshold(found))
+    return analyse(metrics, signal=alternating, max_gap=10)
 
 
-def upward_crossings(eig_step: Array, eigenvalues: Array, limit: float) -> list[int]:
-    """The recorded steps after which λ_max is above the limit for the first time since it was below."""
+def upward_crossings(eig_step: Array, eigenvalues: Array, limit: float, hold: float) -> list[int]:
+    """Last records of λ_max below the limit before it rises above, after at least `hold` steps below.
+
+    Without `hold` every second record of an oscillating run would count: the two branches differ in λ_max.
+    """
     above = eigenvalues[:, 0] > limit
-    return [int(step) for step in eig_step[:-1][above[1:] & ~above[:-1]]]
+    crossings = []
+    for index in range(len(eig_step) - 1):
+        recent = (eig_step > eig_step[index] - hold) & (eig_step <= eig_step[index])
+        if above[index + 1] and not above[recent].any():
+            crossings.append(int(eig_step[index]))
+    return crossings
 
 
 def _zoom(analysis: Analysis, config: TrainingConfig) -> tuple[float, float] | None:

@@ -135,7 +135,8 @@ def test_onset_of_oscillations_and_crossings_are_found() -> None:
     step = np.arange(600)
     alternation = np.where((step >= 200) & (step < 400), 5e-3 * (-1.0) ** step, 0.0)
     eig_step = step[::10]
-    eigenvalues = np.where((eig_step >= 180) & (eig_step < 390), 50.0, 30.0)[:, None]
+    unstable = (eig_step >= 180) & (eig_step < 390)
+    eigenvalues = np.where(unstable, np.where(eig_step % 20, 30.0, 50.0), 30.0)[:, None]  # two branches
     metrics = {
         "step": step,
         "weighted_loss": 3 - 4e-3 * step + alternation,
@@ -147,4 +148,4 @@ def test_onset_of_oscillations_and_crossings_are_found() -> None:
     assert abs(window.start - 200) <= 2
     assert abs(window.stop - 400) <= 2
     assert {part.period for part in analysis.periods[0]} == {2}
-    assert myrtle5_bifurcations.upward_crossings(eig_step, eigenvalues, 40.0) == [170]
+    assert myrtle5_bifurcations.upward_crossings(eig_step, eigenvalues, 40.0, hold=50) == [170]
