@@ -106,6 +106,7 @@ std::optional<int64_t> joint_stride(const at::Tensor& x, int64_t first, int64_t 
 }
 
 std::optional<Operand> as_rows(const at::Tensor& x, bool ensemble) {
+  if (x.numel() == 0) return Operand{x.data_ptr(), 0, 0, 1};  // contiguous() keeps its strides
   const int64_t class_dim = ensemble ? 2 : (x.dim() == 1 ? 0 : 1);
   if (x.stride(class_dim) != 1 && x.size(class_dim) != 1) return std::nullopt;
   const auto row_stride = joint_stride(x, ensemble ? 1 : 0, class_dim, x.size(class_dim));
