@@ -324,6 +324,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> cross_entropy_with_gr
   return {results.loss, results.gradient, results.weights, results.normalizer};
 }
 
+// By way of a fresh gradient: unlike on the CPU this saves no memory, but keeps the promise of what is written where.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> cross_entropy_into_logits(
+    at::Tensor& logits, const at::Tensor& target, int64_t step, const Optional& step_tensor,
+    const at::Tensor& clock, const Optional& class_order, const Optional& table, int64_t reduction,
+    bool by_weights, int64_t ignore_index, double label_smoothing) {
+  Results results = run_forward(true, logits, target, step, step_tensor, clock, class_order, table, reduction,
+                                by_weights, ignore_index, label_smoothing);
+  logits.copy_(results.gradient);
+  return {results.loss, results.weights, results.normalizer};
+}
+
 void rescale_(at::Tensor& gradient, const at::Tensor& grad_output, const at::Tensor& normalizer) {
   if (gradient.numel() == 0) return;
   const bool ensemble = normalizer.dim() == 2;
@@ -408,6 +419,7 @@ TORCH_LIBRARY_IMPL(dynloss, CUDA, library) {
   library.impl("oscillation_weights", &oscillation_weights);
   library.impl("cross_entropy", &cross_entropy);
   library.impl("cross_entropy_with_gradient", &cross_entropy_with_gradient);
+  library.impl("cross_entropy_into_logits", &cross_entropy_into_logits);
   library.impl("rescale_", &rescale_);
   library.impl("cross_entropy_gradient", &cross_entropy_gradient);
   library.impl("cross_entropy_hessian", &cross_entropy_hessian);
