@@ -47,7 +47,7 @@ constexpr int64_t padded(int64_t num_classes) {
 template <typename T, typename S>
 inline void load_tile(const Operand& operand, int64_t row, int64_t end, int64_t num_classes, Vec<T>* tile) {
   const int lanes = static_cast<int>(std::min<int64_t>(width<T>, end - row));
-  if (operand.row_stride == 1 && num_classes > 1) {
+  if (operand.row_stride == 1) {
     for (int64_t c = 0; c < num_classes; ++c) {
       const S* p = at<T, S>(operand, row, c);
       tile[c] = lanes == width<T> ? Vec<T>(load(p)) : load_part<T, S>(p, lanes, T(0));
@@ -70,7 +70,7 @@ template <typename T, typename S>
 inline void store_tile(const Operand& operand, int64_t row, int64_t end, int64_t num_classes, Vec<T>* tile,
                        bool into_logits) {
   const int lanes = static_cast<int>(std::min<int64_t>(width<T>, end - row));
-  if (operand.row_stride == 1 && num_classes > 1) {
+  if (operand.row_stride == 1) {
     for (int64_t c = 0; c < num_classes; ++c) {
       S* p = at<T, S>(operand, row, c);
       if (lanes == width<T>)
