@@ -138,7 +138,7 @@ def extension() -> dict[str, Any]:
         # -isystem: torch's headers are not ours to be warned about
         extra_compile_args={
             "cxx": [*CXX_FLAGS, *(f"-isystem{folder}" for folder in include_paths())],
-            "nvcc": NVCC_FLAGS,
+            "nvcc": [*NVCC_FLAGS, f"--threads={os.environ.get('MAX_JOBS') or os.cpu_count()}"],  # architectures at once
         },
     )
     return {"ext_modules": [module], "cmdclass": {"build_ext": BuildWithInfo}}
