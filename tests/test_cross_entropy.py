@@ -1,4 +1,4 @@
-"""Values of the loss and its derivatives: against torch, against the twins of reference.py, and at every numeric edge."""
+"""Values of the loss and its derivatives: against torch, the twins of reference.py, and at every numeric edge."""
 
 import math
 import os
