@@ -267,9 +267,12 @@ def test_inplace_gradient_refuses_what_it_would_get_wrong():
     loss = criterion(hidden, y)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
-    for transform in (torch.func.grad, torch.func.hessian, torch.func.jacfwd):
+    for transform in (torch.func.grad, torch.func.hessian):
         with pytest.raises(RuntimeError, match="inplace_gradient"):
             transform(lambda z: criterion(z * 1, y))(x.detach())
+    # Forward mode needs no gradient, so it runs as without the option.
+    forward = torch.func.jacfwd(lambda z: criterion(z * 1, y))(x.detach())
+    close(forward, reference.gradient(x.detach(), y, OSCILLATION, 0))
     torch._dynamo.reset()
     with pytest.raises(Exception, match="inplace_gradient"):
         torch.compile(lambda z: criterion(z * 1, y), backend="aot_eager", fullgraph=True)(x)

@@ -121,8 +121,7 @@ std::optional<Operand> as_planes(const at::Tensor& x, bool ensemble) {
     return Operand{x.data_ptr(), 0, 1, x.stride(1)};
   }
   if (joint_stride(x, 2, 1, 1) != 1) return std::nullopt;
-  // The stride of a single class says nothing, and the kernels bound their vectors by it.
-  return Operand{x.data_ptr(), x.stride(0), 1, x.size(1) == 1 ? 1 : x.stride(1)};
+  return Operand{x.data_ptr(), x.stride(0), 1, x.stride(1)};
 }
 
 Layout layout_of(const at::Tensor& logits, bool ensemble, bool planes) {
