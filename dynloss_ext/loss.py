@@ -258,6 +258,8 @@ class DynamicCrossEntropyLoss(nn.Module):
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Checks that a state to load belongs to the same loss."""
+        if not isinstance(state, dict):
+            raise TypeError(f"state_dict: expected the configuration of a loss, a dict, got {type(state).__name__}")
         own = self._config()
         for key, value in own.items():
             if state.get(key) != value:

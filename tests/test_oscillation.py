@@ -29,7 +29,7 @@ def exact_triangle(classes, amplitude, period, step, order=None, closed=False):
     return [float(classes * value / sum(g)) for value in g]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     classes=st.integers(1, 12),
     amplitude=st.floats(1, 1e4),

@@ -7,6 +7,7 @@
 // A plain backward returns the gradient that the forward pass has already computed. Wherever a derivative of
 // that gradient could be asked for (create_graph, torch.func), it is instead recomputed from the saved logits
 // by an op that can be differentiated: a saved buffer would count as a constant, silently.
+#include <ATen/MemoryOverlap.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/core/Tensor.h>
@@ -250,10 +251,11 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_into_logits(Tensor& logits, DYN
               "inplace_gradient: works in eager mode and first-order reverse mode only, not under "
               "torch.func, forward "
               "mode or torch.compile");
-  TORCH_CHECK(!requires_grad || !logits.is_leaf(),
-              "inplace_gradient: logits is a leaf that requires grad and would be overwritten; expected the "
-              "output of "
-              "a model");
+  const Tensor owner = logits.is_view() ? Tensor(logits._base()) : logits;
+  TORCH_CHECK(!(owner.is_leaf() && owner.requires_grad()),
+              "inplace_gradient: logits is a leaf that requires grad, or a view of one, and would be "
+              "overwritten; expected the output of a model");
+  at::assert_no_internal_overlap(logits);
   TORCH_CHECK_VALUE(reduction != reduction_none,
                     "inplace_gradient: expected reduction 'mean' or 'sum', got 'none'");
   Tensor overwritten = logits.detach(), loss, weights, normalizer;

@@ -1,0 +1,358 @@
+"""The loss in training loops: the module and its state, accumulation, checkpointing, scaling, DDP, in-place gradients."""
+
+import copy
+import io
+import os
+import pickle
+import socket
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cross_entropy_cases import close, labels, normal
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from dynloss_ext import DynamicCrossEntropyLoss, Oscillation, dynamic_cross_entropy, reference
+
+OSCILLATION = Oscillation(4, 9, 10, class_order=[2, 0, 3, 1], stop_step=500)
+
+
+def model(seed=0, dtype=torch.float64):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 4)).to(dtype)
+
+
+def gradients(module):
+    return torch.cat([p.grad.flatten() for p in module.parameters()])
+
+
+def train(criterion, steps=12, network=None, wrap=lambda m: m):
+    network = wrap(network or model())
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.5)
+    x, y = normal(20, 3), labels(4, 20)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = criterion(network(x), y)
+        loss.backward()
+        optimizer.step()
+        criterion.step()
+        losses.append(loss.detach())
+    return torch.stack(losses)
+
+
+def expected_losses(steps=12, **options):
+    """The same loop with the twin."""
+    network, losses = model(), []
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.5)
+    x, y = normal(20, 3), labels(4, 20)
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss = reference.cross_entropy(network(x), y, OSCILLATION, step, **options)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return torch.stack(losses)
+
+
+# ---- the module
+
+
+@pytest.mark.parametrize("options", [{}, {"normalization": "weights", "label_smoothing": 0.1}, {"inplace_gradient": True}])
+def test_training_follows_the_twin_step_by_step(options):
+    criterion = DynamicCrossEntropyLoss(OSCILLATION, **options)
+    twin = {k: v for k, v in options.items() if k != "inplace_gradient"}
+    close(train(criterion, 25), expected_losses(25, **twin), 1e-10)
+    assert criterion.current_step == 25
+
+
+def test_state_dict_resumes_at_the_step():
+    whole = train(DynamicCrossEntropyLoss(OSCILLATION), 12)
+    criterion, network = DynamicCrossEntropyLoss(OSCILLATION), model()
+    first = train(criterion, 5, network)
+    saved = io.BytesIO()
+    torch.save(criterion.state_dict(), saved)
+    saved.seek(0)
+    resumed = DynamicCrossEntropyLoss(OSCILLATION)
+    resumed.load_state_dict(torch.load(saved, weights_only=True))
+    assert resumed.current_step == 5
+    close(torch.cat([first, train(resumed, 7, network)]), whole)
+
+
+OTHERS = {
+    "amplitude": (Oscillation(4, 10, 10), {}),
+    "period": (Oscillation(4, 9, 11), {}),
+    "waveform": (Oscillation(4, 9, 10, waveform="sine"), {}),
+    "closed": (Oscillation(4, 9, 10, closed=True), {}),
+    "order": (Oscillation(4, 9, 10, class_order=[1, 0, 2, 3]), {}),
+    "start": (Oscillation(4, 9, 10, start_step=1), {}),
+    "stop": (Oscillation(4, 9, 10, stop_step=9), {}),
+    "table": (Oscillation.from_table(torch.ones(2, 4)), {}),
+    "ensemble": (Oscillation(4, torch.tensor([9.0]), 10), {}),
+    "reduction": (Oscillation(4, 9, 10), {"reduction": "sum"}),
+    "normalization": (Oscillation(4, 9, 10), {"normalization": "weights"}),
+    "ignore_index": (Oscillation(4, 9, 10), {"ignore_index": 1}),
+    "label_smoothing": (Oscillation(4, 9, 10), {"label_smoothing": 0.1}),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_state_of_another_configuration_is_refused(other):
+    oscillation, options = OTHERS[other]
+    state = DynamicCrossEntropyLoss(oscillation, **options).state_dict()
+    with pytest.raises(ValueError, match="same configuration"):
+        DynamicCrossEntropyLoss(Oscillation(4, 9, 10)).load_state_dict(state)
+    twin = DynamicCrossEntropyLoss(oscillation, **options)
+    twin.load_state_dict(state)
+
+
+def test_incomplete_state_is_refused():
+    state = DynamicCrossEntropyLoss(OSCILLATION).state_dict()
+    assert set(state) == {"current_step", "_extra_state"}
+    for key in state:
+        with pytest.raises(RuntimeError, match=key):
+            DynamicCrossEntropyLoss(OSCILLATION).load_state_dict({k: v for k, v in state.items() if k != key})
+    with pytest.raises((TypeError, ValueError), match="state_dict"):
+        DynamicCrossEntropyLoss(OSCILLATION).load_state_dict({**state, "_extra_state": None})
+
+
+def test_copies_pickles_and_casts_keep_step_and_oscillation():
+    criterion = DynamicCrossEntropyLoss(OSCILLATION)
+    criterion.current_step.fill_(2**53 - 5)
+    whole = io.BytesIO()
+    torch.save(criterion, whole)
+    whole.seek(0)
+    for twin in (
+        copy.deepcopy(criterion),
+        copy.copy(criterion),
+        pickle.loads(pickle.dumps(criterion)),
+        torch.load(whole, weights_only=False),
+        copy.deepcopy(criterion).half().double().to(torch.bfloat16),
+        nn.Sequential(copy.deepcopy(criterion)).float()[0],
+    ):
+        assert twin.current_step == 2**53 - 5
+        assert twin.current_step.dtype == torch.int64
+        assert twin.oscillation == criterion.oscillation
+    twin = copy.deepcopy(criterion)
+    twin.step()
+    assert criterion.current_step == 2**53 - 5
+    assert "Oscillation(num_classes=4" in repr(criterion)
+
+
+def test_eval_does_not_change_the_weights():
+    criterion = DynamicCrossEntropyLoss(OSCILLATION)
+    criterion.current_step.fill_(5)
+    x, y = normal(6, 4), labels(4, 6)
+    assert torch.equal(criterion.train()(x, y), criterion.eval()(x, y))
+
+
+def test_function_and_ensemble_modules():
+    x, y = normal(2, 6, 4), labels(4, 6)
+    table = torch.rand(5, 4, dtype=torch.float64)
+    criterion = DynamicCrossEntropyLoss(Oscillation.from_function(lambda s: table[s % 5], 4))
+    ensemble = DynamicCrossEntropyLoss(Oscillation(4, torch.tensor([2.0, 5.0]), 10))
+    for step in range(7):
+        close(criterion(x[0], y), F.cross_entropy(x[0], y, weight=table[step % 5], reduction="sum") / 6)
+        close(ensemble(x, y), reference.cross_entropy(x, y, ensemble.oscillation, step))
+        criterion.step()
+        ensemble.step()
+
+
+# ---- loops
+
+
+def test_gradient_accumulation_equals_one_batch():
+    x, y, whole, parts = normal(20, 3), labels(4, 20), model(), model()
+    dynamic_cross_entropy(whole(x), y, OSCILLATION, 7).backward()
+    for i in range(0, 20, 5):
+        (dynamic_cross_entropy(parts(x[i : i + 5]), y[i : i + 5], OSCILLATION, 7) / 4).backward()
+    close(gradients(parts), gradients(whole))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_of_model_and_loss(reentrant):
+    x, y, plain, checkpointed = normal(20, 3).requires_grad_(), labels(4, 20), model(), model()
+    step = torch.tensor(7)
+
+    def loss_of(network, inputs):
+        return dynamic_cross_entropy(network(inputs), y, OSCILLATION, step)
+
+    loss_of(plain, x).backward()
+    loss = checkpoint(loss_of, checkpointed, x, use_reentrant=reentrant)
+    loss.backward()
+    close(gradients(checkpointed), gradients(plain))
+    if not reentrant:
+        loss, v = checkpoint(loss_of, checkpointed, x, use_reentrant=False), normal(20, 3, seed=2)
+        (g,) = torch.autograd.grad(loss, x, create_graph=True)
+        (hv,) = torch.autograd.grad(g, x, v)
+        (expected,) = torch.autograd.grad(loss_of(plain, x), x, create_graph=True)
+        close(hv, torch.autograd.grad(expected, x, v)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_grad_scaler_with_autocast(dtype, inplace):
+    """The gradients of a mixed-precision step, unscaled, against those in float64; scale 65536 is beyond float16."""
+    x, y, network, exact = normal(256, 3, dtype=torch.float32), labels(4, 256), model(dtype=torch.float32), model()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.0)
+    criterion = DynamicCrossEntropyLoss(OSCILLATION, inplace_gradient=inplace)
+    with torch.autocast("cpu", dtype=dtype):
+        logits = network(x)
+        assert logits.dtype == dtype
+        loss = criterion(logits, y)
+    assert loss.dtype == torch.float32
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    criterion(exact(x.double()), y).backward()
+    error = (gradients(network) - gradients(exact)).abs().max() / gradients(exact).abs().max()
+    assert error < 8 * torch.finfo(dtype).eps
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 2.0**16, "no overflow was seen"
+
+
+def test_anomaly_mode_and_hooks():
+    x, seen = normal(6, 4).requires_grad_(), []
+    x.register_hook(seen.append)
+    with torch.autograd.detect_anomaly(check_nan=True):
+        dynamic_cross_entropy(x, labels(4, 6), OSCILLATION, 3).backward()
+    assert torch.equal(seen[0], x.grad)
+    assert seen[0] is not x.grad
+    loss = dynamic_cross_entropy(x, labels(4, 6), OSCILLATION, 3)
+    assert "DynamicCrossEntropyBackward" in loss.grad_fn.name()
+
+
+# ---- the gradient in the place of the logits
+
+
+@pytest.mark.parametrize("shape", [(20, 4), (3, 4, 5), (20, 70), (2, 10, 4)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"reduction": "sum", "label_smoothing": 0.1}, {"normalization": "weights"}])
+def test_inplace_gradient_equals_the_plain_one(shape, dtype, options):
+    ensemble = shape[0] == 2
+    classes = shape[-1] if ensemble else shape[1]
+    oscillation = Oscillation(classes, torch.tensor([3.0, 9.0]) if ensemble else 9, 10)
+    target = labels(classes, shape[1]) if ensemble else labels(classes, shape[0], *shape[2:])
+    x = normal(*shape, dtype=dtype).requires_grad_()
+    for factor in (1.0, 3.0):
+        results = []
+        for inplace in (False, True):
+            criterion = DynamicCrossEntropyLoss(oscillation, inplace_gradient=inplace, **options)
+            criterion.current_step.fill_(13)
+            logits = x * 1
+            before, version = logits.detach().clone(), logits._version
+            loss = criterion(logits, target)
+            assert inplace == (not torch.equal(before, logits.detach()))
+            assert inplace == (logits._version > version)
+            x.grad = None
+            (factor * loss.sum()).backward()
+            results.append((loss.detach(), x.grad))
+        torch.testing.assert_close(results[0], results[1], rtol=2 * torch.finfo(dtype).eps, atol=1e-7 * factor)
+
+
+def test_inplace_gradient_refuses_what_it_would_get_wrong():
+    criterion, x, y = DynamicCrossEntropyLoss(OSCILLATION, inplace_gradient=True), normal(6, 4).requires_grad_(), labels(4, 6)
+    with pytest.raises(RuntimeError, match="cannot be differentiated"):
+        torch.autograd.grad(criterion(x * 1, y), x, create_graph=True)
+    for leaf in (x, x.view(3, 2, 4).view(6, 4), x[:3]):
+        before = x.detach().clone()
+        with pytest.raises(RuntimeError, match="is a leaf"):
+            criterion(leaf, y[: len(leaf)])
+        assert torch.equal(x.detach(), before)
+    with pytest.raises(RuntimeError, match="internal overlap|same memory|single memory location"):
+        criterion((x[:1] * 1).expand(6, 4), y)
+    hidden = torch.tanh(x)  # saves its output
+    loss = criterion(hidden, y)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    for transform in (torch.func.grad, torch.func.hessian):
+        with pytest.raises(RuntimeError, match="inplace_gradient"):
+            transform(lambda z: criterion(z * 1, y))(x.detach())
+    # Forward mode needs no gradient, so it runs as without the option.
+    forward = torch.func.jacfwd(lambda z: criterion(z * 1, y))(x.detach())
+    close(forward, reference.gradient(x.detach(), y, OSCILLATION, 0))
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="inplace_gradient"):
+        torch.compile(lambda z: criterion(z * 1, y), backend="aot_eager", fullgraph=True)(x)
+    loss = criterion(x * 1, y)
+    loss.backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+def test_inplace_gradient_leaves_inference_and_bad_targets_alone():
+    criterion, x, y = DynamicCrossEntropyLoss(OSCILLATION, inplace_gradient=True), normal(6, 4), labels(4, 6)
+    before = x.clone()
+    expected = reference.cross_entropy(x, y, OSCILLATION, 0)
+    close(criterion(x, y), expected)
+    with torch.no_grad():
+        close(criterion(x.clone().requires_grad_(), y), expected)
+    logits = x.clone().requires_grad_() * 1
+    y[3] = 9
+    with pytest.raises(IndexError, match="target: class index 9 at position 3"):
+        criterion(logits, y)
+    assert torch.equal(logits, before)
+    assert torch.equal(x, before)
+
+
+def test_inplace_gradient_kept_graph():
+    criterion, x, y = DynamicCrossEntropyLoss(OSCILLATION, inplace_gradient=True), normal(6, 4).requires_grad_(), labels(4, 6)
+    expected = reference.gradient(x.detach(), y, OSCILLATION, 0)
+    loss = criterion(x * 1, y)
+    close(torch.autograd.grad(2 * loss, x, retain_graph=True)[0], 2 * expected)
+    close(torch.autograd.grad(3 * loss, x)[0], 3 * expected)
+
+
+# ---- data parallel
+
+
+class WithLoss(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.network, self.criterion = model(), DynamicCrossEntropyLoss(OSCILLATION)
+
+    def forward(self, x, y):
+        return self.criterion(self.network(x), y)
+
+
+def data_parallel_worker(rank, world, port, folder):
+    os.environ.update(GLOO_SOCKET_IFNAME="lo", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
+    try:
+        module = WithLoss()
+        parallel = nn.parallel.DistributedDataParallel(module)
+        optimizer = torch.optim.SGD(parallel.parameters(), lr=0.5)
+        x, y = normal(20, 3).chunk(world)[rank], labels(4, 20).chunk(world)[rank]
+        for _ in range(6):
+            optimizer.zero_grad()
+            parallel(x, y).backward()
+            optimizer.step()
+            module.criterion.step()
+        torch.save([p.detach() for p in module.parameters()] + [module.criterion.current_step], f"{folder}/{rank}.pt")
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_distributed_data_parallel_equals_one_process(world, tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = torch.multiprocessing.get_context("fork" if world == 1 else "spawn")
+    workers = [
+        context.Process(target=data_parallel_worker, args=(rank, world, port, str(tmp_path)), daemon=True)
+        for rank in range(world)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(120)
+        assert worker.exitcode == 0
+    single = WithLoss()
+    train(single.criterion, 6, single.network)
+    expected = [p.detach() for p in single.parameters()] + [single.criterion.current_step]
+    for rank in range(world):
+        torch.testing.assert_close(torch.load(f"{tmp_path}/{rank}.pt"), expected, rtol=1e-12, atol=1e-13)
