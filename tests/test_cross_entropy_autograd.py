@@ -174,7 +174,9 @@ def along(x, dim):
 
 
 @SOME_OPTIONS
-@pytest.mark.parametrize("dims", [(0, 0, 0), (1, None, None), (2, 1, 0), (None, 0, None), (None, None, 0), (0, None, 0)])
+@pytest.mark.parametrize(
+    "dims", [(0, 0, 0), (1, None, None), (2, 1, 0), (None, 0, None), (None, None, 0), (0, None, 0)]
+)
 def test_vmap_over_any_argument(dims, options):
     d_logits, d_target, d_step = dims
     logits = normal(6, 4) if d_logits is None else along(normal(5, 6, 4), d_logits)

@@ -152,7 +152,12 @@ def test_dynamic_shapes_compile_at_most_twice():
 
 def test_another_oscillation_is_another_graph_never_the_old_one():
     function = compiled(lambda x, oscillation: dynamic_cross_entropy(x, Y, oscillation, 5))
-    for oscillation in (OSCILLATION, Oscillation(4, 50, 3), PROBLEMS["table"].oscillation, PROBLEMS["ordered"].oscillation):
+    for oscillation in (
+        OSCILLATION,
+        Oscillation(4, 50, 3),
+        PROBLEMS["table"].oscillation,
+        PROBLEMS["ordered"].oscillation,
+    ):
         close(function(X, oscillation), reference.cross_entropy(X, Y, oscillation, 5))
     built_inside = compiled(lambda x: dynamic_cross_entropy(x, Y, Oscillation(4, 5, 10), 3))
     close(built_inside(X), reference.cross_entropy(X, Y, OSCILLATION, 3))

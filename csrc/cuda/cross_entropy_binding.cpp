@@ -324,7 +324,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> cross_entropy_with_gr
   return {results.loss, results.gradient, results.weights, results.normalizer};
 }
 
-// By way of a fresh gradient: unlike on the CPU this saves no memory, but keeps the promise of what is written where.
+// By way of a fresh gradient: unlike on the CPU this saves no memory, but keeps the promise of what is
+// written where.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> cross_entropy_into_logits(
     at::Tensor& logits, const at::Tensor& target, int64_t step, const Optional& step_tensor,
     const at::Tensor& clock, const Optional& class_order, const Optional& table, int64_t reduction,

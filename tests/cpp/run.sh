@@ -1,15 +1,70 @@
-#!/bin/sh
-# Builds every tests/cpp/test_*.cpp with plain g++ under the address and undefined-behaviour sanitizers, and runs it.
-# They need neither torch nor a GPU. A program passes if it exits with 0.
-set -eu
-cd "$(dirname "$0")/../.."
+#!/usr/bin/env bash
+# Host tests under AddressSanitizer and UndefinedBehaviorSanitizer: csrc/core, and the CUDA kernels in an
+# emulator (emulator/cuda_runtime.h). Then faults are planted into copies of the kernels, each of which the
+# tests must find. Usage: bash tests/cpp/run.sh; needs g++ (or $CXX) with C++20.
+set -euo pipefail
+cd "$(dirname "$0")"
 
 build=$(mktemp -d)
 trap 'rm -rf "$build"' EXIT
-for source in tests/cpp/test_*.cpp; do
-  program=$build/$(basename "$source" .cpp)
-  "${CXX:-g++}" -std=c++20 -O1 -g -Wall -Wextra -Werror -fsanitize=address,undefined -fno-sanitize-recover=all \
-    -fno-omit-frame-pointer -Icsrc -Itests/cpp "$source" -o "$program"
-  echo "$(basename "$source")"
-  "$program"
-done
+csrc=$(realpath ../../csrc)
+common=(-std=c++20 -fno-strict-aliasing -Wall -Wextra -Wno-unknown-pragmas -Iemulator -I.)
+sanitize=(-fsanitize=address,undefined -fno-sanitize-recover=all)
+
+compile() { "${CXX:-g++}" "${common[@]}" "$@"; }
+
+# in_parallel COMMAND...: runs commands, each one string, as many at a time as there are processors; the
+# output of each in one piece. Fails if one does.
+in_parallel() {
+  local i=0 job
+  local -A running=()
+  for job in "$@"; do
+    while [ "$(jobs -rp | wc -l)" -ge "$(nproc)" ]; do sleep 0.1; done
+    i=$((i + 1))
+    eval "$job" >"$build/job.$i" 2>&1 &
+    running[$i]=$!
+  done
+  local failed=0 k
+  for ((k = 1; k <= i; ++k)); do
+    wait "${running[$k]}" || failed=1
+    cat "$build/job.$k"
+  done
+  return $failed
+}
+
+checked=(-O1 -g "${sanitize[@]}" -I"$csrc")
+in_parallel \
+  'compile "${checked[@]}" -c test_cuda_kernels.cpp -o "$build/tests.o"' \
+  'compile "${checked[@]}" -x c++ -c "$csrc/cuda/cross_entropy.cu" -o "$build/kernels.o"' \
+  'compile "${checked[@]}" -c emulator/emulator.cpp -o "$build/emulator.o"' \
+  'compile "${checked[@]}" test_core.cpp -o "$build/core"' \
+  'compile -O1 -I"$csrc" -c test_cuda_kernels.cpp -o "$build/plain_tests.o"' \
+  'compile -O1 -c emulator/emulator.cpp -o "$build/plain_emulator.o"'
+compile "${sanitize[@]}" "$build"/{tests,kernels,emulator}.o -o "$build/kernels"
+
+# planted FILE SED-SCRIPT: succeeds if the tests fail with the script applied to the file.
+planted() {
+  local copy
+  copy=$(mktemp -d -p "$build")
+  cp -r "$csrc/core" "$csrc/cuda" "$copy"
+  sed -i "$2" "$copy/cuda/$1"
+  if cmp -s "$copy/cuda/$1" "$csrc/cuda/$1"; then echo "does not apply: $1: $2"; return 1; fi
+  compile -w -O0 -I"$copy" -x c++ -c "$copy/cuda/cross_entropy.cu" -o "$copy/kernels.o"
+  compile "$copy/kernels.o" "$build"/plain_{tests,emulator}.o -o "$copy/kernels"
+  if timeout 120 "$copy/kernels" faults >"$copy/log" 2>&1; then echo "NOT FOUND: $1: $2"; return 1; fi
+  echo "found: $1: $2:$(grep -m 1 -E 'failed|emulator' "$copy/log" | sed 's/.*://')"
+}
+
+in_parallel '"$build/core"' '"$build/kernels" float32' '"$build/kernels" float64' '"$build/kernels" float16' \
+  '"$build/kernels" bfloat16' '"$build/kernels" other'
+
+faults=('planted member.cuh "s/p.arrivals\[member\] = 0;//"'
+  'planted member.cuh "s/if (!scratch().last) return false;//"'
+  'planted small_rows.cuh "s/? p.rows - first :/? p.rows - first - 1 :/"'
+  'planted warp_rows.cuh "s/logits\[label.index\]/logits[label.index - 1]/"'
+  'planted long_rows.cuh "s/r < p.rows/r + 1 < p.rows/"'
+  'planted storage.cuh "s/i + j < size_) first_/i + j <= size_) first_/"')
+while IFS=: read -r file line _; do # every single barrier must be missed
+  faults+=("planted $file ${line}d")
+done < <(cd "$csrc/cuda" && grep -n '__syncthreads();' ./*)
+in_parallel "${faults[@]}"

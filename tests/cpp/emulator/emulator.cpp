@@ -1,6 +1,8 @@
 // Fibers, and the schedule that lets them meet at barriers and in warps.
 #include <sys/mman.h>
+#if !defined(__x86_64__)
 #include <ucontext.h>
+#endif
 
 #include <algorithm>
 #include <cstdio>
@@ -20,6 +22,33 @@
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
 
+#if defined(__x86_64__)
+// Saves what a call preserves on the present stack and goes on with another. swapcontext would do, but makes
+// two system calls each time, and AddressSanitizer's wrapper of it wipes the whole stack's shadow.
+extern "C" void emulator_switch(void** save, void* load);
+asm(R"(
+.text
+.type emulator_switch, @function
+emulator_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size emulator_switch, .-emulator_switch
+)");
+#endif
+
 namespace emulator {
 
 namespace {
@@ -32,11 +61,40 @@ constexpr int warp_size = 32, plain_block_memory = 48 * 1024;
   std::_Exit(2);
 }
 
+#if defined(__x86_64__)
+struct Context {
+  void* stack_pointer = nullptr;
+
+  void start(void* stack, size_t size, void (*function)()) {
+    // As emulator_switch leaves a stack: six registers, the address to return to, and one word so that the
+    // function finds the alignment that a call would have given it.
+    auto** top = reinterpret_cast<void**>(static_cast<char*>(stack) + size) - 8;
+    std::fill(top, top + 8, nullptr);
+    top[6] = reinterpret_cast<void*>(function);
+    stack_pointer = top;
+  }
+};
+void switch_context(Context& from, Context& to) { emulator_switch(&from.stack_pointer, to.stack_pointer); }
+#else
+struct Context {
+  ucontext_t context;
+
+  void start(void* stack, size_t size, void (*function)()) {
+    getcontext(&context);
+    context.uc_stack.ss_sp = stack;
+    context.uc_stack.ss_size = size;
+    context.uc_link = nullptr;
+    makecontext(&context, function, 0);
+  }
+};
+void switch_context(Context& from, Context& to) { swapcontext(&from.context, &to.context); }
+#endif
+
 struct Block;
 
 // One CUDA thread. The fiber is kept for the threads of later blocks.
 struct Thread {
-  ucontext_t context;
+  Context context;
   void* stack = nullptr;
   void* fake_stack = nullptr;
   Block* block = nullptr;
@@ -48,7 +106,7 @@ struct Warp {
   unsigned mask = 0, arrived = 0;
   alignas(16) unsigned char given[warp_size][16];
   alignas(16) unsigned char results[warp_size][16];
-  std::vector<Thread*> waiting;
+  std::vector<Thread*> runnable, waiting;
 };
 
 struct Block {
@@ -56,8 +114,24 @@ struct Block {
   std::unique_ptr<unsigned char[]> memory;
   unsigned char* begin = nullptr;
   unsigned finished = 0;
-  std::vector<Thread*> runnable, at_barrier;
+  std::vector<Thread*> at_barrier;
   std::vector<Warp> warps;
+  size_t present_warp = 0;
+
+  Warp& warp_of(const Thread* thread) { return warps[thread->index / warp_size]; }
+  void wake(Thread* thread) { warp_of(thread).runnable.push_back(thread); }
+  bool can_run() const {
+    return std::any_of(warps.begin(), warps.end(), [](const Warp& warp) { return !warp.runnable.empty(); });
+  }
+};
+
+// How the next of several candidates is drawn. A fault may need that one of them is far ahead of the others,
+// or far behind, which a fair draw hardly ever brings about.
+enum class Policy { fair, stay, avoid };
+struct Schedule {
+  Policy blocks = Policy::fair, warps = Policy::fair;
+  size_t avoided_block = 0, avoided_warp = 0;
+  int decisions_left = 0;
 };
 
 struct Machine {
@@ -65,9 +139,11 @@ struct Machine {
   Body body = nullptr;
   const void* arguments = nullptr;
   std::mt19937_64 random;
+  Schedule schedule;
+  std::vector<std::unique_ptr<Thread>> fibers;
   std::vector<Thread*> idle;  // fibers without a thread
   Thread* running = nullptr;
-  ucontext_t scheduler;
+  Context scheduler;
   void* scheduler_fake_stack = nullptr;
   const void* scheduler_stack = nullptr;
   size_t scheduler_stack_size = 0;
@@ -90,7 +166,7 @@ void leave_fiber() {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(&self->fake_stack, machine.scheduler_stack, machine.scheduler_stack_size);
 #endif
-  swapcontext(&self->context, &machine.scheduler);
+  switch_context(self->context, machine.scheduler);
   arrive_in_fiber();
 }
 
@@ -101,7 +177,7 @@ void resume(Thread* thread) {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(&machine.scheduler_fake_stack, thread->stack, stack_size);
 #endif
-  swapcontext(&machine.scheduler, &thread->context);
+  switch_context(machine.scheduler, thread->context);
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(machine.scheduler_fake_stack, nullptr, nullptr);
 #endif
@@ -120,24 +196,49 @@ void fiber_main() {
 }
 
 Thread* new_fiber() {
-  auto* thread = new Thread;
+  machine.fibers.push_back(std::make_unique<Thread>());
+  Thread* thread = machine.fibers.back().get();
   thread->stack =
       mmap(nullptr, stack_size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (thread->stack == MAP_FAILED) fail("no memory for stacks");
-  getcontext(&thread->context);
-  thread->context.uc_stack.ss_sp = thread->stack;
-  thread->context.uc_stack.ss_size = stack_size;
-  thread->context.uc_link = nullptr;
-  makecontext(&thread->context, fiber_main, 0);
+  thread->context.start(thread->stack, stack_size, fiber_main);
   return thread;
 }
 
-template <typename T>
-T* take_random(std::vector<T*>& from) {
-  std::swap(from[machine.random() % from.size()], from.back());
-  T* taken = from.back();
-  from.pop_back();
-  return taken;
+// One of `count` candidates for which `possible` holds, or `count` if there is none.
+template <typename F>
+size_t draw(size_t count, Policy policy, size_t present, size_t avoided, F&& possible) {
+  if (policy == Policy::stay && present < count && possible(present)) return present;
+  const size_t start = machine.random() % count;
+  size_t last_resort = count;
+  for (size_t i = 0; i < count; ++i) {
+    const size_t candidate = (start + i) % count;
+    if (!possible(candidate)) continue;
+    if (policy != Policy::avoid || candidate != avoided) return candidate;
+    last_resort = candidate;
+  }
+  return last_resort;
+}
+
+void change_schedule() {
+  Schedule& schedule = machine.schedule;
+  if (--schedule.decisions_left > 0) return;
+  schedule.blocks = static_cast<Policy>(machine.random() % 3);
+  schedule.warps = static_cast<Policy>(machine.random() % 3);
+  schedule.avoided_block = machine.random() % settings().resident_blocks;
+  schedule.avoided_warp = machine.random() % (machine.config.blockDim.x / warp_size);
+  schedule.decisions_left = 1 << machine.random() % 15;
+}
+
+Thread* next_thread(Block& block) {
+  const Schedule& schedule = machine.schedule;
+  block.present_warp = draw(block.warps.size(), schedule.warps, block.present_warp, schedule.avoided_warp,
+                            [&](size_t i) { return !block.warps[i].runnable.empty(); });
+  auto& threads = block.warps[block.present_warp].runnable;
+  std::swap(threads[machine.random() % threads.size()], threads.back());
+  Thread* thread = threads.back();
+  threads.pop_back();
+  return thread;
 }
 
 std::unique_ptr<Block> start_block(unsigned index) {
@@ -154,13 +255,13 @@ std::unique_ptr<Block> start_block(unsigned index) {
     machine.idle.pop_back();
     thread->block = block.get();
     thread->index = i;
-    block->runnable.push_back(thread);
+    block->wake(thread);
   }
   return block;
 }
 
 void check_progress(const Block& block) {
-  if (!block.runnable.empty()) return;
+  if (block.can_run()) return;
   if (block.at_barrier.empty()) fail("deadlock: lanes of a warp wait for lanes that do not come");
   if (block.finished > 0) fail("barrier in threads whose block has others that have returned");
   fail("deadlock: some threads wait at a barrier, others in a warp");
@@ -177,14 +278,17 @@ unsigned char* block_memory() { return machine.running->block->begin; }
 int lane() { return static_cast<int>(machine.running->index % warp_size); }
 
 void let_others_run() {
-  machine.running->block->runnable.push_back(machine.running);
+  machine.running->block->wake(machine.running);
   leave_fiber();
 }
 
 void wait_for_block() {
   Block& block = *machine.running->block;
   block.at_barrier.push_back(machine.running);
-  if (block.at_barrier.size() == machine.config.blockDim.x) std::swap(block.runnable, block.at_barrier);
+  if (block.at_barrier.size() == machine.config.blockDim.x) {
+    for (Thread* thread : block.at_barrier) block.wake(thread);
+    block.at_barrier.clear();
+  }
   leave_fiber();
 }
 
@@ -203,8 +307,7 @@ void exchange(int operation, unsigned mask, const void* value, void* result, siz
     // Nobody still reads the results of the last exchange: all lanes have come here since.
     std::memcpy(warp.results, warp.given, sizeof(warp.given));
     warp.arrived = 0;
-    auto& runnable = machine.running->block->runnable;
-    runnable.insert(runnable.end(), warp.waiting.begin(), warp.waiting.end());
+    warp.runnable.insert(warp.runnable.end(), warp.waiting.begin(), warp.waiting.end());
     warp.waiting.clear();
   } else {
     warp.waiting.push_back(machine.running);
@@ -236,18 +339,22 @@ cudaError_t run(const void* kernel, const cudaLaunchConfig_t& config, Body body,
   std::vector<unsigned> order(config.gridDim.x);
   std::iota(order.begin(), order.end(), 0u);
   std::shuffle(order.begin(), order.end(), machine.random);
+  machine.schedule = {};
   std::vector<std::unique_ptr<Block>> resident;
+  size_t present = 0;
   while (!order.empty() || !resident.empty()) {
     while (!order.empty() && resident.size() < static_cast<size_t>(settings().resident_blocks)) {
       resident.push_back(start_block(order.back()));
       order.pop_back();
     }
-    const size_t chosen = machine.random() % resident.size();
-    Block& block = *resident[chosen];
+    change_schedule();
+    present = draw(resident.size(), machine.schedule.blocks, present, machine.schedule.avoided_block,
+                   [](size_t) { return true; });
+    Block& block = *resident[present];
     check_progress(block);
-    resume(take_random(block.runnable));
+    resume(next_thread(block));
     if (block.finished == config.blockDim.x) {
-      std::swap(resident[chosen], resident.back());
+      std::swap(resident[present], resident.back());
       resident.pop_back();
     }
   }
