@@ -81,9 +81,11 @@ def test_known_spectra(name, which):
 
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("n", [30, 300])
-def test_copies_are_found_from_every_start(n, seed):
-    operator = Known([7.0, 7.0, 7.0, *np.linspace(0, 0.1, n - 3)], seed=seed)
-    check(operator, operator.solve(3, tol=1e-6, seed=seed), 3)
+@pytest.mark.parametrize("tol", [1e-1, 1e-6])
+def test_copies_are_found_from_every_start(n, seed, tol):
+    """At a loose tolerance the rounding errors have no time to bring the copies up: only the audit does."""
+    operator = Known([7.0, 7.0, 7.0, 0.1, 0.099, *np.linspace(0, 0.01, n - 5)], seed=seed)
+    check(operator, operator.solve(3, tol=tol, seed=seed), 3, rtol=tol**2)
 
 
 def test_vector_missing_from_the_start_is_found():

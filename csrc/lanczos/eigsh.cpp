@@ -58,20 +58,18 @@ class Solver {
     Step step = begin(start);
     while (step == Step::kDone) {
       if (basis_.size() < options_.count) {
-        step = expand(basis_.product(basis_.size() - 1));
+        step = expand_krylov();
         continue;
       }
       project();
       if (!all_converged()) {
         if (at_noise_floor()) return "noise floor";
         const bool far = worst_excess() > kFar;
-        step = expand(next_direction());
+        step = expand_by_residual();
         // A second product before looking again; in a Krylov space this is the direction of every residual.
-        if (far && step == Step::kDone && basis_.size() < capacity_) {
-          step = expand(basis_.product(basis_.size() - 1));
-        }
+        if (far && step == Step::kDone && basis_.size() < capacity_) step = expand_krylov();
       } else if (const at::Tensor lost = lost_start(); lost.defined()) {
-        step = expand(lost);
+        step = expand(lost, 1.0);
       } else if (!options_.audit || basis_.size() == length_) {
         return "converged";
       } else {
@@ -102,7 +100,8 @@ class Solver {
       start_.push_back(x);
       sum = sum.defined() ? sum.add_(x, 1.0 + 0.5 * static_cast<double>(i)) : x.clone();
     }
-    return expand(sum.defined() ? sum : random_vector());
+    if (!sum.defined()) sum = random_vector();
+    return expand(sum, norm(sum));
   }
 
   // A start vector that the basis has lost, each at most once. A Krylov space has one vector for equal
@@ -126,11 +125,13 @@ class Solver {
   }
 
   // One product with what is new in x; with a random direction where nothing is.
-  Step expand(const at::Tensor& x) {
+  Step expand(const at::Tensor& x, double norm_of_x) {
     make_room(1);
-    if (basis_.propose(x, norm(x)) == 0.0) propose_random();
+    if (basis_.propose(x, norm_of_x) == 0.0) propose_random();
     return multiply();
   }
+
+  Step expand_krylov() { return expand(basis_.last_product(), basis_.last_product_norm()); }
 
   void propose_random() {
     for (at::Tensor x = random_vector(); basis_.propose(x, norm(x)) == 0.0; x = random_vector()) {
@@ -203,13 +204,13 @@ class Solver {
 
   bool all_converged() const { return worst_excess() == 0.0; }
 
-  // The worst wanted residual; a random vector where all are small but there are too few of them.
-  at::Tensor next_direction() {
+  // One product along the worst wanted residual.
+  Step expand_by_residual() {
     int64_t worst = 0;
-    for (int64_t i = 1; i < residuals_.size(0); ++i) {
+    for (int64_t i = 1; i < options_.count; ++i) {
       if (excess(i) > excess(worst)) worst = i;
     }
-    return excess(worst) > 0.0 ? residuals_.select(0, worst) : random_vector();
+    return expand(residuals_.select(0, worst), residual_norms_[worst]);
   }
 
   at::Tensor random_vector() {
@@ -233,8 +234,7 @@ class Solver {
       if (const Step step = multiply(); step != Step::kDone) return step;
       alpha.push_back(basis_.projection().back());
       if (static_cast<int64_t>(alpha.size()) == kMaxAuditProducts || basis_.size() == capacity_) break;
-      const at::Tensor next = basis_.product(basis_.size() - 1);
-      beta.push_back(basis_.propose(next, norm(next)));
+      beta.push_back(basis_.propose(basis_.last_product(), basis_.last_product_norm()));
       double hidden = 0.0;
       if (options_.which != Which::kSmallest) {
         hidden = shifted_minres_residual(alpha, beta, edge + margin);

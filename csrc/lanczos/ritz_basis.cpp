@@ -38,11 +38,13 @@ RitzBasis::RitzBasis(int64_t capacity, int64_t length, const at::TensorOptions& 
 double RitzBasis::propose(const at::Tensor& x, double norm) {
   const BelowAutograd below;
   at::Tensor slot = candidate();
-  slot.copy_(x);
   if (size_ > 0) {
     const at::Tensor v = vectors();
     const at::Tensor transposed = v.t();
-    for (int pass = 0; pass < 2; ++pass) slot.addmv_(transposed, v.mv(slot), 1, -1);
+    at::addmv_out(slot, x, transposed, v.mv(x), 1, -1);
+    slot.addmv_(transposed, v.mv(slot), 1, -1);
+  } else {
+    slot.copy_(x);
   }
   const double remainder = to_host(at::linalg_vector_norm(slot)).front();
   // Below this what is left of x is rounding. (Also false for a norm that is not finite.)
@@ -79,6 +81,7 @@ bool RitzBasis::accept(const at::Tensor& product) {
     asymmetry_ = std::max(asymmetry_, std::abs(vector_product(i) - product_vector(i)));
   }
   grown[m * (m + 1) + m] = vector_product(m);
+  product_norm_ = std::sqrt(inner[4 * m + 3]);
   projection_ = std::move(grown);
   ++size_;
   return true;

@@ -43,7 +43,9 @@ class RitzBasis {
   // T[i, j] = v_i · H v_j, row-major (size, size); symmetric up to the operator's own asymmetry.
   const std::vector<double>& projection() const { return projection_; }
 
-  at::Tensor product(int64_t row) const { return pair(row).select(0, 1); }
+  // The product taken in last, and its norm.
+  at::Tensor last_product() const { return pair(size_ - 1).select(0, 1); }
+  double last_product_norm() const { return product_norm_; }
 
   // max |T[i, j] - T[j, i]| over everything seen: rounding alone for a symmetric operator.
   double asymmetry() const { return asymmetry_; }
@@ -60,6 +62,7 @@ class RitzBasis {
   at::Tensor rows_;  // (capacity, 2, length): v_j beside w_j, so that one GEMM reaches both
   std::vector<double> projection_;
   double asymmetry_ = 0.0;
+  double product_norm_ = 0.0;
 };
 
 // A small tensor as doubles on the host: the one synchronisation of a decision.
