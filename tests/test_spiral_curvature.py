@@ -1,12 +1,14 @@
 """The package's own loss and driver on the reference trajectory of the paper's spiral experiment."""
 
 import numpy as np
+import pytest
 import torch
 from curvature_problems import Spiral
 
 from dynloss_ext import HessianOperator, eigsh
 
 
+@pytest.mark.slow
 def test_eigenvalues_of_the_reference():
     """Row i of the reference is taken after update i with the weights of step i + 1."""
     spiral = Spiral()
