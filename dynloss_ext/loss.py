@@ -52,7 +52,7 @@ def _arguments(
         raise TypeError(f"logits: expected a tensor, got {type(logits).__name__}")
     if not isinstance(target, Tensor):
         raise TypeError(f"target: expected a tensor, got {type(target).__name__}")
-    class_dim = 2 if oscillation.ensemble_size is not None else min(1, logits.dim() - 1)
+    class_dim = 2 if oscillation.ensemble_size is not None else int(logits.dim() > 1)
     if logits.dim() > class_dim and logits.shape[class_dim] != oscillation.num_classes:
         raise ValueError(
             f"logits: expected {oscillation.num_classes} classes, those of the oscillation, in dimension {class_dim}, "
@@ -222,12 +222,12 @@ class DynamicCrossEntropyLoss(nn.Module):
         step: int | Tensor = self.current_step
         if self.oscillation.waveform == "function" and not torch.compiler.is_compiling():
             step = int(self.current_step)
-        options = (self.reduction, self.normalization, self.ignore_index, self.label_smoothing)
-        if self.inplace_gradient and torch.is_grad_enabled() and logits.requires_grad:
-            loss: Tensor = _ops.cross_entropy_into_logits(
-                *_arguments(logits, target, self.oscillation, step, *options)
-            )[0]
-            return loss
+        if self.inplace_gradient:
+            options = (self.reduction, self.normalization, self.ignore_index, self.label_smoothing)
+            arguments = _arguments(logits, target, self.oscillation, step, *options)
+            if torch.is_grad_enabled() and logits.requires_grad:
+                loss: Tensor = _ops.cross_entropy_into_logits(*arguments)[0]
+                return loss
         return dynamic_cross_entropy(
             logits,
             target,

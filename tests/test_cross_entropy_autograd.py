@@ -56,11 +56,11 @@ def test_second_and_third_derivative_equal_the_twin_on_every_route(name, options
     close(grad(lambda x: (vjp(grad(loss), x)[1](v)[0] * u).sum())(z), third)
     close(grad(lambda x: (jvp(grad(loss), (x,), (v,))[1] * u).sum())(z), third)
     x = problem.leaf()
-    output = loss(x)
-    for expected, direction in ((gradient, v), (hv, u), (third, torch.zeros_like(v))):
-        (current,) = torch.autograd.grad(output, x, create_graph=True)
-        close(current.detach(), expected)
-        output = (current * direction).sum()
+    value = loss(x)
+    for expected, direction in ((gradient, v), (hv, u), (third, u)):
+        (derivative,) = torch.autograd.grad(value, x, create_graph=True)
+        close(derivative.detach(), expected)
+        value = (derivative * direction).sum()
 
 
 @EVERY_OPTION
