@@ -36,7 +36,7 @@ checked=(-O1 -g "${sanitize[@]}" -I"$csrc")
 in_parallel \
   'compile "${checked[@]}" -c test_cuda_kernels.cpp -o "$build/tests.o"' \
   'compile "${checked[@]}" -x c++ -c "$csrc/cuda/cross_entropy.cu" -o "$build/kernels.o"' \
-  'compile "${checked[@]}" -c emulator/emulator.cpp -o "$build/emulator.o"' \
+  'compile -O2 -DANNOTATE_FIBERS -c emulator/emulator.cpp -o "$build/emulator.o"' \
   'compile "${checked[@]}" test_core.cpp -o "$build/core"' \
   'compile -O1 -I"$csrc" -c test_cuda_kernels.cpp -o "$build/plain_tests.o"' \
   'compile -O1 -c emulator/emulator.cpp -o "$build/plain_emulator.o"'

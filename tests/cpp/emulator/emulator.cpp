@@ -15,7 +15,7 @@
 
 #include "cuda_runtime.h"
 
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(ANNOTATE_FIBERS)
 #include <sanitizer/common_interface_defs.h>
 #endif
 
@@ -155,7 +155,7 @@ std::map<const void*, int> allowed_block_memory;
 // ---- switching; AddressSanitizer has to know which stack is in use
 
 void arrive_in_fiber() {
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(ANNOTATE_FIBERS)
   __sanitizer_finish_switch_fiber(machine.running->fake_stack, &machine.scheduler_stack,
                                   &machine.scheduler_stack_size);
 #endif
@@ -163,7 +163,7 @@ void arrive_in_fiber() {
 
 void leave_fiber() {
   Thread* self = machine.running;
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(ANNOTATE_FIBERS)
   __sanitizer_start_switch_fiber(&self->fake_stack, machine.scheduler_stack, machine.scheduler_stack_size);
 #endif
   switch_context(self->context, machine.scheduler);
@@ -174,11 +174,11 @@ void resume(Thread* thread) {
   machine.running = thread;
   threadIdx = {thread->index, 0, 0};
   blockIdx = {thread->block->index, 0, 0};
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(ANNOTATE_FIBERS)
   __sanitizer_start_switch_fiber(&machine.scheduler_fake_stack, thread->stack, stack_size);
 #endif
   switch_context(machine.scheduler, thread->context);
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(ANNOTATE_FIBERS)
   __sanitizer_finish_switch_fiber(machine.scheduler_fake_stack, nullptr, nullptr);
 #endif
   machine.running = nullptr;
