@@ -461,19 +461,16 @@ def test_same_bits_on_every_run_and_for_every_number_of_threads():
 def test_instruction_sets_agree_and_are_deterministic_each():
     results = {}
     for capability in ("default", "avx2", "avx512"):
-        script = BITS + "print(digest.hexdigest(), *values)"
-        outputs = {
-            subprocess.run(
-                [sys.executable, "-c", f"import torch; torch.set_num_threads({threads})\n{script}"],
-                env={**os.environ, "DYNLOSS_CPU_CAPABILITY": capability, "PYTHONPATH": os.pathsep.join(sys.path)},
-                check=True,
-                capture_output=True,
-                text=True,
-                timeout=300,
-            ).stdout
-            for threads in (1, 2)
-        }
-        assert len({output.split()[0] for output in outputs}) == 1, capability
-        results[capability] = torch.tensor([float(v) for v in outputs.pop().split()[1:]], dtype=torch.float64)
+        script = f"for threads in (1, 2):\n torch.set_num_threads(threads)\n exec({BITS!r})\n print(digest.hexdigest())"
+        output = subprocess.run(
+            [sys.executable, "-c", f"import torch\n{script}\nprint(*values)"],
+            env={**os.environ, "DYNLOSS_CPU_CAPABILITY": capability, "PYTHONPATH": os.pathsep.join(sys.path)},
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        ).stdout.splitlines()
+        assert output[0] == output[1], capability
+        results[capability] = torch.tensor([float(v) for v in output[2].split()], dtype=torch.float64)
     for capability in ("avx2", "avx512"):
         torch.testing.assert_close(results[capability], results["default"], rtol=2e-5, atol=0)
