@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from cross_entropy_cases import OPTIONS, PROBLEMS, close, describe, labels, norm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import dynloss_ext
 from dynloss_ext import DynamicCrossEntropyLoss, Oscillation, dynamic_cross_entropy, loss_and_gradient, reference
 
 INF, NAN = math.inf, math.nan
@@ -465,6 +467,7 @@ def test_instruction_sets_agree_and_are_deterministic_each():
         output = subprocess.run(
             [sys.executable, "-c", f"import torch\n{script}\nprint(*values)"],
             env={**os.environ, "DYNLOSS_CPU_CAPABILITY": capability, "PYTHONPATH": os.pathsep.join(sys.path)},
+            cwd=Path(dynloss_ext.__file__).parent.parent,  # elsewhere a source folder could hide the package
             check=True,
             capture_output=True,
             text=True,
