@@ -26,8 +26,10 @@ from common.schedules import constant, cosine, piecewise_linear
 from common.trainer import Trainer
 from common.training import metric_arrays, train
 
-ROOT = Path(__file__).parent.parent
-EXAMPLES = ROOT / "python_examples"
+import dynloss_ext
+
+EXAMPLES = Path(__file__).parent.parent / "python_examples"
+PACKAGES = Path(dynloss_ext.__file__).parent.parent  # first in the path: the working folder could hide the package
 CPU = World(torch.device("cpu"))
 
 
@@ -270,7 +272,7 @@ def test_bad_options_are_refused_by_name(tmp_path: Path, changes: dict[str, Any]
 SCRIPT = """
 import sys
 from pathlib import Path
-sys.path[:0] = [{root!r}, {examples!r}]
+sys.path[:0] = [{packages!r}, {examples!r}]
 import torch
 torch.set_num_threads(1)
 from common.config import TrainingConfig
@@ -283,7 +285,7 @@ train(TrainingConfig(**{{**options, "out": Path(options["out"])}}))
 def command(config: TrainingConfig) -> list[str]:
     options = {field: getattr(config, field) for field in config.__dataclass_fields__}
     options["out"] = str(config.out)
-    return [sys.executable, "-c", SCRIPT.format(root=str(ROOT), examples=str(EXAMPLES)), repr(options)]
+    return [sys.executable, "-c", SCRIPT.format(packages=str(PACKAGES), examples=str(EXAMPLES)), repr(options)]
 
 
 def test_resume_after_sigkill_at_random_moments_is_bit_for_bit(tmp_path: Path) -> None:
