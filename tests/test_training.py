@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import dynloss_ext
 from common.batches import Batches
 from common.config import TrainingConfig, build_model, build_schedule, load_data
 from common.distributed import World
@@ -25,8 +26,6 @@ from common.recording import RunFolder
 from common.schedules import constant, cosine, piecewise_linear
 from common.trainer import Trainer
 from common.training import metric_arrays, train
-
-import dynloss_ext
 
 EXAMPLES = Path(__file__).parent.parent / "python_examples"
 PACKAGES = Path(dynloss_ext.__file__).parent.parent  # first in the path: the working folder could hide the package
