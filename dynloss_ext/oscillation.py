@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
@@ -19,8 +20,12 @@ Parameter: TypeAlias = "float | Tensor"
 _WAVEFORMS = {"triangle": 0, "sine": 1, "square": 2}
 
 
-def _parameter(name: str, value: Any, minimum: float, exclusive: bool) -> Tensor:
-    """``value`` as a finite float64 tensor () or (E,), with the lower bound checked."""
+# Descriptions live on the CPU, also where another default device is set.
+_float64 = functools.partial(torch.tensor, dtype=torch.float64, device="cpu")
+
+
+def _parameter(name: str, value: Any, minimum: float, maximum: float = 1e100) -> Tensor:
+    """``value`` as a float64 tensor () or (E,), with its range checked: g and the turns must not overflow."""
     if isinstance(value, Tensor):
         if value.requires_grad:
             raise ValueError(
@@ -35,11 +40,9 @@ def _parameter(name: str, value: Any, minimum: float, exclusive: bool) -> Tensor
     elif isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number or a 1-D tensor, got {type(value).__name__}")
     else:
-        tensor = torch.tensor(float(value), dtype=torch.float64)
-    in_range = tensor > minimum if exclusive else tensor >= minimum
-    if not bool((in_range & tensor.isfinite()).all()):
-        bound = f"{'>' if exclusive else '>='} {minimum:g}"
-        raise ValueError(f"{name}: expected finite values {bound}, got {value}")
+        tensor = _float64(float(value) if abs(value) <= maximum else math.nan)
+    if not bool(((tensor >= minimum) & (tensor <= maximum)).all()):
+        raise ValueError(f"{name}: expected values from {minimum:g} to {maximum:g}, got {value}")
     return tensor
 
 
@@ -62,8 +65,8 @@ class Oscillation:
 
     Args:
         num_classes: Number of classes C.
-        amplitude: A >= 1; a number, or a 1-D tensor (E,) for an ensemble of E oscillations.
-        period: T > 0 in steps, int or float; a number, or a 1-D tensor (E,). Scalars are broadcast over an ensemble.
+        amplitude: A >= 1 (to 1e100); a number, or a 1-D tensor (E,) for an ensemble of E oscillations.
+        period: T > 0 (from 1e-9) in steps, int or float; a number, or a 1-D tensor (E,). Scalars are broadcast over an ensemble.
         waveform: ``"triangle"``, g = 1 + 2(A-1)t/T up to T/2 and back (the paper); ``"sine"``,
             g = 1 + (A-1) sin(πt/T); ``"square"``, g = A.
         class_order: A permutation of the classes, the one raised in the first turn first. Default 0, 1, ..., C-1.
@@ -95,8 +98,8 @@ class Oscillation:
             raise ValueError(f"waveform: expected one of {sorted(_WAVEFORMS)}, got {waveform!r}")
         if not isinstance(closed, bool):
             raise TypeError(f"closed: expected a bool, got {type(closed).__name__}")
-        amplitudes = _parameter("amplitude", amplitude, 1.0, exclusive=False)
-        periods = _parameter("period", period, 0.0, exclusive=True)
+        amplitudes = _parameter("amplitude", amplitude, 1.0)
+        periods = _parameter("period", period, 1e-9)
         self._set_num_classes(num_classes)
         self._set_clock(amplitudes, periods, _WAVEFORMS[waveform], closed, start_step, stop_step)
         self._waveform = waveform
@@ -132,10 +135,10 @@ class Oscillation:
             raise ValueError("gamma: expected finite weights >= 0, got negative, infinite or NaN entries")
         self = cls.__new__(cls)
         self._set_num_classes(table.shape[-1])
-        members = torch.ones(table.shape[0] if table.dim() == 3 else (), dtype=torch.float64)
+        members = _float64(1.0).expand(table.shape[:-2])
         self._set_clock(
             members,
-            torch.tensor(float(table.shape[-2]), dtype=torch.float64),
+            _float64(float(table.shape[-2])),
             0,
             False,
             start_step,
@@ -163,7 +166,7 @@ class Oscillation:
             raise TypeError(f"function: expected a callable step -> weights (C,), got {type(function).__name__}")
         self = cls.__new__(cls)
         self._set_num_classes(num_classes)
-        one = torch.tensor(1.0, dtype=torch.float64)
+        one = _float64(1.0)
         self._set_clock(one, one, 0, False, 0, None)
         self._waveform = "function"
         self._closed = False
@@ -203,7 +206,7 @@ class Oscillation:
             ) from None
         amplitude, period = amplitude.expand(shape), period.expand(shape)
         turn = period + 1 if closed else period
-        rest = torch.tensor([start, stop, waveform], dtype=torch.float64).expand(*amplitude.shape, 3)
+        rest = _float64([start, stop, waveform]).expand(*amplitude.shape, 3)
         self._start_step, self._stop_step = start, stop_step
         #: (6,) or (E, 6), float64: what the kernels read (csrc/core/oscillation.h).
         self._clock = torch.cat([torch.stack([amplitude, period, turn], -1), rest], -1)
@@ -220,7 +223,7 @@ class Oscillation:
             raise TypeError(f"{expected}, got {class_order!r}")
         if sorted(order) != list(range(self._num_classes)):
             raise ValueError(f"{expected}, got {order}")
-        return torch.tensor(order, dtype=torch.int64)
+        return torch.tensor(order, dtype=torch.int64, device="cpu")
 
     def _place(self) -> None:
         """Keeps copies of the description per device, so that a call moves nothing."""
@@ -234,7 +237,9 @@ class Oscillation:
         if placed is None:
             order = None if self._class_order is None else self._class_order.to(device)
             table = None if self._table is None else self._table.to(device)
-            placed = self._placed[device] = (self._clock.to(device), order, table)
+            placed = (self._clock.to(device), order, table)
+            if type(placed[0]) is Tensor:  # not one that a tracer made up
+                self._placed[device] = placed
         return placed
 
     # ---- description
@@ -324,12 +329,12 @@ class Oscillation:
             raise TypeError(f"step: expected an int or an int64 tensor (S,), got {type(step).__name__}")
         if isinstance(step, Tensor) and (step.dim() != 1 or step.dtype != torch.int64):
             raise ValueError(f"step: expected an int64 tensor (S,), got {step.dtype} of shape {tuple(step.shape)}")
-        steps = step.cpu() if isinstance(step, Tensor) else torch.tensor([check_step("step", step)])
+        steps = step.cpu() if isinstance(step, Tensor) else torch.tensor([check_step("step", step)], device="cpu")
         if self._function is not None:
             weights = (
                 torch.stack([self.evaluate_function(int(s)) for s in steps])
                 if len(steps)
-                else torch.empty(0, self._num_classes, dtype=torch.float64)
+                else torch.empty(0, self._num_classes, dtype=torch.float64, device="cpu")
             )
         else:
             weights = torch.ops.dynloss.oscillation_weights(
@@ -342,7 +347,7 @@ class Oscillation:
         assert self._function is not None
         value = self._function(step)
         try:
-            gamma = torch.as_tensor(value).detach().to("cpu", torch.float64)
+            gamma = torch.as_tensor(value, dtype=torch.float64, device="cpu").detach()
         except (TypeError, ValueError, RuntimeError):
             raise TypeError(
                 f"function: expected weights of shape ({self._num_classes},) at step {step}, got {value!r}"

@@ -31,11 +31,13 @@ def cases(error, name, *values):
         *cases(TypeError, "num_classes", 2.0, "3", None, True),
         *cases(ValueError, "num_classes", 0, -1),
         *cases(TypeError, "amplitude", "5", None, True, [2, 3], np.ones(2), Fraction(3)),
-        *cases(ValueError, "amplitude", 0.99, -1, math.nan, math.inf, torch.ones(2, 2), torch.empty(0)),
+        *cases(ValueError, "amplitude", 0.99, -1, math.nan, math.inf, 1e101, 10**400, torch.ones(2, 2), torch.empty(0)),
         *cases(ValueError, "amplitude", torch.tensor(2.0, requires_grad=True), torch.tensor(True)),
         *cases(ValueError, "amplitude", torch.tensor([2.0, 0.5]), torch.tensor(2.0 + 1j)),
         *cases(TypeError, "period", "5", None, False, [2, 3]),
-        *cases(ValueError, "period", 0, -3, math.nan, math.inf, torch.tensor([3.0, 0.0]), torch.ones(1, 1)),
+        *cases(
+            ValueError, "period", 0, -3, math.nan, math.inf, 1e-300, 10**400, torch.tensor([3.0, 0.0]), torch.ones(1, 1)
+        ),
         *cases(ValueError, "waveform", "saw", "", None, 1, ["sine"]),
         *cases(TypeError, "closed", 1, None, "yes"),
         *cases(TypeError, "class_order", 3, "012", [0, 1, 2.0], [False, 1, 2], ["0", "1", "2"], torch.ones(3)),

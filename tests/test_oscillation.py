@@ -190,6 +190,59 @@ def test_is_plain_immutable_data():
     assert "70" in repr(oscillation)
 
 
+def test_extreme_parameters_stay_finite():
+    for amplitude, period in ((1e100, 10), (1e100, 1e100), (2, 1e-9), (70, 2**53)):
+        weights = Oscillation(3, amplitude, period, class_order=[2, 1, 0], start_step=1 - 2**53).weights(
+            torch.tensor([0, 1, 7, 2**53 - 1])
+        )
+        close(weights.sum(1), torch.full((4,), 3.0, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_default_device_and_dtype_do_not_matter(device):
+    """As under torch.set_default_device("cuda"): the description stays on the CPU."""
+    table = torch.rand(3, 4)
+
+    def built():
+        return (
+            Oscillation(4, torch.tensor([5.0, 6.0], device="cpu"), 10.3, class_order=[1, 0, 3, 2]).weights(7),
+            Oscillation(4, 5, 10.3, closed=True).weights(7),
+            Oscillation.from_table(table).weights(7),
+            Oscillation.from_function(lambda step: [1.0, 2.0, 3.0, 0.3], 4).weights(7),
+        )
+
+    expected = built()
+    with torch.device(device):
+        found = built()
+    default = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float16)
+        found += built()
+    finally:
+        torch.set_default_dtype(default)
+    for weights, want in zip(found, expected * 2, strict=True):
+        assert torch.equal(weights, want)
+
+
+def test_tracing_leaves_no_fake_tensor_behind():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    oscillation, meta = Oscillation(4, 5, 10), torch.device("meta")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        oscillation.on(meta)
+    assert type(oscillation.on(meta)[0]) is torch.Tensor
+
+
+def test_built_in_inference_mode_trains_later():
+    with torch.inference_mode():
+        oscillations = Oscillation(3, 5, 10, class_order=[1, 0, 2]), Oscillation.from_table(torch.rand(3, 3))
+    for oscillation in oscillations:
+        x = torch.randn(4, 3, requires_grad=True)
+        loss = dynamic_cross_entropy(x, torch.tensor([0, 1, 2, 0]), oscillation, 3)
+        (g,) = torch.autograd.grad(loss, x, create_graph=True)
+        assert torch.autograd.grad(g.square().sum(), x)[0].isfinite().all()
+
+
 def test_authors_trajectory_runs_on_the_closed_clock():
     """The first 300 rows of the authors' run: row i is taken after update i, with the weights of step i + 1."""
     data = np.load(Path(__file__).parent / "data" / "spiral_reference_5000.npz")
