@@ -179,8 +179,7 @@ class DynamicCrossEntropyLoss(nn.Module):
     Args:
         oscillation: Γ.
         reduction, normalization, ignore_index, label_smoothing: As for :func:`dynamic_cross_entropy`.
-        inplace_gradient: Where a gradient is needed, writes it over the logits, which saves a tensor of their size on
-            CPU (on CUDA a fresh gradient is copied there).
+        inplace_gradient: Where a gradient is needed, writes it over the logits, which saves a tensor of their size.
             The logits are of no use afterwards. For a plain backward pass in eager mode, with mean or sum, of logits
             that a model has computed; whatever else, such as a double backward, raises RuntimeError.
 

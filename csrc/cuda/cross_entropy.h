@@ -32,7 +32,7 @@ struct Problem {
   int64_t inner_rows;
   int64_t classes;
   Operand logits;
-  Operand out;         // without data: not wanted
+  Operand out;         // without data: not wanted; a gradient may take the place of the logits
   const void* target;  // contiguous
   int64_t target_member_stride;
   int64_t ignore_index;

@@ -114,22 +114,22 @@ class Input {
 // A result shaped like the logits, written directly or through a copy.
 class Output {
  public:
-  Output(const at::Tensor& logits, bool ensemble) : tensor(at::empty_like(logits)), written_(tensor) {
-    auto operand = as_operand(tensor, ensemble);
+  Output(const at::Tensor& result, bool ensemble) : result_(result), written_(result) {
+    auto operand = as_operand(result, ensemble);
     if (!operand) {
-      written_ = rows_copy(tensor, ensemble);
+      written_ = rows_copy(result, ensemble);
       operand = as_operand(written_, ensemble);
     }
     operand_ = *operand;
   }
   operator const Operand&() const { return operand_; }
   at::Tensor finish() {
-    if (!tensor.is_same(written_)) tensor.copy_(written_);
-    return tensor;
+    if (!result_.is_same(written_)) result_.copy_(written_);
+    return result_;
   }
 
  private:
-  at::Tensor tensor, written_;
+  at::Tensor result_, written_;
   Operand operand_;
 };
 
@@ -243,7 +243,10 @@ struct Results {
   at::Tensor loss, gradient, weights, normalizer;
 };
 
-Results run_forward(bool with_gradient, const at::Tensor& logits, const at::Tensor& target, int64_t step,
+// Where the gradient goes.
+enum class Gradient { none, fresh, into_logits };
+
+Results run_forward(Gradient gradient, const at::Tensor& logits, const at::Tensor& target, int64_t step,
                     const Optional& step_tensor, const at::Tensor& clock, const Optional& class_order,
                     const Optional& table, int64_t reduction, bool by_weights, int64_t ignore_index,
                     double label_smoothing) {
@@ -263,7 +266,8 @@ Results run_forward(bool with_gradient, const at::Tensor& logits, const at::Tens
   Forward problem;
   describe(problem, logits, input, labels, ensemble, ignore_index, label_smoothing);
   std::optional<Output> output;
-  if (with_gradient) problem.out = output.emplace(logits, ensemble);
+  if (gradient != Gradient::none)
+    problem.out = output.emplace(gradient == Gradient::fresh ? at::empty_like(logits) : logits, ensemble);
   problem.clock = clocks_of(clocks);
   problem.class_order = data_of<int64_t>(order);
   problem.table = data_of<double>(tables);
@@ -310,7 +314,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> cross_entropy(
     const at::Tensor& logits, const at::Tensor& target, int64_t step, const Optional& step_tensor,
     const at::Tensor& clock, const Optional& class_order, const Optional& table, int64_t reduction,
     bool by_weights, int64_t ignore_index, double label_smoothing) {
-  Results results = run_forward(false, logits, target, step, step_tensor, clock, class_order, table,
+  Results results = run_forward(Gradient::none, logits, target, step, step_tensor, clock, class_order, table,
                                 reduction, by_weights, ignore_index, label_smoothing);
   return {results.loss, results.weights, results.normalizer};
 }
@@ -319,20 +323,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> cross_entropy_with_gr
     const at::Tensor& logits, const at::Tensor& target, int64_t step, const Optional& step_tensor,
     const at::Tensor& clock, const Optional& class_order, const Optional& table, int64_t reduction,
     bool by_weights, int64_t ignore_index, double label_smoothing) {
-  Results results = run_forward(true, logits, target, step, step_tensor, clock, class_order, table, reduction,
-                                by_weights, ignore_index, label_smoothing);
+  Results results = run_forward(Gradient::fresh, logits, target, step, step_tensor, clock, class_order, table,
+                                reduction, by_weights, ignore_index, label_smoothing);
   return {results.loss, results.gradient, results.weights, results.normalizer};
 }
 
-// By way of a fresh gradient: unlike on the CPU this saves no memory, but keeps the promise of what is
-// written where.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> cross_entropy_into_logits(
     at::Tensor& logits, const at::Tensor& target, int64_t step, const Optional& step_tensor,
     const at::Tensor& clock, const Optional& class_order, const Optional& table, int64_t reduction,
     bool by_weights, int64_t ignore_index, double label_smoothing) {
-  Results results = run_forward(true, logits, target, step, step_tensor, clock, class_order, table, reduction,
-                                by_weights, ignore_index, label_smoothing);
-  logits.copy_(results.gradient);
+  Results results = run_forward(Gradient::into_logits, logits, target, step, step_tensor, clock, class_order,
+                                table, reduction, by_weights, ignore_index, label_smoothing);
   return {results.loss, results.weights, results.normalizer};
 }
 
@@ -374,7 +375,7 @@ at::Tensor run_derivative(int order, const at::Tensor* u, const at::Tensor* v, c
                    divisors = normalizer.contiguous();
   const Factors factors(grad_output, ensemble);
   std::optional<Input> u_input, v_input;
-  Output output(logits, ensemble);
+  Output output(at::empty_like(logits), ensemble);
   Derivative problem;
   describe(problem, logits, input, labels, ensemble, ignore_index, label_smoothing);
   check_targets_if_asked(target, problem.classes, ignore_index);

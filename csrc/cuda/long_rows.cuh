@@ -104,9 +104,10 @@ __global__ void __launch_bounds__(max_block_threads) forward_block(const Forward
                      row.run().shift());
     if (label.usual()) {
       const TargetWeights<T> q = weights.at(label.index);
+      // Before the barriers in read(): the gradient may go where the logits are.
+      const T picked = widen(row_of<S>(p.logits, p, block.member, r)[label.index]);
       const MaxSum<T> whole = row.read();
-      T linear =
-          weighted(q.on_label, widen(row_of<S>(p.logits, p, block.member, r)[label.index]) - whole.max);
+      T linear = weighted(q.on_label, picked - whole.max);
       if (weights.smooth) {
         T part[1] = {T(0)};
         for_pieces(row.run().pieces(), [&](int64_t k) {

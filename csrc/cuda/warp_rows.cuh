@@ -102,6 +102,7 @@ __global__ void __launch_bounds__(max_warp_threads) forward_warp(const Forward p
     } else {
       fill_items(loss, z);
     }
+    __syncwarp();  // all lanes have read: the gradient may go where the logits are
     if (p.out.data != nullptr)
       store_items<S>(Run<S>(row_of<S>(p.out, p, block.member, row), p.classes, in.shift()), z);
     if (lane_index() == 0) block.add(p, row, label, loss);

@@ -62,6 +62,7 @@ faults=('planted member.cuh "s/p.arrivals\[member\] = 0;//"'
   'planted member.cuh "s/if (!scratch().last) return false;//"'
   'planted small_rows.cuh "s/? p.rows - first :/? p.rows - first - 1 :/"'
   'planted warp_rows.cuh "s/logits\[label.index\]/logits[label.index - 1]/"'
+  'planted long_rows.cuh "s/linear = weighted(q.on_label, picked/linear = weighted(q.on_label, widen(row_of<S>(p.logits, p, block.member, r)[label.index])/"'
   'planted long_rows.cuh "s/r < p.rows/r + 1 < p.rows/"'
   'planted storage.cuh "s/i + j < size_) first_/i + j <= size_) first_/"')
 while IFS=: read -r file line _; do # every single barrier must be missed

@@ -112,6 +112,13 @@ class Array {
   void erase() {
     if (shape_.layout != Layout::far) std::memset(memory_, poison, bytes_);
   }
+  std::vector<unsigned char> contents() const {
+    const auto* p = static_cast<const unsigned char*>(memory_);
+    return {p, p + bytes_};
+  }
+  void restore(const std::vector<unsigned char>& bytes) {
+    std::copy(bytes.begin(), bytes.end(), static_cast<unsigned char*>(memory_));
+  }
   bool surroundings_untouched() {
     if (shape_.layout == Layout::far) return true;
     std::vector<bool> own(bytes_ / sizeof(S), false);
@@ -451,6 +458,20 @@ struct ForwardRun {
   }
 };
 
+// The gradient in the place of the logits has the same bits.
+template <typename S>
+void test_into_logits(Problem<S>& problem, ForwardRun<S>& run) {
+  if (problem.shape.layout == Layout::far || problem.shape.offset != problem.shape.out_offset) return;
+  const auto expected = problem.out.snapshot();
+  const auto logits = problem.logits.contents();
+  run.p.out = problem.logits.operand();
+  emulator::settings().seed = random_bits();
+  CHECK(launch_forward(run.p, nullptr) == cudaSuccess);
+  CHECK(problem.logits.surroundings_untouched());
+  CHECK(problem.logits.snapshot() == expected);
+  problem.logits.restore(logits);
+}
+
 template <typename S>
 void test_forward(Problem<S>& problem, bool with_gradient) {
   context = describe<S>(problem.shape, problem.options, with_gradient ? "loss and gradient" : "loss");
@@ -463,6 +484,7 @@ void test_forward(Problem<S>& problem, bool with_gradient) {
   context += ", second launch with seed " + std::to_string(emulator::settings().seed);
   CHECK(run.launch() == first);
   if (!with_gradient) return;
+  test_into_logits(problem, run);
 
   std::vector<float> grad_output;
   for (int64_t e = 0; e < problem.shape.members; ++e)

@@ -1,0 +1,90 @@
+"""Checks the machine code of the CUDA kernels: `python tools/check_sass.py KERNEL.o [--cuobjdump PATH]`.
+
+Rows must be loaded and stored 16 bytes at a time, and no kernel may keep variables in local memory (a spilled
+register, an array indexed at run time): both cost bandwidth and neither shows in a test. cuobjdump is taken from
+$PATH, else from the triton package that comes with torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+#: Kernels that touch rows; their names are followed by template arguments.
+ROW_KERNELS = (
+    "forward_small",
+    "forward_warp",
+    "forward_block",
+    "derivative_small",
+    "derivative_warp",
+    "derivative_block",
+)
+WIDE_LOAD = re.compile(r"\bLDG?(?:\.\w+)*\.128\b")
+WIDE_STORE = re.compile(r"\bSTG?(?:\.\w+)*\.128\b")
+LOCAL_MEMORY = re.compile(r"\b(?:LDL|STL)\b")
+
+
+def find_cuobjdump() -> str:
+    found = shutil.which("cuobjdump")
+    if found is None and (triton := find_spec("triton")) is not None and triton.origin is not None:
+        found = str(Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
+    if found is None or not Path(found).is_file():
+        sys.exit("cuobjdump was found neither on PATH nor in the triton package: give --cuobjdump")
+    return found
+
+
+def functions(cuobjdump: str, binary: Path) -> Iterator[tuple[str, str, str]]:
+    """(architecture, mangled name, code) of each kernel."""
+    text = subprocess.run([cuobjdump, "--dump-sass", str(binary)], check=True, stdout=subprocess.PIPE, text=True).stdout
+    architecture, found_in, name, code = "", "", "", []
+    for line in text.splitlines():
+        if match := re.match(r"\s*(?:code for|arch =)\s*(sm_\w+)", line):
+            architecture = match[1]
+        if match := re.match(r"\s*Function : (\S+)", line):
+            if name:
+                yield found_in, name, "\n".join(code)
+            found_in, name, code = architecture, match[1], []
+        else:
+            code.append(line)
+    if name:
+        yield found_in, name, "\n".join(code)
+
+
+def faults(name: str, code: str) -> list[str]:
+    result = []
+    local = len(LOCAL_MEMORY.findall(code))
+    if local:
+        result.append(f"{local} accesses to local memory")
+    if any(kernel in name for kernel in ROW_KERNELS):
+        if not WIDE_LOAD.search(code):
+            result.append("no 16-byte load")
+        if not WIDE_STORE.search(code):
+            result.append("no 16-byte store")
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("binary", type=Path)
+    parser.add_argument("--cuobjdump", default=None)
+    arguments = parser.parse_args()
+    count, failed, architectures = 0, 0, set()
+    for architecture, name, code in functions(arguments.cuobjdump or find_cuobjdump(), arguments.binary):
+        count += 1
+        architectures.add(architecture)
+        for fault in faults(name, code):
+            failed += 1
+            print(f"{architecture} {name}: {fault}")
+    print(f"{count} kernels for {', '.join(sorted(architectures))}: {failed} faults")
+    if failed or count == 0:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
