@@ -66,7 +66,8 @@ class Oscillation:
     Args:
         num_classes: Number of classes C.
         amplitude: A >= 1 (to 1e100); a number, or a 1-D tensor (E,) for an ensemble of E oscillations.
-        period: T > 0 (from 1e-9) in steps, int or float; a number, or a 1-D tensor (E,). Scalars are broadcast over an ensemble.
+        period: T > 0 (from 1e-9) in steps, int or float; a number, or a 1-D tensor (E,). Scalars are broadcast over
+            an ensemble.
         waveform: ``"triangle"``, g = 1 + 2(A-1)t/T up to T/2 and back (the paper); ``"sine"``,
             g = 1 + (A-1) sin(πt/T); ``"square"``, g = A.
         class_order: A permutation of the classes, the one raised in the first turn first. Default 0, 1, ..., C-1.
