@@ -24,7 +24,7 @@ from target_torch import TORCH_REQUIREMENT, find_torch  # noqa: E402
 
 REQUIREMENTS = ["numpy>=1.24", "matplotlib>=3.7", "tqdm>=4.60"]
 CUDA_ARCHITECTURES = ("8.0", "9.0", "10.0", "12.0")
-CXX_FLAGS = ["-O3", "-std=c++20", "-fvisibility=hidden", "-g0", "-Wall", "-Wno-psabi"]
+CXX_FLAGS = ["-O2", "-std=c++20", "-fvisibility=hidden", "-g0", "-Wall", "-Wno-psabi"]
 NVCC_FLAGS = ["-O3", "-std=c++20", "-Xcompiler", "-fvisibility=hidden"]
 
 

@@ -7,7 +7,8 @@
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "Compiled part of dynloss_ext.";
-  module.def("cpu_instruction_set", &dynloss::cpu::selected_instruction_set,
-             "The CPU kernels that run here.");
+  module.def(
+      "cpu_instruction_set", [] { return dynloss::cpu::selected_kernels().instruction_set; },
+      "The CPU kernels that run here.");
   dynloss::bind_lanczos(module);
 }

@@ -221,17 +221,20 @@ const int64_t* block_labels(const at::Tensor& labels, const Layout& layout, int6
   return labels.const_data_ptr<int64_t>() + (shared ? 0 : index * layout.rows);
 }
 
-// What a mean divides by: the samples that count, or Σ Γ_y over them.
-double mean_normalizer(const int64_t* labels, int64_t rows, int64_t ignore_index, const double* weights,
-                       bool by_weights) {
-  if (by_weights) {
-    double sum = 0;
-    for (int64_t i = 0; i < rows; ++i) sum += labels[i] == ignore_index ? 0.0 : weights[labels[i]];
-    return sum;
-  }
-  int64_t counted = 0;
-  for (int64_t i = 0; i < rows; ++i) counted += labels[i] != ignore_index;
-  return static_cast<double>(counted);
+// How many of labels [first, first + rows) count; all of those must be classes.
+int64_t counted_labels(const at::Tensor& labels, int64_t first, int64_t rows, int64_t classes,
+                       int64_t ignore_index) {
+  const LabelCount count =
+      selected_kernels().count_labels(labels.const_data_ptr<int64_t>() + first, rows, classes, ignore_index);
+  if (!count.valid) check_labels(labels, classes, ignore_index);  // says which
+  return count.counted;
+}
+
+double sum_of_label_weights(const int64_t* labels, int64_t rows, int64_t ignore_index,
+                            const double* weights) {
+  double sum = 0;
+  for (int64_t i = 0; i < rows; ++i) sum += labels[i] == ignore_index ? 0.0 : weights[labels[i]];
+  return sum;
 }
 
 // ---- running the rows
@@ -250,7 +253,7 @@ struct Run {
 
   // The sum of the losses of each block.
   std::vector<double> operator()() const {
-    const RunRows run_rows = selected_run_rows();
+    const RunRows run_rows = selected_kernels().run_rows;
     const int64_t classes = std::max<int64_t>(layout.classes, 1);
     // A multiple of every vector's width, so that only the last chunk of a block has a partial vector.
     const int64_t rows_per_chunk = std::max<int64_t>(64, elements_per_chunk / classes / 64 * 64);
@@ -303,7 +306,7 @@ struct Run {
 };
 
 Run new_run(Kind kind, const Operands& operands, const at::Tensor& logits, const at::Tensor& labels,
-            const at::Tensor& weights, int64_t ignore_index, double label_smoothing) {
+            const at::Tensor& weights, int64_t ignore_index, bool any_ignored, double label_smoothing) {
   Run run;
   run.layout = operands.layout;
   run.item_size = logits.element_size();
@@ -313,6 +316,7 @@ Run new_run(Kind kind, const Operands& operands, const at::Tensor& logits, const
   run.block.num_classes = operands.layout.classes;
   run.block.logits = operands.logits;
   run.block.ignore_index = ignore_index;
+  run.block.any_ignored = any_ignored;
   run.block.label_smoothing = label_smoothing;
   const bool ensemble = is_ensemble(weights);
   for (int64_t index = 0; index < run.layout.blocks; ++index) {
@@ -361,7 +365,6 @@ Forward forward(Gradient gradient, const at::Tensor& logits, const at::Tensor& t
   check_schedule({clock, step_tensor, class_order, table}, classes, logits.device());
   check_class_order(class_order, classes);
   const at::Tensor labels = as_labels(target);
-  check_labels(labels, classes, ignore_index);
 
   Forward result;
   const auto doubles = clock.options();
@@ -373,23 +376,32 @@ Forward forward(Gradient gradient, const at::Tensor& logits, const at::Tensor& t
   const Optional tables = table ? Optional(table->contiguous()) : table;
   const Optional order = class_order ? Optional(class_order->contiguous()) : class_order;
   const Optional steps = step_tensor ? Optional(step_tensor->contiguous()) : step_tensor;
-  const int64_t samples =
-      labels.numel() / (target.dim() == 2 && ensemble ? std::max<int64_t>(members, 1) : 1);
+  const bool own_labels = ensemble && target.dim() == 2;
+  const int64_t samples = own_labels ? target.size(1) : labels.numel();
+  int64_t counted = 0, ignored = 0;
   for (int64_t e = 0; e < members; ++e) {
+    const int64_t first = own_labels ? e * samples : 0;
+    if (e == 0 || own_labels) {
+      counted = counted_labels(labels, first, samples, classes, ignore_index);
+      ignored += samples - counted;
+    }
     const int64_t offset = steps ? steps->const_data_ptr<int64_t>()[steps->dim() == 1 ? e : 0] : 0;
+    double* own_weights = weights + e * classes;
     if (classes > 0)
-      write_weights(member_schedule(clocks, order, tables, e, classes), step + offset, weights + e * classes);
-    const int64_t* own = labels.const_data_ptr<int64_t>() + (target.dim() == 2 && ensemble ? e * samples : 0);
-    normalizer[2 * e] = reduction == reduction_mean
-                            ? mean_normalizer(own, samples, ignore_index, weights + e * classes, by_weights)
-                            : 1.0;
+      write_weights(member_schedule(clocks, order, tables, e, classes), step + offset, own_weights);
+    double divisor = 1.0;
+    if (reduction == reduction_mean)
+      divisor = by_weights ? sum_of_label_weights(labels.const_data_ptr<int64_t>() + first, samples,
+                                                  ignore_index, own_weights)
+                           : static_cast<double>(counted);
+    normalizer[2 * e] = divisor;
     // float16 could not hold the gradient of a mean until a loss scale has been applied.
     const bool postpone = gradient == Gradient::into_logits && logits.scalar_type() == at::kHalf;
-    normalizer[2 * e + 1] = postpone ? 1.0 : normalizer[2 * e];
+    normalizer[2 * e + 1] = postpone ? 1.0 : divisor;
   }
 
   Run run = new_run(gradient == Gradient::none ? Kind::loss : Kind::loss_and_gradient, operands, logits,
-                    labels, result.weights, ignore_index, label_smoothing);
+                    labels, result.weights, ignore_index, ignored > 0, label_smoothing);
   if (gradient != Gradient::none) {
     result.gradient = gradient == Gradient::into_logits ? logits : new_gradient(logits);
     run.block.out = operands.output(result.gradient);
@@ -468,8 +480,9 @@ at::Tensor derivative(Kind kind, const at::Tensor* u, const at::Tensor* v, const
   Operands operands(logits, ensemble);
   const at::Tensor labels = as_labels(target), gamma = weights.contiguous(),
                    divisors = normalizer.contiguous();
-  check_labels(labels, operands.layout.classes, ignore_index);
-  Run run = new_run(kind, operands, logits, labels, gamma, ignore_index, label_smoothing);
+  const bool any_ignored =
+      counted_labels(labels, 0, labels.numel(), operands.layout.classes, ignore_index) < labels.numel();
+  Run run = new_run(kind, operands, logits, labels, gamma, ignore_index, any_ignored, label_smoothing);
   if (u != nullptr) check_direction("u", *u, logits), run.block.u = operands.input(*u);
   if (v != nullptr) check_direction("v", *v, logits), run.block.v = operands.input(*v);
   at::Tensor out = new_gradient(logits);

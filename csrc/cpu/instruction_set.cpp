@@ -7,12 +7,7 @@ namespace dynloss::cpu {
 
 namespace {
 
-struct Choice {
-  const char* name;
-  RunRows run_rows;
-};
-
-Choice choose() {
+const Kernels& choose() {
   const char* wish = std::getenv("DYNLOSS_CPU_CAPABILITY");
   const std::string limit = wish == nullptr ? "avx512" : wish;
 #if defined(__x86_64__)
@@ -21,21 +16,17 @@ Choice choose() {
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw");
-  if (limit == "avx512" && avx512) return {"avx512", &run_rows_avx512};
-  if ((limit == "avx512" || limit == "avx2") && avx2) return {"avx2", &run_rows_avx2};
+  if (limit == "avx512" && avx512) return avx512_kernels;
+  if ((limit == "avx512" || limit == "avx2") && avx2) return avx2_kernels;
 #endif
-  return {"default", &run_rows_default};
-}
-
-const Choice& chosen() {
-  static const Choice choice = choose();
-  return choice;
+  return default_kernels;
 }
 
 }  // namespace
 
-const char* selected_instruction_set() { return chosen().name; }
-
-RunRows selected_run_rows() { return chosen().run_rows; }
+const Kernels& selected_kernels() {
+  static const Kernels& chosen = choose();
+  return chosen;
+}
 
 }  // namespace dynloss::cpu

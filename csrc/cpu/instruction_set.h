@@ -5,8 +5,7 @@
 
 namespace dynloss::cpu {
 
-// "avx512", "avx2" or "default"; DYNLOSS_CPU_CAPABILITY may ask for less than the machine has.
-const char* selected_instruction_set();
-RunRows selected_run_rows();
+// Those for "avx512", "avx2" or "default"; DYNLOSS_CPU_CAPABILITY may ask for less than the machine has.
+const Kernels& selected_kernels();
 
 }  // namespace dynloss::cpu

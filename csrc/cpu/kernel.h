@@ -32,6 +32,7 @@ struct Block {
   Operand logits, u, v, out;
   const int64_t* labels;  // one per row
   int64_t ignore_index;
+  bool any_ignored;
   const double* weights;  // (C,)
   double weights_sum;
   double label_smoothing;
@@ -44,10 +45,24 @@ struct Block {
 // Rows [begin, end) of the block: writes `out` and `row_loss`, returns the sum of the losses.
 using RunRows = double (*)(const Block& block, int64_t begin, int64_t end);
 
-double run_rows_default(const Block& block, int64_t begin, int64_t end);
+// How many labels are not to be ignored, and whether all of those are classes.
+struct LabelCount {
+  int64_t counted;
+  bool valid;
+};
+using CountLabels = LabelCount (*)(const int64_t* labels, int64_t rows, int64_t num_classes,
+                                   int64_t ignore_index);
+
+// What is compiled once per instruction set.
+struct Kernels {
+  const char* instruction_set;
+  RunRows run_rows;
+  CountLabels count_labels;
+};
+
+extern const Kernels default_kernels;
 #if defined(__x86_64__)
-double run_rows_avx2(const Block& block, int64_t begin, int64_t end);
-double run_rows_avx512(const Block& block, int64_t begin, int64_t end);
+extern const Kernels avx2_kernels, avx512_kernels;
 #endif
 
 }  // namespace dynloss::cpu

@@ -29,9 +29,7 @@
 
 namespace dynloss::cpu {
 
-double run_rows_avx2(const Block& block, int64_t begin, int64_t end) {
-  return avx2::run_rows(block, begin, end);
-}
+const Kernels avx2_kernels = {"avx2", &avx2::run_rows, &avx2::count_labels};
 
 }  // namespace dynloss::cpu
 #endif

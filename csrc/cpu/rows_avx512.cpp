@@ -31,9 +31,7 @@
 
 namespace dynloss::cpu {
 
-double run_rows_avx512(const Block& block, int64_t begin, int64_t end) {
-  return avx512::run_rows(block, begin, end);
-}
+const Kernels avx512_kernels = {"avx512", &avx512::run_rows, &avx512::count_labels};
 
 }  // namespace dynloss::cpu
 #endif

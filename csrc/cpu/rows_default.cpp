@@ -17,8 +17,6 @@
 
 namespace dynloss::cpu {
 
-double run_rows_default(const Block& block, int64_t begin, int64_t end) {
-  return portable::run_rows(block, begin, end);
-}
+const Kernels default_kernels = {"default", &portable::run_rows, &portable::count_labels};
 
 }  // namespace dynloss::cpu

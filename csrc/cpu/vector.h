@@ -16,6 +16,7 @@ struct VectorOf<float> {
   typedef int32_t Int __attribute__((vector_size(VECTOR_BYTES)));
   typedef uint32_t Unsigned __attribute__((vector_size(VECTOR_BYTES)));
   typedef uint16_t Short __attribute__((vector_size(VECTOR_BYTES / 2)));
+  typedef float Half __attribute__((vector_size(VECTOR_BYTES / 2)));
 };
 template <>
 struct VectorOf<double> {
@@ -23,22 +24,8 @@ struct VectorOf<double> {
   typedef int64_t Int __attribute__((vector_size(VECTOR_BYTES)));
 };
 
-// One lane of a mask, and as many float64 as there are lanes of T.
 template <typename T>
-struct LaneIndex;
-template <>
-struct LaneIndex<float> {
-  using type = int32_t;
-  typedef double Wide __attribute__((vector_size(VECTOR_BYTES * 2)));
-};
-template <>
-struct LaneIndex<double> {
-  using type = int64_t;
-  typedef double Wide __attribute__((vector_size(VECTOR_BYTES)));
-};
-
-template <typename T>
-using Wide = typename LaneIndex<T>::Wide;
+using Lane = std::conditional_t<std::is_same_v<T, float>, int32_t, int64_t>;
 template <typename T>
 using Vec = typename VectorOf<T>::Real;
 template <typename T>
@@ -49,6 +36,13 @@ constexpr int width = VECTOR_BYTES / sizeof(T);
 template <typename T>
 DYNLOSS_ALWAYS_INLINE Vec<T> broadcast(T x) {
   return x - Vec<T>{};
+}
+
+// f(0), ..., f(n - 1) without a loop: arrays indexed so can live in registers.
+template <int n, typename F>
+DYNLOSS_ALWAYS_INLINE void unrolled(F&& f) {
+  [&]<int... i>(std::integer_sequence<int, i...>)
+      DYNLOSS_ALWAYS_INLINE_LAMBDA { (f(i), ...); }(std::make_integer_sequence<int, n>());
 }
 
 // ---- loads and stores, with conversion from and to the storage type
@@ -112,6 +106,7 @@ DYNLOSS_ALWAYS_INLINE void store(Half* p, Vec<float> x) {
 // The first `count` elements; the rest is `fill`.
 template <typename T, typename S>
 DYNLOSS_ALWAYS_INLINE Vec<T> load_part(const S* p, int count, T fill) {
+  if (count > width<T>) __builtin_unreachable();  // else the compiler warns of it
   S padded[width<T>] = {};
   std::memcpy(padded, p, count * sizeof(S));
   Vec<T> x = load(padded);
@@ -124,6 +119,48 @@ DYNLOSS_ALWAYS_INLINE void store_part(S* p, Vec<T> x, int count) {
   S padded[width<T>];
   store(padded, x);
   std::memcpy(p, padded, count * sizeof(S));
+}
+
+// One label per lane, and which of them are not to be ignored. The low half of a label tells it from all
+// other classes (little endian); only ignore_index may need the rest.
+template <typename T>
+struct Labels {
+  Mask<T> index, counted;
+
+  // `p` has room for a vector's width of labels.
+  DYNLOSS_ALWAYS_INLINE Labels(const int64_t* p, int64_t ignore_index) {
+    Mask<double> halves[sizeof(double) / sizeof(T)];
+    std::memcpy(halves, p, sizeof(halves));
+    index = low_parts(halves);
+    for (auto& half : halves) half = half != ignore_index;
+    counted = low_parts(halves);
+  }
+
+ private:
+  DYNLOSS_ALWAYS_INLINE static Mask<T> low_parts(const Mask<double>* halves) {
+    if constexpr (std::is_same_v<T, double>)
+      return halves[0];
+    else
+      return even_lanes((Mask<float>)halves[0], (Mask<float>)halves[1],
+                        std::make_index_sequence<width<float>>());
+  }
+  template <size_t... Lane>
+  DYNLOSS_ALWAYS_INLINE static Mask<float> even_lanes(Mask<float> a, Mask<float> b,
+                                                      std::index_sequence<Lane...>) {
+    return __builtin_shufflevector(a, b, (2 * Lane)...);
+  }
+};
+
+// A sum per lane in float64.
+template <typename T>
+DYNLOSS_ALWAYS_INLINE void add_wide(Vec<double>& sums, Vec<T> x) {
+  if constexpr (std::is_same_v<T, double>) {
+    sums += x;
+  } else {
+    typename VectorOf<float>::Half halves[2];
+    std::memcpy(halves, &x, sizeof(x));
+    sums += __builtin_convertvector(halves[0], Vec<double>) + __builtin_convertvector(halves[1], Vec<double>);
+  }
 }
 
 // ---- arithmetic
@@ -149,19 +186,21 @@ DYNLOSS_ALWAYS_INLINE T horizontal_sum(Vec<T> x) {
   return parts[0];
 }
 
-// exp(x) for x <= 0: x = n log 2 + r, a polynomial in r, times 2^n through the exponent bits. Adding a large
-// constant rounds to n and leaves n + bias in the low bits. Below the smallest normal number: 0. NaN stays
-// NaN.
+// exp(x) for x <= 0: x = n log 2 + r, a polynomial in r (relative error 1e-8, 2e-17), times 2^n through the
+// exponent bits. Adding a large constant rounds to n and leaves n + bias in the low bits. Below the smallest
+// normal number: 0. NaN stays NaN.
 DYNLOSS_ALWAYS_INLINE Vec<float> exp_nonpositive(Vec<float> x) {
   const Vec<float> shifted = x * 1.44269504088896341f + (12582912.0f + 127.0f);
   const Vec<float> n = shifted - (12582912.0f + 127.0f);
-  const Vec<float> r = (x - n * 0.693145751953125f) - n * 1.42860682030941723212e-6f;
-  Vec<float> p = r * (1.0f / 5040) + 1.0f / 720;
-  p = p * r + 1.0f / 120;
-  p = p * r + 1.0f / 24;
-  p = p * r + 1.0f / 6;
+  // With a fused multiply-add log 2 need not be split: as a float it is right to 2e-9.
+  const Vec<float> r = VECTOR_BYTES > 16 ? x - n * 0.693147180559945309f
+                                         : (x - n * 0.693145751953125f) - n * 1.42860682030941723212e-6f;
+  Vec<float> p = r * 0.00139261835877134945f + 0.00836317905272257737f;
+  p = p * r + 0.0416665546172045742f;
+  p = p * r + 0.166665769896987757f;
   p = p * r + 0.5f;
-  p = p * (r * r) + r + 1.0f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
   const Vec<float> power = (Vec<float>)((Bits)shifted << 23);
   return x < -87.0f ? Vec<float>{} : p * power;
 }
@@ -170,18 +209,17 @@ DYNLOSS_ALWAYS_INLINE Vec<double> exp_nonpositive(Vec<double> x) {
   const Vec<double> shifted = x * 1.4426950408889634074 + (6755399441055744.0 + 1023.0);
   const Vec<double> n = shifted - (6755399441055744.0 + 1023.0);
   const Vec<double> r = (x - n * 6.93147180369123816490e-1) - n * 1.90821492927058770002e-10;
-  Vec<double> p = r * (1.0 / 6227020800.0) + 1.0 / 479001600.0;
-  p = p * r + 1.0 / 39916800.0;
-  p = p * r + 1.0 / 3628800.0;
-  p = p * r + 1.0 / 362880.0;
-  p = p * r + 1.0 / 40320.0;
-  p = p * r + 1.0 / 5040.0;
-  p = p * r + 1.0 / 720.0;
-  p = p * r + 1.0 / 120.0;
-  p = p * r + 1.0 / 24.0;
-  p = p * r + 1.0 / 6.0;
-  p = p * r + 0.5;
-  p = p * (r * r) + r + 1.0;
+  Vec<double> p = r * 2.51003854955103191e-8 + 2.76200884454097482e-7;
+  p = p * r + 2.75572684599970648e-6;
+  p = p * r + 2.48015212959543751e-5;
+  p = p * r + 1.98412698630536169e-4;
+  p = p * r + 1.38888889172137169e-3;
+  p = p * r + 8.33333333333006183e-3;
+  p = p * r + 4.16666666666241279e-2;
+  p = p * r + 1.66666666666666675e-1;
+  p = p * r + 0.500000000000000102;
+  p = p * r + 1.0;
+  p = p * r + 1.0;
   const Vec<double> power = (Vec<double>)((Mask<double>)shifted << 52);
   return x < -708.0 ? Vec<double>{} : p * power;
 }

@@ -1,0 +1,288 @@
+// Rows of few classes: as many rows side by side as a vector has lanes, one vector per class. Also rows of
+// more classes that lie in planes, where a class of neighbouring rows is contiguous.
+//
+// `Classes` is the number of classes where the compiler may know it, so that a tile stays in registers and is
+// transposed with no more shuffles than it needs; 0 serves all other numbers.
+
+template <int Classes, typename F>
+DYNLOSS_ALWAYS_INLINE void for_classes(int64_t num_classes, F&& f) {
+  if constexpr (Classes > 0)
+    unrolled<Classes>(f);
+  else
+    for (int64_t c = 0; c < num_classes; ++c) f(c);
+}
+
+// ---- between rows in memory and one vector per class
+
+// W x W in place, by exchanging ever smaller blocks.
+template <typename T, int B, size_t... Lane>
+DYNLOSS_ALWAYS_INLINE void exchange(Vec<T>& a, Vec<T>& b, std::index_sequence<Lane...>) {
+  const Vec<T> low = __builtin_shufflevector(a, b, ((Lane & B) ? width<T> + Lane - B : Lane)...);
+  const Vec<T> high = __builtin_shufflevector(a, b, ((Lane & B) ? width<T> + Lane : Lane + B)...);
+  a = low;
+  b = high;
+}
+
+template <typename T, int B = width<T> / 2>
+DYNLOSS_ALWAYS_INLINE void transpose_square(Vec<T>* x) {
+  if constexpr (B > 0) {
+    unrolled<width<T>>([&](int i) DYNLOSS_ALWAYS_INLINE_LAMBDA {
+      if ((i & B) == 0) exchange<T, B>(x[i], x[i + B], std::make_index_sequence<width<T>>());
+    });
+    transpose_square<T, B / 2>(x);
+  }
+}
+
+// One operand of a tile. Either class_stride (rows) or row_stride (planes) is 1.
+template <typename S>
+struct View {
+  S* data;
+  int64_t row_stride, class_stride;
+
+  View(const Operand& operand, int64_t row)
+      : data(static_cast<S*>(operand.data) + row * operand.row_stride),
+        row_stride(operand.row_stride),
+        class_stride(operand.class_stride) {}
+  View(S* data, int64_t row_stride, int64_t class_stride)
+      : data(data), row_stride(row_stride), class_stride(class_stride) {}
+  S* at(int64_t row, int64_t class_index) const {
+    return data + row * row_stride + class_index * class_stride;
+  }
+};
+
+// Whole vectors are moved from the start of each row; what they hold beyond it is ignored.
+template <typename T, typename S, int Classes>
+DYNLOSS_ALWAYS_INLINE void load_tile(const View<S>& from, int64_t num_classes, Vec<T>* tile) {
+  if (from.row_stride == 1) {
+    for_classes<Classes>(num_classes,
+                         [&](int64_t c) DYNLOSS_ALWAYS_INLINE_LAMBDA { tile[c] = load(from.at(0, c)); });
+    return;
+  }
+  for (int64_t first = 0; first < num_classes; first += width<T>) {
+    Vec<T> rows[width<T>];
+    unrolled<width<T>>(
+        [&](int i) DYNLOSS_ALWAYS_INLINE_LAMBDA { rows[i] = load(from.data + i * from.row_stride + first); });
+    transpose_square<T>(rows);
+    unrolled<width<T>>([&](int i) DYNLOSS_ALWAYS_INLINE_LAMBDA {
+      if (Classes == 0 || first + i < num_classes) tile[first + i] = rows[i];
+    });
+  }
+}
+
+// The same way back: with `overlap`, what a vector holds beyond its row is overwritten by the next.
+template <typename T, typename S, int Classes>
+DYNLOSS_ALWAYS_INLINE void store_tile(const View<S>& to, int64_t num_classes, const Vec<T>* tile,
+                                      bool overlap) {
+  if (to.row_stride == 1) {
+    for_classes<Classes>(num_classes,
+                         [&](int64_t c) DYNLOSS_ALWAYS_INLINE_LAMBDA { store(to.at(0, c), tile[c]); });
+    return;
+  }
+  for (int64_t first = 0; first < num_classes; first += width<T>) {
+    Vec<T> rows[width<T>];
+    unrolled<width<T>>([&](int i) DYNLOSS_ALWAYS_INLINE_LAMBDA {
+      rows[i] = Classes == 0 || first + i < num_classes ? tile[first + i] : Vec<T>{};
+    });
+    transpose_square<T>(rows);
+    const int64_t count = num_classes - first;
+    S* to_first = to.data + first;
+    if (count >= width<T> || (overlap && num_classes <= width<T>))
+      unrolled<width<T>>([&](int i)
+                             DYNLOSS_ALWAYS_INLINE_LAMBDA { store(to_first + i * to.row_stride, rows[i]); });
+    else
+      for (int i = 0; i < width<T>; ++i)
+        store_part<T, S>(to_first + i * to.row_stride, rows[i], static_cast<int>(count));
+  }
+}
+
+// A tile that may not be moved by whole vectors, in planes of its own.
+template <typename T, typename S>
+struct Stage {
+  S data[max_plane_classes * width<T>];
+
+  View<S> view() { return {data, 1, width<T>}; }
+  View<S> load(const View<S>& from, int rows, int64_t num_classes) {
+    std::memset(data, 0, num_classes * width<T> * sizeof(S));
+    for (int64_t c = 0; c < num_classes; ++c)
+      for (int i = 0; i < rows; ++i) data[c * width<T> + i] = *from.at(i, c);
+    return view();
+  }
+  void store(const View<S>& to, int rows, int64_t num_classes) const {
+    for (int64_t c = 0; c < num_classes; ++c)
+      for (int i = 0; i < rows; ++i) *to.at(i, c) = data[c * width<T> + i];
+  }
+};
+
+// ---- the arithmetic of a tile
+
+// What the rows of a block share.
+template <typename T>
+struct Shared {
+  explicit Shared(const Block& block)
+      : num_classes(block.num_classes),
+        smooth(block.label_smoothing != 0),
+        keep(static_cast<T>(1.0 - block.label_smoothing)),
+        spread(static_cast<T>(block.label_smoothing / static_cast<double>(block.num_classes))),
+        spread_total(static_cast<T>(block.weights_sum) * spread),
+        scale(static_cast<T>(block.scale)) {
+    for (int64_t c = 0; c < num_classes; ++c) weights[c] = static_cast<T>(block.weights[c]);
+  }
+  int64_t num_classes;
+  bool smooth;
+  T keep, spread, spread_total, scale;
+  T weights[max_plane_classes];
+};
+
+// The rows of a tile and what is wanted of each.
+template <typename T, typename S>
+struct Tile {
+  View<S> logits, u, v, out;
+  Labels<T> labels;
+  bool all_counted;
+  bool overlap;
+  Vec<T> scale;
+};
+
+template <typename T, typename S, Kind K, int Classes>
+DYNLOSS_ALWAYS_INLINE Vec<T> run_tile(const Shared<T>& shared, const Tile<T, S>& tile) {
+  constexpr bool has_v = K == Kind::hessian || K == Kind::third;
+  constexpr int room = Classes > 0 ? Classes : max_plane_classes;
+  const int64_t C = Classes > 0 ? Classes : shared.num_classes;
+  Vec<T> z[room];
+  load_tile<T, S, Classes>(tile.logits, C, z);
+  // An ignored row counts for nothing, not even with a NaN.
+  const auto drop_ignored = [&](Vec<T>* x) DYNLOSS_ALWAYS_INLINE_LAMBDA {
+    if (tile.all_counted) return;
+    for (int64_t c = 0; c < C; ++c) x[c] = tile.labels.counted ? x[c] : Vec<T>{};
+  };
+  drop_ignored(z);
+  Vec<T> top = z[0];
+  for_classes<Classes>(C, [&](int64_t c) DYNLOSS_ALWAYS_INLINE_LAMBDA { top = maximum(z[c], top); });
+
+  Vec<T> on_label{}, picked{}, smoothed{}, sum{};
+  for_classes<Classes>(C, [&](int64_t c) DYNLOSS_ALWAYS_INLINE_LAMBDA {
+    const Mask<T> here = tile.labels.index == static_cast<Lane<T>>(c);
+    const Vec<T> shifted = z[c] - top;
+    on_label = here ? broadcast(shared.weights[c]) : on_label;
+    if constexpr (has_loss_v<K>) {
+      picked = here ? shifted : picked;
+      if (shared.smooth) smoothed += shared.weights[c] * shifted;
+    }
+    z[c] = exp_nonpositive(shifted);
+    sum += z[c];
+  });
+  on_label *= shared.keep;
+  const Vec<T> total = on_label + shared.spread_total;
+
+  if constexpr (has_output_v<K>) {
+    const Vec<T> scaled_total = tile.scale * total / sum;  // times exp(z - top): scale·Q·p
+    if constexpr (!has_v) {
+      const Vec<T> at_label = tile.scale * on_label, at_all = tile.scale * shared.spread;
+      for_classes<Classes>(C, [&](int64_t c) DYNLOSS_ALWAYS_INLINE_LAMBDA {
+        Vec<T> x = z[c] * scaled_total;
+        if (shared.smooth) x -= at_all * shared.weights[c];
+        z[c] = tile.labels.index == static_cast<Lane<T>>(c) ? x - at_label : x;
+      });
+    } else {
+      Vec<T> pv{}, pu{}, puv{}, v[room], u[K == Kind::third ? room : 1];
+      load_tile<T, S, Classes>(tile.v, C, v);
+      drop_ignored(v);
+      if constexpr (K == Kind::third) {
+        load_tile<T, S, Classes>(tile.u, C, u);
+        drop_ignored(u);
+      }
+      for_classes<Classes>(C, [&](int64_t c) DYNLOSS_ALWAYS_INLINE_LAMBDA {
+        const Vec<T> weighted = z[c] * v[c];
+        pv += weighted;
+        if constexpr (K == Kind::third) {
+          pu += z[c] * u[c];
+          puv += weighted * u[c];
+        }
+      });
+      pv /= sum;
+      pu /= sum;
+      puv /= sum;
+      for_classes<Classes>(C, [&](int64_t c) DYNLOSS_ALWAYS_INLINE_LAMBDA {
+        if constexpr (K == Kind::hessian)
+          z[c] *= scaled_total * hessian_factor(v[c], pv);
+        else
+          z[c] *= scaled_total * third_factor(u[c], v[c], pu, pv, puv);
+      });
+    }
+    drop_ignored(z);
+    store_tile<T, S, Classes>(tile.out, C, z, tile.overlap);
+  }
+  if constexpr (has_loss_v<K>) {
+    Vec<T> linear = on_label * picked;
+    if (shared.smooth) linear += shared.spread * smoothed;
+    const Vec<T> loss = total * log_of_sum(sum) - linear;
+    return tile.all_counted ? loss : (tile.labels.counted ? loss : Vec<T>{});
+  }
+  return Vec<T>{};
+}
+
+// ---- the tiles of a chunk
+
+// How many whole tiles of an operand may be moved by whole vectors without leaving rows [begin, end).
+template <typename T>
+int64_t whole_tiles(const Operand& operand, int64_t rows, int64_t num_classes) {
+  if (operand.data == nullptr || operand.row_stride == 1) return rows / width<T>;
+  // The last vector of a tile's last row ends `reach` elements after the tile's start.
+  const int64_t padded = (num_classes + width<T> - 1) / width<T> * width<T>;
+  const int64_t reach = (width<T> - 1) * operand.row_stride + padded;
+  const int64_t size = (rows - 1) * operand.row_stride + num_classes;
+  if (size < reach) return 0;
+  return operand.row_stride == 0 ? rows / width<T> : (size - reach) / (width<T> * operand.row_stride) + 1;
+}
+
+template <typename T, typename S, Kind K, int Classes>
+double run_small_rows(const Block& block, int64_t begin, int64_t end) {
+  const Shared<T> shared(block);
+  const int64_t C = block.num_classes, rows = end - begin;
+  constexpr bool has_v = K == Kind::hessian || K == Kind::third;
+  int64_t whole = whole_tiles<T>(block.logits, rows, C);
+  if (has_v) whole = std::min(whole, whole_tiles<T>(block.v, rows, C));
+  if (K == Kind::third) whole = std::min(whole, whole_tiles<T>(block.u, rows, C));
+  if (has_output_v<K>) whole = std::min(whole, whole_tiles<T>(block.out, rows, C));
+  const int64_t whole_end = begin + whole * width<T>;
+  Stage<T, S> logits, out;
+  Stage<T, S> u, v;
+  Vec<double> loss_sums{};
+  int64_t last_labels[width<T>];
+  for (int64_t row = begin; row < end; row += width<T>) {
+    const int count = static_cast<int>(std::min<int64_t>(width<T>, end - row));
+    const int64_t* labels = block.labels + row;
+    if (count < width<T>) {
+      std::fill(last_labels, last_labels + width<T>, block.ignore_index);
+      labels = std::copy(labels, labels + count, last_labels) - count;
+    }
+    Tile<T, S> tile{{block.logits, row},
+                    {block.u, row},
+                    {block.v, row},
+                    {block.out, row},
+                    {labels, block.ignore_index},
+                    count == width<T> && !block.any_ignored,
+                    false,
+                    {}};
+    const View<S> result = tile.out;
+    const bool staged = row >= whole_end;
+    if (staged) {
+      tile.logits = logits.load(tile.logits, count, C);
+      if (has_v) tile.v = v.load(tile.v, count, C);
+      if (K == Kind::third) tile.u = u.load(tile.u, count, C);
+      tile.out = out.view();
+    }
+    // Not where the logits of the next rows are still to be read, nor into what lies between rows.
+    tile.overlap = block.out.row_stride == C && !block.into_logits;
+    tile.scale = broadcast(shared.scale);
+    if (block.row_scale != nullptr)
+      tile.scale *= load_part<T, T>(static_cast<const T*>(block.row_scale) + row, count, T(0));
+    const Vec<T> loss = run_tile<T, S, K, Classes>(shared, tile);
+    if (has_output_v<K> && staged) out.store(result, count, C);
+    if constexpr (has_loss_v<K>) {
+      if (block.row_loss != nullptr) store_part<T, S>(static_cast<S*>(block.row_loss) + row, loss, count);
+      add_wide<T>(loss_sums, loss);
+    }
+  }
+  return horizontal_sum<double>(loss_sums);
+}
