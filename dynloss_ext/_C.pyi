@@ -5,6 +5,30 @@ from torch import Tensor
 
 def cpu_instruction_set() -> str: ...
 
+# Plain eager calls; NotImplemented (not in the types) for all others.
+def cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    oscillation: object,
+    step: object,
+    reduction: str,
+    normalization: str,
+    ignore_index: int,
+    label_smoothing: float,
+    /,
+) -> Tensor: ...
+def cross_entropy_with_gradient(
+    logits: Tensor,
+    target: Tensor,
+    oscillation: object,
+    step: object,
+    reduction: str,
+    normalization: str,
+    ignore_index: int,
+    label_smoothing: float,
+    /,
+) -> tuple[Tensor, Tensor]: ...
+
 class SymmetricOperator:
     @property
     def size(self) -> int: ...

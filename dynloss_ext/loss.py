@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dynloss_ext import _vmap  # noqa: F401  (registers the batching rules)
+from dynloss_ext import _C, _vmap  # noqa: F401  (_vmap registers the batching rules)
 from dynloss_ext.oscillation import Oscillation, check_step
 
 __all__ = ["DynamicCrossEntropyLoss", "dynamic_cross_entropy", "loss_and_gradient"]
@@ -134,8 +134,12 @@ def dynamic_cross_entropy(
     """
     if reduction == "none" and isinstance(logits, Tensor) and torch.is_autocast_enabled(logits.device.type):
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    arguments = _arguments(logits, target, oscillation, step, reduction, normalization, ignore_index, label_smoothing)
-    loss: Tensor = _ops.cross_entropy(*arguments)[0]
+    options = (reduction, normalization, ignore_index, label_smoothing)
+    if not torch.compiler.is_compiling():
+        plain = _C.cross_entropy(logits, target, getattr(oscillation, "_plain", None), step, *options)
+        if plain is not NotImplemented:
+            return plain
+    loss: Tensor = _ops.cross_entropy(*_arguments(logits, target, oscillation, step, *options))[0]
     return loss
 
 
@@ -161,7 +165,12 @@ def loss_and_gradient(
         As :func:`dynamic_cross_entropy`; RuntimeError where a ``torch.func`` transform or forward mode would
         differentiate through it.
     """
-    arguments = _arguments(logits, target, oscillation, step, reduction, normalization, ignore_index, label_smoothing)
+    options = (reduction, normalization, ignore_index, label_smoothing)
+    if not torch.compiler.is_compiling():
+        plain = _C.cross_entropy_with_gradient(logits, target, getattr(oscillation, "_plain", None), step, *options)
+        if plain is not NotImplemented:
+            return plain
+    arguments = _arguments(logits, target, oscillation, step, *options)
     loss, gradient, _, normalizer = _ops.cross_entropy_with_gradient(*arguments)
     if gradient.is_cuda:
         _ops.rescale_(gradient, torch.ones(normalizer.shape[:-1], device=gradient.device), normalizer)

@@ -231,6 +231,8 @@ class Oscillation:
         self._placed: dict[torch.device, tuple[Tensor, Tensor | None, Tensor | None]] = {
             torch.device("cpu"): (self._clock, self._class_order, self._table)
         }
+        #: What csrc/eager.cpp reads; None where a call needs Python.
+        self._plain = None if self._function is not None else (self._num_classes, self._placed)
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Clock, class order and table on ``device``, as the ops take them."""

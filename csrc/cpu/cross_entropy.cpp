@@ -1,10 +1,10 @@
 // The cross-entropy ops on CPU: targets are checked and counted, Γ(step) is evaluated, and the rows are
 // shared out over threads in chunks that depend on the shape alone, so that the result has the same bits for
 // every number of threads.
+#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
+#include <c10/util/SmallVector.h>
 #include <torch/library.h>
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -28,6 +28,11 @@ using Optional = std::optional<at::Tensor>;
 
 constexpr int64_t elements_per_chunk = 8192;
 constexpr int64_t elements_worth_a_thread = 32768;
+
+// Without the detour through the dispatcher, which takes as long as a small loss.
+at::Tensor new_tensor(at::IntArrayRef sizes, at::ScalarType dtype) {
+  return at::detail::empty_cpu(sizes, dtype);
+}
 
 // ---- Γ(step)
 
@@ -67,7 +72,7 @@ at::Tensor oscillation_weights(const at::Tensor& steps, const at::Tensor& clock,
   std::vector<int64_t> sizes = {steps.size(0)};
   if (is_ensemble(clock)) sizes.push_back(members);
   sizes.push_back(classes);
-  const at::Tensor weights = at::empty(sizes, steps.options().dtype(at::kDouble));
+  const at::Tensor weights = new_tensor(sizes, at::kDouble);
   const at::Tensor clocks = clock.contiguous(), step_list = steps.contiguous();
   const Optional tables = table ? Optional(table->contiguous()) : table;
   const Optional order = class_order ? Optional(class_order->contiguous()) : class_order;
@@ -146,8 +151,12 @@ void advise_huge_pages(const at::Tensor& fresh) {
 #endif
 }
 
+// Shaped like the logits, and with their strides where these leave no gaps.
 at::Tensor new_gradient(const at::Tensor& logits) {
-  at::Tensor gradient = at::empty_like(logits);
+  at::Tensor gradient =
+      logits.is_non_overlapping_and_dense()
+          ? at::Tensor(at::detail::empty_strided_cpu(logits.sizes(), logits.strides(), logits.scalar_type()))
+          : new_tensor(logits.sizes(), logits.scalar_type());
   advise_huge_pages(gradient);
   return gradient;
 }
@@ -239,20 +248,24 @@ double sum_of_label_weights(const int64_t* labels, int64_t rows, int64_t ignore_
 
 // ---- running the rows
 
+// One value per block, mostly a single one.
+template <typename T>
+using Few = c10::SmallVector<T, 4>;
+
 // All blocks of a call; Γ, the sum of Γ and the scale may differ from block to block.
 struct Run {
   Layout layout;
   Block block;  // what the blocks have in common
-  std::vector<const int64_t*> labels;
-  std::vector<const double*> weights;
-  std::vector<double> scale;
+  Few<const int64_t*> labels;
+  Few<const double*> weights;
+  Few<double> scale;
   char* row_loss = nullptr;
   const char* row_scale = nullptr;
   int64_t item_size = 0;       // of row_loss
   int64_t row_scale_size = 0;  // of row_scale
 
   // The sum of the losses of each block.
-  std::vector<double> operator()() const {
+  Few<double> operator()() const {
     const RunRows run_rows = selected_kernels().run_rows;
     const int64_t classes = std::max<int64_t>(layout.classes, 1);
     // A multiple of every vector's width, so that only the last chunk of a block has a partial vector.
@@ -260,23 +273,23 @@ struct Run {
     const int64_t long_row_chunk = std::max<int64_t>(1, elements_per_chunk / classes);
     const int64_t chunk = classes <= max_tile_classes || layout.planes ? rows_per_chunk : long_row_chunk;
     const int64_t chunks = (layout.rows + chunk - 1) / chunk;
-    std::vector<double> partial(layout.blocks * chunks);
+    c10::SmallVector<double, 64> partial(layout.blocks * chunks);
     const int64_t grain = std::max<int64_t>(1, elements_worth_a_thread / (chunk * classes));
-    const std::vector<double> weight_sums = sums_of_weights();
+    const Few<double> weight_sums = sums_of_weights();
     at::parallel_for(0, layout.blocks * chunks, grain, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t index = i / chunks, first = i % chunks * chunk;
         partial[i] = run_rows(at(index, weight_sums), first, std::min(first + chunk, layout.rows));
       }
     });
-    std::vector<double> sums(layout.blocks, 0.0);
+    Few<double> sums(layout.blocks, 0.0);
     for (int64_t i = 0; i < layout.blocks * chunks; ++i) sums[i / chunks] += partial[i];
     return sums;
   }
 
  private:
-  std::vector<double> sums_of_weights() const {
-    std::vector<double> sums(layout.blocks, 0.0);
+  Few<double> sums_of_weights() const {
+    Few<double> sums(layout.blocks, 0.0);
     if (block.label_smoothing == 0) return sums;
     for (int64_t index = 0; index < layout.blocks; ++index) {
       if (index > 0 && weights[index] == weights[index - 1]) {
@@ -288,7 +301,7 @@ struct Run {
     return sums;
   }
 
-  Block at(int64_t index, const std::vector<double>& weight_sums) const {
+  Block at(int64_t index, const Few<double>& weight_sums) const {
     Block result = block;
     const auto advance = [&](Operand& operand, int64_t size) {
       if (operand.data != nullptr)
@@ -327,7 +340,7 @@ Run new_run(Kind kind, const Operands& operands, const at::Tensor& logits, const
   return run;
 }
 
-void write_loss(const at::Tensor& loss, const std::vector<double>& block_sums, const double* normalizer) {
+void write_loss(const at::Tensor& loss, const Few<double>& block_sums, const double* normalizer) {
   const int64_t members = loss.numel();
   for (int64_t e = 0; e < members; ++e) {
     double sum = 0;
@@ -367,9 +380,9 @@ Forward forward(Gradient gradient, const at::Tensor& logits, const at::Tensor& t
   const at::Tensor labels = as_labels(target);
 
   Forward result;
-  const auto doubles = clock.options();
-  result.weights = ensemble ? at::empty({members, classes}, doubles) : at::empty({classes}, doubles);
-  result.normalizer = ensemble ? at::empty({members, 2}, doubles) : at::empty({2}, doubles);
+  result.weights =
+      ensemble ? new_tensor({members, classes}, at::kDouble) : new_tensor({classes}, at::kDouble);
+  result.normalizer = ensemble ? new_tensor({members, 2}, at::kDouble) : new_tensor({2}, at::kDouble);
   double* weights = result.weights.mutable_data_ptr<double>();
   double* normalizer = result.normalizer.mutable_data_ptr<double>();
   const at::Tensor clocks = clock.contiguous();
@@ -412,13 +425,12 @@ Forward forward(Gradient gradient, const at::Tensor& logits, const at::Tensor& t
   const at::ScalarType dtype = loss_dtype(logits, reduction);
   if (reduction == reduction_none) {
     const auto sizes = ensemble ? at::DimVector{members, logits.size(1)} : at::DimVector(target.sizes());
-    result.loss = at::empty(sizes, logits.options().dtype(dtype));
+    result.loss = new_tensor(sizes, dtype);
     // Empty tensors have no rows to write.
     run.row_loss = static_cast<char*>(result.loss.data_ptr());
     run();
   } else {
-    result.loss = ensemble ? at::empty({members}, logits.options().dtype(dtype))
-                           : at::empty({}, logits.options().dtype(dtype));
+    result.loss = ensemble ? new_tensor({members}, dtype) : new_tensor({}, dtype);
     write_loss(result.loss, run(), normalizer);
   }
   operands.finish();
