@@ -44,7 +44,7 @@ class SpiralMLP(nn.Module):
         self.b1, self.b2 = nn.Parameter(b1.unsqueeze(1).clone()), nn.Parameter(b2.unsqueeze(1).clone())
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = torch.relu(torch.addmm(self.b1, self.w1, x.t()))
+        hidden = torch.addmm(self.b1, self.w1, x.t()).relu_()
         return torch.addmm(self.b2, self.w2, hidden).t()
 
     @classmethod
