@@ -286,6 +286,24 @@ def test_replayed_graph_advances_the_oscillation(rows):
         torch.testing.assert_close(captured, gradient, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("where", ["cpu", "cuda"])
+@pytest.mark.parametrize("module", [False, True])
+def test_function_of_the_user_is_refused_in_a_graph(module, where):
+    code = (
+        "import torch, dynloss_ext as d\n"
+        f"o = d.Oscillation.from_function(lambda step: torch.ones(3, device='{where}'), 3)\n"
+        "x, y = torch.zeros(4, 3).cuda(), torch.zeros(4, dtype=torch.int64).cuda()\n"
+        "criterion = d.DynamicCrossEntropyLoss(o).cuda()\n"
+        f"loss = (lambda: criterion(x, y)) if {module} else (lambda: d.dynamic_cross_entropy(x, y, o, 3))\n"
+        "loss()\n"
+        "try:\n"
+        "    with torch.cuda.graph(torch.cuda.CUDAGraph()): loss()\n"
+        "except Exception as error: print(error)\n"
+        "else: raise SystemExit('captured a constant, silently')"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_nothing_waits_for_the_device():
     logits = randn(20000, 10, dtype=torch.float32).cuda().requires_grad_()
     target, step = labels(10, 20000).cuda(), torch.tensor(3, device="cuda")
