@@ -5,6 +5,8 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/ones_like.h>
+#include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGraphsC10Utils.h>
@@ -344,9 +346,13 @@ void rescale_(at::Tensor& gradient, const at::Tensor& grad_output, const at::Ten
   const at::Tensor divisors = normalizer.contiguous();
   const Factors factors(grad_output, ensemble);
   if (!(ensemble ? gradient.select(0, 0) : gradient).is_non_overlapping_and_dense()) {
-    at::Tensor factor = grad_output.to(at::kDouble) * divisors.select(-1, 1) / divisors.select(-1, 0);
-    if (ensemble) factor = factor.reshape({-1, 1, 1});
-    gradient.mul_(factor.to(gradient.scalar_type()));
+    const at::Tensor divisor = divisors.select(-1, 0);
+    // A mean over nothing has a gradient of 0, whatever it is divided by.
+    const at::Tensor safe = at::where(divisor == 0, at::ones_like(divisor), divisor);
+    const at::Tensor factor = grad_output.to(at::kDouble) * divisors.select(-1, 1) / safe;
+    // With a dimension, so that a half takes part as float32: it could not hold the factor.
+    gradient.mul_(factor.to(gradient.scalar_type() == at::kDouble ? at::kDouble : at::kFloat)
+                      .reshape(ensemble ? at::DimVector{-1, 1, 1} : at::DimVector{1}));
     return;
   }
   Rescale problem;

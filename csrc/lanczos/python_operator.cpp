@@ -1,7 +1,6 @@
 #include "python_operator.h"
 
 #include <ATen/core/grad_mode.h>
-#include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <string>
@@ -18,11 +17,12 @@ at::Tensor PythonOperator::apply(const at::Tensor& v) {
   const py::gil_scoped_acquire gil;
   const at::AutoGradMode grad_mode(grad_mode_);
   const py::object answer = product_(v.clone());  // its own: what it does to v must not reach the driver
-  if (!THPVariable_Check(answer.ptr())) {
+  py::detail::make_caster<at::Tensor> tensor;
+  if (!tensor.load(answer, /*convert=*/false)) {
     throw py::type_error("H(v) must return a torch.Tensor, got " +
                          std::string(py::str(py::type::of(answer).attr("__name__"))));
   }
-  const at::Tensor product = THPVariable_Unpack(answer.ptr()).detach();
+  const at::Tensor product = py::detail::cast_op<at::Tensor&>(tensor).detach();
   if (product.dim() != 1 || product.size(0) != size_ || product.scalar_type() != v.scalar_type() ||
       product.device() != v.device()) {
     throw py::value_error("H(v) must return a tensor like v, of shape (" + std::to_string(size_) + ",), " +

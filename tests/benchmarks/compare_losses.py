@@ -1,27 +1,30 @@
 """Times the loss against its peers by turns and prints a table of ratios.
 
     python tests/benchmarks/compare_losses.py --threads 2 --json results/loss_cpu.json --figure results/loss_cpu.png
+    python tests/benchmarks/compare_losses.py --device cuda --json results/loss_cuda.json
 
-Every round runs each contender once, so that all meet the same machine; the minimum over the rounds counts.
+Every round runs each contender once, so that all meet the same machine; the minimum over the rounds counts. The JSON
+is written anew after each case.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from loss_contenders import CASES, contenders
+from loss_contenders import CASES, PEERS, Contender, contenders
+from machine import machine
 
 import dynloss_ext
 from dynloss_ext import _C
 
-#: Targets for eager / ours and compile / ours, at two threads.
+#: Targets for eager / ours and compile / ours, on a CPU with two threads.
 TARGETS = {
     "300x3-float32": (4, 4),
     "512x10-float32": (5, 4),
@@ -32,89 +35,167 @@ TARGETS = {
     "4096x1000-bfloat16": (2.3, 3.5),
 }
 
-
-def processor() -> str:
-    """The processor's name, as far as the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+Row = dict[str, float | str]
 
 
-def machine(threads: int) -> dict[str, Any]:
-    """What the figures depend on."""
-    return {
-        "processor": processor(),
-        "threads": threads,
-        "instruction_set": _C.cpu_instruction_set(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "dynloss_ext": dynloss_ext.__version__,
-    }
+# ---- timing
 
 
-def interleaved_minimum(runs: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
+def cpu_round(runs: dict[str, Contender]) -> dict[str, float]:
+    """Microseconds of one run each."""
+    times = {}
+    for name, contender in runs.items():
+        start = time.perf_counter()
+        contender.run()
+        times[name] = (time.perf_counter() - start) * 1e6 / contender.calls
+    return times
+
+
+def cuda_round(runs: dict[str, Contender]) -> dict[str, float]:
+    """Microseconds of one run each, between events on the device."""
+    events = {}
+    for name, contender in runs.items():
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        contender.run()
+        end.record()
+        events[name] = (begin, end)
+    torch.cuda.synchronize()
+    return {name: begin.elapsed_time(end) * 1e3 / runs[name].calls for name, (begin, end) in events.items()}
+
+
+def interleaved_minimum(
+    runs: dict[str, Contender], seconds: float, one_round: Callable[[dict[str, Contender]], dict[str, float]]
+) -> dict[str, float]:
     """Microseconds per call, the minimum over rounds in which each contender takes its turn."""
     best = dict.fromkeys(runs, float("inf"))
-    for run in runs.values():
-        run()
     deadline = time.perf_counter() + seconds
     rounds = 0
     while rounds < 15 or (time.perf_counter() < deadline and rounds < 2000):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            best[name] = min(best[name], (time.perf_counter() - start) * 1e6)
+        best = {name: min(best[name], value) for name, value in one_round(runs).items()}
         rounds += 1
     return best
 
 
-def draw(rows: dict[str, dict[str, float]], path: Path) -> None:
+def time_case(candidates: dict[str, Contender | str], seconds: float, device: str) -> Row:
+    """The time of each contender, or why there is none: a peer is not installed, or fails."""
+    runs: dict[str, Contender] = {}
+    row: Row = {}
+    for name, candidate in candidates.items():
+        if isinstance(candidate, str):
+            row[name] = candidate
+            continue
+        try:
+            candidate.run()
+            if device == "cuda":
+                torch.cuda.synchronize()
+        except Exception as error:
+            if name not in PEERS:
+                raise
+            row[name] = f"failed ({type(error).__name__}: {str(error).partition(chr(10))[0][:200]})"
+        else:
+            runs[name] = candidate
+    row |= interleaved_minimum(runs, seconds, cuda_round if device == "cuda" else cpu_round)
+    return row
+
+
+# ---- reporting
+
+
+def add_bandwidth(row: Row, samples: int, copied_bytes: int) -> None:
+    """GB/s of the copy and of the kernel, which also reads the labels; its share of the copy's."""
+    copy, kernel = row["copy"], row["kernel"]
+    assert isinstance(copy, float) and isinstance(kernel, float)
+    row["copy_gbps"] = 2 * copied_bytes / copy / 1e3
+    row["kernel_gbps"] = (2 * copied_bytes + 8 * samples) / kernel / 1e3
+
+
+def ratio(row: Row, name: str) -> float:
+    """The time of a contender over ours; NaN where it has none."""
+    value, ours = row.get(name), row["ours"]
+    assert isinstance(ours, float)
+    return value / ours if isinstance(value, float) else float("nan")
+
+
+def write(report: dict[str, Any], path: Path) -> None:
+    scratch = path.with_name(path.name + ".tmp")
+    scratch.write_text(json.dumps(report, indent=2) + "\n")
+    os.replace(scratch, path)
+
+
+def print_row(name: str, row: Row, rivals: list[str]) -> None:
+    figures = "".join(f"{x:12.1f}" if isinstance(x := row.get(column), float) else f"{'-':>12}" for column in COLUMNS)
+    goals = TARGETS.get(name, ())
+    print(f"{name:24}{figures}" + "".join(f"{ratio(row, rival):14.2f}" for rival in rivals), *goals, flush=True)
+
+
+COLUMNS = ["ours", "eager", "compile", "loss_and_gradient", "copy", "autograd floor", "kernel"]
+
+
+def draw(rows: dict[str, Row], rivals: list[str], title: str, path: Path) -> None:
     """Bars of the ratios, with a line at 1."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(8, 3.6), layout="constrained")
-    for offset, peer in ((-0.2, "eager"), (0.2, "compile")):
-        ratios = [row[peer] / row["ours"] for row in rows.values()]
-        positions = [i + offset for i in range(len(rows))]
-        bars = axes.bar(positions, ratios, 0.38, label=f"PyTorch {peer}")
-        axes.bar_label(bars, [f"{ratio:.1f}" for ratio in ratios], fontsize=8, padding=2)
+    rivals = [rival for rival in rivals if any(isinstance(row.get(rival), float) for row in rows.values())]
+    width = 0.8 / len(rivals)
+    figure, axes = plt.subplots(figsize=(max(8, 0.9 * len(rows)), 3.6), layout="constrained")
+    for k, peer in enumerate(rivals):
+        positions = [i + (k - (len(rivals) - 1) / 2) * width for i in range(len(rows))]
+        ratios = [ratio(row, peer) for row in rows.values()]
+        label = f"PyTorch {peer}" if peer in ("eager", "compile") else peer
+        bars = axes.bar(positions, ratios, width * 0.95, label=label)
+        axes.bar_label(bars, [f"{x:.1f}" if x == x else "" for x in ratios], fontsize=8, padding=2)
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set_yscale("log")
     axes.set_xticks(range(len(rows)), [name.replace("-", "\n") for name in rows], fontsize=8)
     axes.set_ylabel("time of the peer / ours")
-    axes.set_title("Forward and backward pass of the dynamical loss on CPU", fontsize=10)
+    axes.set_title(title, fontsize=10)
     axes.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=3.0, help="per case")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--figure", type=Path)
     options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no CUDA device")
     torch.set_num_threads(options.threads)
-    rows = {}
-    print(f"{'case':20}{'ours':>10}{'eager':>10}{'compile':>10}{'l+g':>10}{'copy':>10}{'floor':>10}", end="")
-    print(f"{'eager/ours':>12}{'target':>8}{'compile/ours':>14}{'target':>8}")
-    for case in CASES:
-        row = interleaved_minimum(contenders(case), options.seconds)
-        rows[str(case)] = row
-        eager, compiled = row["eager"] / row["ours"], row["compile"] / row["ours"]
-        goals = TARGETS[str(case)]
-        print(f"{case!s:20}" + "".join(f"{value:10.1f}" for value in row.values()), end="")
-        print(f"{eager:12.2f}{goals[0]:8}{compiled:14.2f}{goals[1]:8}", flush=True)
-    if options.json:
-        report = {"machine": machine(options.threads), "unit": "microseconds, minimum", "cases": rows}
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
+    rivals = ["eager", "compile", *(PEERS if options.device == "cuda" else [])]
+    description = machine(options.device) | {
+        "instruction_set": _C.cpu_instruction_set(),
+        "dynloss_ext": dynloss_ext.__version__,
+    }
+    rows: dict[str, Row] = {}
+    report = {"machine": description, "unit": "microseconds, minimum", "cases": rows}
+    print(f"{'us':24}" + "".join(f"{name[:11]:>12}" for name in COLUMNS), end="")
+    print("".join(f"{rival + '/ours':>14}" for rival in rivals) + ("  targets" if options.device == "cpu" else ""))
+    for case in CASES[options.device]:
+        try:
+            row = time_case(contenders(case, options.device), options.seconds, options.device)
+            if "kernel" in row:
+                add_bandwidth(row, case.samples, case.bytes)
+            rows[str(case)] = row
+            print_row(str(case), row, rivals)
+        except torch.cuda.OutOfMemoryError as error:
+            print(f"{case!s:24} out of memory: {str(error).partition('. ')[0]}", flush=True)
+        if options.device == "cuda":
+            torch.cuda.empty_cache()
+        if options.json:
+            write(report, options.json)
+    for rival in rivals:
+        reasons = {reason for row in rows.values() if isinstance(reason := row.get(rival), str)}
+        print(*(f"{rival}: {reason}" for reason in sorted(reasons)), sep="\n", end="\n" if reasons else "")
     if options.figure:
-        draw(rows, options.figure)
+        where = description["gpu"]["name"] if options.device == "cuda" else "CPU"
+        draw(rows, rivals, f"Forward and backward pass of the dynamical loss on {where}", options.figure)
 
 
 if __name__ == "__main__":
