@@ -1,5 +1,7 @@
 #include "binding.h"
 
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/tensor.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
@@ -53,7 +55,7 @@ std::vector<at::Tensor> undefined_for_none(const OptionalTensors& tensors) {
   return out;
 }
 
-py::dict run_eigsh(SymmetricOperator& op, int64_t k, const std::string& which, double tol,
+py::tuple run_eigsh(SymmetricOperator& op, int64_t k, const std::string& which, double tol,
                    const std::optional<at::Tensor>& v0, int64_t max_hvp, int64_t max_basis, uint64_t seed,
                    bool audit) {
   const EigshOptions options{.count = k,
@@ -65,14 +67,10 @@ py::dict run_eigsh(SymmetricOperator& op, int64_t k, const std::string& which, d
                              .audit = audit,
                              .poll = check_signals};
   EigshResult result = without_gil([&] { return eigsh(op, options, v0.value_or(at::Tensor())); });
-  py::dict out;
-  out["values"] = std::move(result.values);
-  out["residuals"] = std::move(result.residuals);
-  out["converged"] = std::move(result.converged);
-  out["vectors"] = std::move(result.vectors);
-  out["num_hvp"] = result.num_products;
-  out["status"] = std::move(result.status);
-  return out;
+  const at::AutoDispatchBelowADInplaceOrView below;
+  return py::make_tuple(at::tensor(result.values, at::kDouble), std::move(result.vectors),
+                        at::tensor(result.residuals, at::kDouble), result.num_products, at::tensor(result.converged).to(at::kBool),
+                        std::move(result.status), std::move(result.origins));
 }
 
 std::pair<std::vector<double>, std::vector<double>> run_tridiagonalize(SymmetricOperator& op,

@@ -28,6 +28,14 @@ std::vector<double> to_host(const at::Tensor& values) {
   return {begin, begin + host.numel()};
 }
 
+at::Tensor to_device(const std::vector<double>& values, int64_t columns, const at::Tensor& like) {
+  const BelowAutograd below;
+  const auto rows = static_cast<int64_t>(values.size()) / columns;
+  const at::Tensor host =
+      at::from_blob(const_cast<double*>(values.data()), {rows, columns}, at::TensorOptions(at::kDouble));
+  return host.to(like.options());
+}
+
 RitzBasis::RitzBasis(int64_t capacity, int64_t length, const at::TensorOptions& options)
     : capacity_(capacity),
       length_(length),
@@ -37,26 +45,47 @@ RitzBasis::RitzBasis(int64_t capacity, int64_t length, const at::TensorOptions& 
 
 double RitzBasis::propose(const at::Tensor& x, double norm) {
   const BelowAutograd below;
-  at::Tensor slot = candidate();
-  if (size_ > 0) {
-    const at::Tensor v = vectors();
-    const at::Tensor transposed = v.t();
-    at::addmv_out(slot, x, transposed, v.mv(x), 1, -1);
-    slot.addmv_(transposed, v.mv(slot), 1, -1);
+  if (size_ == 0) {
+    candidate().copy_(x);
   } else {
-    slot.copy_(x);
+    remove(x, vectors().mv(x));
+    remove(candidate(), vectors().mv(candidate()));
   }
+  return normalise(norm);
+}
+
+double RitzBasis::propose_product() {
+  if (!product_overlaps_.defined()) return propose(product_, product_norm_);
+  const BelowAutograd below;
+  remove(product_, product_overlaps_);
+  remove(candidate(), vectors().mv(candidate()));
+  return normalise(product_norm_);
+}
+
+double RitzBasis::propose_orthogonal(const at::Tensor& x, double norm) {
+  const BelowAutograd below;
+  remove(x, vectors().mv(x));
+  return normalise(norm);
+}
+
+// candidate = x - Vᵀ overlaps
+void RitzBasis::remove(const at::Tensor& x, const at::Tensor& overlaps) {
+  at::Tensor slot = candidate();
+  at::addmv_out(slot, x, vectors().t(), overlaps, 1, -1);
+}
+
+double RitzBasis::normalise(double norm) {
+  at::Tensor slot = candidate();
   const double remainder = to_host(at::linalg_vector_norm(slot)).front();
   // Below this what is left of x is rounding. (Also false for a norm that is not finite.)
   if (!(remainder > 100.0 * epsilon_ * norm)) return 0.0;
-  slot.div_(remainder);
+  slot.mul_(1.0 / remainder);
   return remainder;
 }
 
-double RitzBasis::distance(const at::Tensor& x) const {
+std::vector<double> RitzBasis::overlaps(const at::Tensor& x) const {
   const BelowAutograd below;
-  const at::Tensor v = vectors();
-  return to_host(at::linalg_vector_norm(at::addmv(x, v.t(), v.mv(x), 1, -1))).front();
+  return to_host(at::mm(x, vectors().t()));
 }
 
 bool RitzBasis::accept(const at::Tensor& product) {
@@ -65,8 +94,8 @@ bool RitzBasis::accept(const at::Tensor& product) {
   const at::Tensor newest = pair(m);
   newest.select(0, 1).copy_(product);
   // Entry (i, a, b) is the inner product of {v_i, H v_i}[a] with {v, H v}[b].
-  const std::vector<double> inner =
-      to_host(at::mm(rows_.narrow(0, 0, m + 1).view({2 * (m + 1), length_}), newest.t()));
+  const at::Tensor gram = at::mm(rows_.narrow(0, 0, m + 1).view({2 * (m + 1), length_}), newest.t());
+  const std::vector<double> inner = to_host(gram);
   const auto vector_product = [&](int64_t i) { return inner[4 * i + 1]; };
   const auto product_vector = [&](int64_t i) { return inner[4 * i + 2]; };
   // A NaN or an infinity in the product survives every inner product with it: 0 · inf is NaN.
@@ -81,6 +110,8 @@ bool RitzBasis::accept(const at::Tensor& product) {
     asymmetry_ = std::max(asymmetry_, std::abs(vector_product(i) - product_vector(i)));
   }
   grown[m * (m + 1) + m] = vector_product(m);
+  product_ = newest.select(0, 1);
+  product_overlaps_ = gram.view({m + 1, 2, 2}).select(1, 0).select(1, 1);
   product_norm_ = std::sqrt(inner[4 * m + 3]);
   projection_ = std::move(grown);
   ++size_;
@@ -90,8 +121,9 @@ bool RitzBasis::accept(const at::Tensor& product) {
 void RitzBasis::restart(const std::vector<double>& coefficients, const std::vector<double>& values) {
   const BelowAutograd below;
   const auto keep = static_cast<int64_t>(values.size());
+  product_overlaps_.reset();
   const at::Tensor old = rows_.narrow(0, 0, size_).view({size_, 2 * length_});
-  rows_.narrow(0, 0, keep).view({keep, 2 * length_}).copy_(at::mm(upload(coefficients, size_), old));
+  rows_.narrow(0, 0, keep).view({keep, 2 * length_}).copy_(at::mm(to_device(coefficients, size_, rows_), old));
   size_ = keep;
   projection_.assign(keep * keep, 0.0);
   for (int64_t i = 0; i < keep; ++i) projection_[i * keep + i] = values[i];
@@ -99,7 +131,7 @@ void RitzBasis::restart(const std::vector<double>& coefficients, const std::vect
 
 at::Tensor RitzBasis::combine(const std::vector<double>& coefficients) const {
   const BelowAutograd below;
-  return at::mm(upload(coefficients, size_), vectors());
+  return at::mm(to_device(coefficients, size_, rows_), vectors());
 }
 
 at::Tensor RitzBasis::residuals(const std::vector<double>& coefficients,
@@ -110,15 +142,7 @@ at::Tensor RitzBasis::residuals(const std::vector<double>& coefficients,
     paired[2 * i] = -values[i / size_] * coefficients[i];
     paired[2 * i + 1] = coefficients[i];
   }
-  return at::mm(upload(paired, 2 * size_), rows_.narrow(0, 0, size_).view({2 * size_, length_}));
-}
-
-at::Tensor RitzBasis::upload(const std::vector<double>& coefficients, int64_t columns) const {
-  const auto rows = static_cast<int64_t>(coefficients.size()) / columns;
-  const at::Tensor host = at::from_blob(const_cast<double*>(coefficients.data()), {rows, columns},
-                                        at::TensorOptions(at::kDouble));
-  // The blob lives only as long as the caller's vector, which outlives the GEMM on the CPU alone.
-  return rows_.is_cpu() ? host.to(rows_.scalar_type()) : host.to(rows_.options());
+  return at::mm(to_device(paired, 2 * size_, rows_), rows_.narrow(0, 0, size_).view({2 * size_, length_}));
 }
 
 }  // namespace dynloss
