@@ -38,4 +38,5 @@ def eigsh(
     audit: bool,
 ) -> tuple[Tensor, Tensor, Tensor, int, Tensor, str, list[int]]:
     """values, vectors (k, P), residuals, number of products, converged, status, origins."""
+
 def tridiagonalize(op: SymmetricOperator, start: Tensor, steps: int) -> tuple[list[float], list[float]]: ...

@@ -183,10 +183,10 @@ class EigenTracker:
         """
         old = None if self.result is None else self.result.vectors
         op, size, like = _resolve(H, n, dtype, device, old if n is None else None)
-        check_count("k", self._settings["k"], 1, size, "the size of H")
-        if old is not None and (old.shape[0], old.dtype, old.device) != (size, like.dtype, like.device):
+        check_count("k", len(self.identities), 1, size, "the size of H")
+        if old is not None and (len(old), old.dtype, old.device) != (size, like.dtype, like.device):
             raise ValueError(
-                f"H must be of the size, dtype and device of the last update's, {old.shape[0]}, {old.dtype} on"
+                f"H must be of the size, dtype and device of the last update's, {len(old)}, {old.dtype} on"
                 f" {old.device}; got {size}, {like.dtype} on {like.device}: use a new tracker"
             )
         if self.result is not None and math.isnan(self.result.values[0].item()):
@@ -224,6 +224,8 @@ class EigenTracker:
 
     def _identify(self, origins: list[int]) -> None:
         """Hands identities on from the old eigenvectors to the new ones that are their continuations."""
+        if origins == list(range(len(origins))):
+            return
         old, identities = self.identities.tolist(), []
         for origin in origins:
             identities.append(old[origin] if origin >= 0 else self._next_identity)

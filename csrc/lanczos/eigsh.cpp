@@ -2,8 +2,6 @@
 
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/core/grad_mode.h>
-#include <ATen/ops/linalg_vector_norm.h>
-#include <ATen/ops/mm.h>
 #include <ATen/ops/randn.h>
 #include <ATen/ops/zeros.h>
 
@@ -17,6 +15,7 @@
 
 #include "projected.h"
 #include "ritz_basis.h"
+#include "row_algebra.h"
 
 namespace dynloss {
 namespace {
@@ -98,7 +97,7 @@ class Solver {
   // be there.)
   Step begin() {
     std::vector<double> weights;
-    if (start_.defined()) start_norms_ = to_host(at::linalg_vector_norm(start_, 2, 1));
+    if (start_.defined()) start_norms_ = norms(start_);
     for (const double norm : start_norms_) {
       const auto i = static_cast<int64_t>(weights.size());
       weights.push_back(norm > 0.0 ? (1.0 + 0.5 * static_cast<double>(i)) / norm : 0.0);
@@ -106,8 +105,8 @@ class Solver {
     }
     const at::Tensor x = unseen_.empty()
                              ? random_vector()
-                             : at::mm(to_device(weights, start_.size(0), start_), start_).select(0, 0);
-    return expand([&] { return basis_.propose(x, norm(x)); });
+                             : combinations(to_device(weights, start_.size(0), start_), start_).select(0, 0);
+    return expand([&] { return basis_.propose(x, norms(x).front()); });
   }
 
   // A start vector that the basis has lost, each at most once. A Krylov space has one vector for equal
@@ -146,11 +145,9 @@ class Solver {
   }
 
   void propose_random() {
-    for (at::Tensor x = random_vector(); basis_.propose(x, norm(x)) == 0.0; x = random_vector()) {
+    for (at::Tensor x = random_vector(); basis_.propose(x, norms(x).front()) == 0.0; x = random_vector()) {
     }
   }
-
-  static double norm(const at::Tensor& x) { return to_host(at::linalg_vector_norm(x)).front(); }
 
   void make_room(int64_t columns) {
     if (basis_.size() + columns <= capacity_) return;
@@ -177,7 +174,7 @@ class Solver {
 
     const int64_t wanted = std::min(options_.count, m);
     residuals_ = basis_.residuals(leading(wanted), {ritz_.values.begin(), ritz_.values.begin() + wanted});
-    residual_norms_ = to_host(at::linalg_vector_norm(residuals_, 2, 1));
+    residual_norms_ = norms(residuals_);
   }
 
   // What is wanted most: larger is better.

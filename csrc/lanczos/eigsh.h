@@ -25,8 +25,8 @@ struct EigshOptions {
 };
 
 struct EigshResult {
-  std::vector<double> values;     // descending; NaN, at the end, where no finite product was had
-  std::vector<double> residuals;  // ‖H y - θ y‖
+  std::vector<double> values;      // descending; NaN, at the end, where no finite product was had
+  std::vector<double> residuals;   // ‖H y - θ y‖
   std::vector<uint8_t> converged;  // flags
   // The start vector that each vector overlaps with by at least a half, each at most once; -1 for none.
   std::vector<int64_t> origins;

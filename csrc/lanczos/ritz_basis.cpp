@@ -1,40 +1,21 @@
 #include "ritz_basis.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/ops/addmv.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/from_blob.h>
-#include <ATen/ops/linalg_vector_norm.h>
-#include <ATen/ops/mm.h>
-#include <ATen/ops/mv.h>
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
 
+#include "row_algebra.h"
+
 namespace dynloss {
 namespace {
 
-// Nothing here is ever differentiated; skipping the autograd layers halves the cost of the small calls.
+// For the views; nothing here is ever differentiated.
 using BelowAutograd = at::AutoDispatchBelowADInplaceOrView;
 
 }  // namespace
-
-std::vector<double> to_host(const at::Tensor& values) {
-  const BelowAutograd below;
-  const bool direct = values.is_cpu() && values.scalar_type() == at::kDouble && values.is_contiguous();
-  const at::Tensor host = direct ? values : values.to(at::kCPU, at::kDouble).contiguous();
-  const double* begin = host.const_data_ptr<double>();
-  return {begin, begin + host.numel()};
-}
-
-at::Tensor to_device(const std::vector<double>& values, int64_t columns, const at::Tensor& like) {
-  const BelowAutograd below;
-  const auto rows = static_cast<int64_t>(values.size()) / columns;
-  const at::Tensor host =
-      at::from_blob(const_cast<double*>(values.data()), {rows, columns}, at::TensorOptions(at::kDouble));
-  return host.to(like.options());
-}
 
 RitzBasis::RitzBasis(int64_t capacity, int64_t length, const at::TensorOptions& options)
     : capacity_(capacity),
@@ -48,8 +29,9 @@ double RitzBasis::propose(const at::Tensor& x, double norm) {
   if (size_ == 0) {
     candidate().copy_(x);
   } else {
-    remove(x, vectors().mv(x));
-    remove(candidate(), vectors().mv(candidate()));
+    const at::Tensor v = vectors(), slot = candidate();
+    subtract_combination(slot, x, inner_products(v, x), v);
+    subtract_combination(slot, slot, inner_products(v, slot), v);
   }
   return normalise(norm);
 }
@@ -57,35 +39,31 @@ double RitzBasis::propose(const at::Tensor& x, double norm) {
 double RitzBasis::propose_product() {
   if (!product_overlaps_.defined()) return propose(product_, product_norm_);
   const BelowAutograd below;
-  remove(product_, product_overlaps_);
-  remove(candidate(), vectors().mv(candidate()));
+  const at::Tensor v = vectors(), slot = candidate();
+  subtract_combination(slot, product_, product_overlaps_, v);
+  subtract_combination(slot, slot, inner_products(v, slot), v);
   return normalise(product_norm_);
 }
 
 double RitzBasis::propose_orthogonal(const at::Tensor& x, double norm) {
   const BelowAutograd below;
-  remove(x, vectors().mv(x));
+  const at::Tensor v = vectors();
+  subtract_combination(candidate(), x, inner_products(v, x), v);
   return normalise(norm);
 }
 
-// candidate = x - Vᵀ overlaps
-void RitzBasis::remove(const at::Tensor& x, const at::Tensor& overlaps) {
-  at::Tensor slot = candidate();
-  at::addmv_out(slot, x, vectors().t(), overlaps, 1, -1);
-}
-
 double RitzBasis::normalise(double norm) {
-  at::Tensor slot = candidate();
-  const double remainder = to_host(at::linalg_vector_norm(slot)).front();
+  const at::Tensor slot = candidate();
+  const double remainder = norms(slot).front();
   // Below this what is left of x is rounding. (Also false for a norm that is not finite.)
   if (!(remainder > 100.0 * epsilon_ * norm)) return 0.0;
-  slot.mul_(1.0 / remainder);
+  scale(slot, 1.0 / remainder);
   return remainder;
 }
 
 std::vector<double> RitzBasis::overlaps(const at::Tensor& x) const {
   const BelowAutograd below;
-  return to_host(at::mm(x, vectors().t()));
+  return to_host(inner_products(x, vectors()));
 }
 
 bool RitzBasis::accept(const at::Tensor& product) {
@@ -94,7 +72,7 @@ bool RitzBasis::accept(const at::Tensor& product) {
   const at::Tensor newest = pair(m);
   newest.select(0, 1).copy_(product);
   // Entry (i, a, b) is the inner product of {v_i, H v_i}[a] with {v, H v}[b].
-  const at::Tensor gram = at::mm(rows_.narrow(0, 0, m + 1).view({2 * (m + 1), length_}), newest.t());
+  const at::Tensor gram = inner_products(rows_.narrow(0, 0, m + 1).view({2 * (m + 1), length_}), newest);
   const std::vector<double> inner = to_host(gram);
   const auto vector_product = [&](int64_t i) { return inner[4 * i + 1]; };
   const auto product_vector = [&](int64_t i) { return inner[4 * i + 2]; };
@@ -123,7 +101,9 @@ void RitzBasis::restart(const std::vector<double>& coefficients, const std::vect
   const auto keep = static_cast<int64_t>(values.size());
   product_overlaps_.reset();
   const at::Tensor old = rows_.narrow(0, 0, size_).view({size_, 2 * length_});
-  rows_.narrow(0, 0, keep).view({keep, 2 * length_}).copy_(at::mm(to_device(coefficients, size_, rows_), old));
+  rows_.narrow(0, 0, keep)
+      .view({keep, 2 * length_})
+      .copy_(combinations(to_device(coefficients, size_, rows_), old));
   size_ = keep;
   projection_.assign(keep * keep, 0.0);
   for (int64_t i = 0; i < keep; ++i) projection_[i * keep + i] = values[i];
@@ -131,7 +111,7 @@ void RitzBasis::restart(const std::vector<double>& coefficients, const std::vect
 
 at::Tensor RitzBasis::combine(const std::vector<double>& coefficients) const {
   const BelowAutograd below;
-  return at::mm(to_device(coefficients, size_, rows_), vectors());
+  return combinations(to_device(coefficients, size_, rows_), vectors());
 }
 
 at::Tensor RitzBasis::residuals(const std::vector<double>& coefficients,
@@ -142,7 +122,8 @@ at::Tensor RitzBasis::residuals(const std::vector<double>& coefficients,
     paired[2 * i] = -values[i / size_] * coefficients[i];
     paired[2 * i + 1] = coefficients[i];
   }
-  return at::mm(to_device(paired, 2 * size_, rows_), rows_.narrow(0, 0, size_).view({2 * size_, length_}));
+  return combinations(to_device(paired, 2 * size_, rows_),
+                      rows_.narrow(0, 0, size_).view({2 * size_, length_}));
 }
 
 }  // namespace dynloss

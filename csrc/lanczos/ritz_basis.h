@@ -53,7 +53,6 @@ class RitzBasis {
  private:
   at::Tensor pair(int64_t row) const { return rows_.select(0, row); }
   at::Tensor vectors() const { return rows_.narrow(0, 0, size_).select(1, 0); }
-  void remove(const at::Tensor& x, const at::Tensor& overlaps);
   double normalise(double norm);
 
   int64_t capacity_;
@@ -68,11 +67,5 @@ class RitzBasis {
   at::Tensor product_overlaps_;  // v_i · product, undefined after a restart,
   double product_norm_ = 0.0;    // and its norm
 };
-
-// A small tensor as doubles on the host: the one synchronisation of a decision.
-std::vector<double> to_host(const at::Tensor& values);
-
-// A row-major matrix as a tensor with the dtype and on the device of `like`. May share the memory of `values`.
-at::Tensor to_device(const std::vector<double>& values, int64_t columns, const at::Tensor& like);
 
 }  // namespace dynloss
