@@ -66,6 +66,10 @@ def eigsh(
     complement of the basis is searched from a random vector, since a Krylov space does not show a second
     eigenvector of the same eigenvalue.
 
+    Peak memory beyond the model is at most (2 · max_basis + max(3, k + 1)) · P numbers: the basis, its products, and
+    the recorded gradient with a product in two forms, or with the residuals. To that add what one product alone
+    needs besides: the graph of the loss and its backward passes. ``v0`` counts by itself.
+
     Args:
         H: a HessianOperator, or any callable v -> H v on flat vectors of shape (P,); a callable needs ``n``
             (or ``v0``).
@@ -74,7 +78,7 @@ def eigsh(
         tol: relative tolerance of the residuals, >= 0.
         v0: (P,) or (P, m): where to start, such as the vectors of a similar problem; random otherwise.
         max_hvp: most products to spend; 1000 by default.
-        max_basis: most basis vectors to hold; memory is 2 · max_basis · P numbers.
+        max_basis: most basis vectors to hold, the knob of memory: see below.
         seed: of the random vectors; the global random state is neither read nor changed.
         n: P, for a callable.
         dtype: of the vectors, for a callable; of ``v0`` or the default dtype otherwise.
@@ -117,7 +121,7 @@ class EigenTracker:
         which: "LA" largest, "SA" smallest (the most negative curvature), "LM" largest in magnitude.
         tol: relative tolerance of the residuals, as in `eigsh`.
         audit_every: updates from one audit to the next; 1 audits every update.
-        max_basis: most basis vectors to hold; memory is 2 · max_basis · P numbers.
+        max_basis: most basis vectors to hold, the knob of memory: as for `eigsh`, plus k · P for the last vectors.
         max_hvp: most products to spend on one update; 1000 by default.
         max_interval: `due` lets up to this many steps pass without an update while the eigenvalues rest.
         rest: relative change of the leading eigenvalue from update to update that still counts as rest.

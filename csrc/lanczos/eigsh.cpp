@@ -55,6 +55,7 @@ class Solver {
   EigshResult run() {
     std::string status = solve();
     if (basis_.size() > 0) check_symmetric();
+    residuals_.reset();
     return result(std::move(status));
   }
 
@@ -128,6 +129,7 @@ class Solver {
   Step multiply() {
     if (num_products_ >= options_.max_products) return Step::kBudget;
     if (options_.poll) options_.poll();
+    residuals_.reset();  // the proposal is made of them by now, and a product needs memory
     ++num_products_;
     return basis_.accept(op_.apply(basis_.candidate())) ? Step::kDone : Step::kNonFinite;
   }
@@ -158,6 +160,7 @@ class Solver {
 
   // Rayleigh-Ritz: the pairs of the projected problem, wanted first.
   void project() {
+    residuals_.reset();  // before there are new ones: of P numbers each, they count
     const int64_t m = basis_.size();
     EigenPairs pairs = symmetric_eigen(basis_.projection(), m);
     std::vector<int64_t> order(m);
@@ -240,6 +243,7 @@ class Solver {
     const double margin = limit(last_wanted);
     const auto complement = static_cast<double>(length_ - basis_.size());
     std::vector<double> alpha, beta;
+    residuals_.reset();
     propose_random();
     do {
       if (const Step step = multiply(); step != Step::kDone) return step;
@@ -273,7 +277,8 @@ class Solver {
     const double worst = worst_excess();
     double height = 0.0;
     for (int64_t i = 0; i < options_.count; ++i) {
-      if (i < residuals_.size(0) && excess(i) > 0.0) height = std::max(height, residual_norms_[i]);
+      if (i < static_cast<int64_t>(residual_norms_.size()) && excess(i) > 0.0)
+        height = std::max(height, residual_norms_[i]);
     }
     if (worst < 0.7 * best_) {
       best_ = worst;
@@ -364,7 +369,7 @@ class Solver {
   std::vector<double> start_norms_;
   std::vector<int64_t> unseen_;         // start vectors other than 0 that were not yet looked for
   EigenPairs ritz_;                     // wanted first
-  at::Tensor residuals_;                // of the wanted pairs, (≤ k, P)
+  at::Tensor residuals_;                // of the wanted pairs, (≤ k, P), until the next product
   std::vector<double> residual_norms_;  // and their norms
   double scale_ = 0.0;                  // max |θ|: a lower bound of ‖H‖
   int64_t num_products_ = 0;

@@ -100,10 +100,14 @@ void RitzBasis::restart(const std::vector<double>& coefficients, const std::vect
   const BelowAutograd below;
   const auto keep = static_cast<int64_t>(values.size());
   product_overlaps_.reset();
+  // In place, some columns at a time: a second set of rows would be the largest thing in memory.
+  const at::Tensor factors = to_device(coefficients, size_, rows_);
   const at::Tensor old = rows_.narrow(0, 0, size_).view({size_, 2 * length_});
-  rows_.narrow(0, 0, keep)
-      .view({keep, 2 * length_})
-      .copy_(combinations(to_device(coefficients, size_, rows_), old));
+  const int64_t width = std::max<int64_t>(length_ / keep, 4096);
+  for (int64_t first = 0; first < 2 * length_; first += width) {
+    const at::Tensor columns = old.narrow(1, first, std::min(width, 2 * length_ - first));
+    columns.narrow(0, 0, keep).copy_(combinations(factors, columns));
+  }
   size_ = keep;
   projection_.assign(keep * keep, 0.0);
   for (int64_t i = 0; i < keep; ++i) projection_[i * keep + i] = values[i];
