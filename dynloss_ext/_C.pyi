@@ -1,5 +1,4 @@
 from collections.abc import Callable, Sequence
-from typing import TypedDict
 
 from torch import Tensor
 
@@ -50,14 +49,6 @@ class GaussNewtonOperator(SymmetricOperator):
 class PythonOperator(SymmetricOperator):
     def __init__(self, product: Callable[[Tensor], Tensor], size: int, like: Tensor) -> None: ...
 
-class EigshOutput(TypedDict):
-    values: list[float]
-    residuals: list[float]
-    converged: list[bool]
-    vectors: Tensor
-    num_hvp: int
-    status: str
-
 def eigsh(
     op: SymmetricOperator,
     *,
@@ -69,5 +60,7 @@ def eigsh(
     max_basis: int,
     seed: int,
     audit: bool,
-) -> EigshOutput: ...
+) -> tuple[Tensor, Tensor, Tensor, int, Tensor, str, list[int]]:
+    """values, vectors (k, P), residuals, number of products, converged, status, origins."""
+
 def tridiagonalize(op: SymmetricOperator, start: Tensor, steps: int) -> tuple[list[float], list[float]]: ...

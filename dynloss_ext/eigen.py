@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -65,6 +66,10 @@ def eigsh(
     complement of the basis is searched from a random vector, since a Krylov space does not show a second
     eigenvector of the same eigenvalue.
 
+    Peak memory beyond the model is at most (2 · max_basis + max(3, k + 1)) · P numbers: the basis, its products, and
+    the recorded gradient with a product in two forms, or with the residuals. To that add what one product alone
+    needs besides: the graph of the loss and its backward passes. ``v0`` counts by itself.
+
     Args:
         H: a HessianOperator, or any callable v -> H v on flat vectors of shape (P,); a callable needs ``n``
             (or ``v0``).
@@ -73,7 +78,7 @@ def eigsh(
         tol: relative tolerance of the residuals, >= 0.
         v0: (P,) or (P, m): where to start, such as the vectors of a similar problem; random otherwise.
         max_hvp: most products to spend; 1000 by default.
-        max_basis: most basis vectors to hold; memory is 2 · max_basis · P numbers.
+        max_basis: most basis vectors to hold, the knob of memory: see below.
         seed: of the random vectors; the global random state is neither read nor changed.
         n: P, for a callable.
         dtype: of the vectors, for a callable; of ``v0`` or the default dtype otherwise.
@@ -89,7 +94,7 @@ def eigsh(
     max_hvp = 1000 if max_hvp is None else max_hvp
     _check_settings(k, which, tol, max_hvp, max_basis, size)
     start = None if v0 is None else _check_start(v0, size, like, max_basis)
-    result = _solve(
+    result, _ = _solve(
         op,
         k=k,
         which=which,
@@ -116,7 +121,7 @@ class EigenTracker:
         which: "LA" largest, "SA" smallest (the most negative curvature), "LM" largest in magnitude.
         tol: relative tolerance of the residuals, as in `eigsh`.
         audit_every: updates from one audit to the next; 1 audits every update.
-        max_basis: most basis vectors to hold; memory is 2 · max_basis · P numbers.
+        max_basis: most basis vectors to hold, the knob of memory: as for `eigsh`, plus k · P for the last vectors.
         max_hvp: most products to spend on one update; 1000 by default.
         max_interval: `due` lets up to this many steps pass without an update while the eigenvalues rest.
         rest: relative change of the leading eigenvalue from update to update that still counts as rest.
@@ -180,27 +185,26 @@ class EigenTracker:
         Warns:
             ConvergenceWarning: not every pair converged; the result says which and why.
         """
-        start = None if self.result is None else self.result.vectors
-        op, size, like = _resolve(H, n, dtype, device, start if n is None else None)
+        old = None if self.result is None else self.result.vectors
+        op, size, like = _resolve(H, n, dtype, device, old if n is None else None)
         check_count("k", len(self.identities), 1, size, "the size of H")
-        if start is not None:
-            if (start.shape[0], start.dtype, start.device) != (size, like.dtype, like.device):
-                raise ValueError(
-                    f"H must be of the size, dtype and device of the last update's, {start.shape[0]}, {start.dtype} on"
-                    f" {start.device}; got {size}, {like.dtype} on {like.device}: use a new tracker"
-                )
-            if not bool(start.any()):
-                start = None
-        audited = audit or start is None or self._since_audit + 1 >= self._audit_every
-        result = _solve(
+        if old is not None and (len(old), old.dtype, old.device) != (size, like.dtype, like.device):
+            raise ValueError(
+                f"H must be of the size, dtype and device of the last update's, {len(old)}, {old.dtype} on"
+                f" {old.device}; got {size}, {like.dtype} on {like.device}: use a new tracker"
+            )
+        if self.result is not None and math.isnan(self.result.values[0].item()):
+            old = None  # the last update got no product at all
+        audited = audit or old is None or self._since_audit + 1 >= self._audit_every
+        result, origins = _solve(
             op,
             **self._settings,
-            v0=None if start is None else start.T.contiguous(),
+            v0=None if old is None else old.T.contiguous(),
             seed=self._seed + self.num_updates,
             audit=audited,
         )
-        if start is not None:
-            result = self._match(result, start)
+        if old is not None:
+            self._identify(origins)
         self._schedule(result)
         self._since_audit = 0 if audited and result.status == "converged" else self._since_audit + 1
         self.num_updates += 1
@@ -215,31 +219,22 @@ class EigenTracker:
         return self.result is None or steps_since_update >= self._interval
 
     def _schedule(self, result: EigenResult) -> None:
-        if self.result is None:
+        if self.result is None or self._max_interval == 1:
             return
         lead = 0 if self._settings["which"] != "SA" else -1
-        before, now = float(self.result.values[lead]), float(result.values[lead])
+        before, now = self.result.values[lead].item(), result.values[lead].item()
         resting = abs(now - before) <= self._rest * max(abs(now), abs(before))
         self._interval = min(2 * self._interval, self._max_interval) if resting else 1
 
-    def _match(self, result: EigenResult, old: Tensor) -> EigenResult:
-        """Carries identities and signs over, the largest overlap first."""
-        overlaps = (old.T @ result.vectors).to("cpu", torch.float64)
-        left = overlaps.abs()
-        signs = torch.ones(left.shape[1], dtype=torch.float64)
-        identities = torch.full_like(self.identities, -1)
-        for _ in range(left.shape[1]):
-            before, now = divmod(int(left.argmax()), left.shape[1])
-            if not left[before, now] >= 0.5:
-                break
-            identities[now] = self.identities[before]
-            signs[now] = 1.0 if overlaps[before, now] >= 0 else -1.0
-            left[before, :] = left[:, now] = -1.0
-        for i in torch.nonzero(identities < 0).flatten().tolist():
-            identities[i] = self._next_identity
-            self._next_identity += 1
-        self.identities = identities
-        return replace(result, vectors=result.vectors * signs.to(result.vectors))
+    def _identify(self, origins: list[int]) -> None:
+        """Hands identities on from the old eigenvectors to the new ones that are their continuations."""
+        if origins == list(range(len(origins))):
+            return
+        old, identities = self.identities.tolist(), []
+        for origin in origins:
+            identities.append(old[origin] if origin >= 0 else self._next_identity)
+            self._next_identity += origin < 0
+        self.identities = torch.tensor(identities)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything an interrupted run needs to go on with the same numbers; loadable with ``weights_only``."""
@@ -277,18 +272,10 @@ def _check_settings(k: int, which: str, tol: float, max_hvp: int, max_basis: int
     check_count("max_basis", max_basis, k + 2 if size is None else min(size, k + 2), None, "")
 
 
-def _solve(op: _C.SymmetricOperator, **settings: Any) -> EigenResult:
-    out = _C.eigsh(op, **settings)
-    values = torch.tensor(out["values"], dtype=torch.float64)
-    order = torch.argsort(values, descending=True, stable=True)
-    return EigenResult(
-        values=values[order],
-        vectors=out["vectors"][order.to(out["vectors"].device)].T,
-        residuals=torch.tensor(out["residuals"], dtype=torch.float64)[order],
-        num_hvp=out["num_hvp"],
-        converged=torch.tensor(out["converged"], dtype=torch.bool)[order],
-        status=out["status"],
-    )
+def _solve(op: _C.SymmetricOperator, **settings: Any) -> tuple[EigenResult, list[int]]:
+    """The result, and the column of v0 that each eigenvector overlaps with, or -1."""
+    values, rows, residuals, num_hvp, converged, status, origins = _C.eigsh(op, **settings)
+    return EigenResult(values, rows.T, residuals, num_hvp, converged, status), origins
 
 
 def _warn_unless_converged(result: EigenResult, name: str) -> None:

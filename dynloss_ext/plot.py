@@ -7,7 +7,7 @@ chosen and nothing has to be closed.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -20,7 +20,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, MaxNLocator
 from numpy.typing import NDArray
 
-from dynloss_ext.instability import Instability, instability_threshold
+from dynloss_ext.instability import Instability, PeriodSegment, instability_threshold
 
 Array = NDArray[Any]
 
@@ -234,7 +234,7 @@ def spectral_density(
         for index, (x, y) in enumerate(zip(grids, curves, strict=True)):
             shade = norm(steps[index] if steps is not None else index)
             colour = colours(0.92 * float(shade)) if len(curves) > 1 else EIGENVALUE_COLOURS[1]
-            axis.plot(x, y, color=colour, lw=1.0)
+            axis.plot(x, y, color=colour, lw=1.0 if len(curves) == 1 else 0.7)
             if errors is not None:
                 low, high = np.maximum(y - errors[index], top * 1e-12), y + errors[index]
                 axis.fill_between(x, low, high, color=colour, alpha=0.25, lw=0)
@@ -250,6 +250,110 @@ def spectral_density(
             figure.colorbar(matplotlib.cm.ScalarMappable(norm, "viridis"), ax=axis, label="step")
         if title:
             axis.set_title(title)
+    return figure
+
+
+def bifurcation(
+    step: Any,
+    loss: Any,
+    *,
+    segments: Sequence[PeriodSegment] = (),
+    eig_step: Any = (),
+    lambda_max: Any = (),
+    limit: float | None = None,
+    title: str | None = None,
+) -> Figure:
+    """The cascade in an unstable window: F, one dot per step, coloured by its measured period, above λ_max.
+
+    Args:
+        step: (S,) steps of the window.
+        loss: (S,) dynamical loss F.
+        segments: what `detect_periods` found there; black dots without.
+        eig_step: (M,) steps of `lambda_max`, for a second panel.
+        lambda_max: (M,) largest Hessian eigenvalue.
+        limit: the optimizer's stability limit.
+        title: a line above everything.
+
+    Raises:
+        ValueError: an array whose length differs from its steps'.
+    """
+    step, eig_step = _array("step", step, 1), _array("eig_step", eig_step, 1)
+    loss = _array("loss", loss, 1, len(step))
+    lambda_max = _array("lambda_max", lambda_max, 1, len(eig_step))
+    panels = 1 + (len(eig_step) > 0)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(7.2, 2.4 + 1.5 * (panels - 1)), layout="constrained")
+        heights = [2.2, 1.0][:panels]
+        axes = figure.subplots(panels, 1, squeeze=False, sharex=True, height_ratios=heights)[:, 0]
+        dots: dict[str, Any] = {"ls": "", "marker": ".", "ms": 2.2, "mew": 0, "rasterized": True}
+        covered = np.zeros(len(step), dtype=bool)
+        for segment in segments:
+            inside = (step >= segment.start) & (step <= segment.stop)
+            covered |= inside
+            axes[0].plot(step[inside], loss[inside], color=_period_colour(segment.period), **dots)
+        axes[0].plot(step[~covered], loss[~covered], color="#bbbbbb" if segments else "black", **dots)
+        axes[0].set_ylabel("dynamical loss $F$")
+        periods = sorted({segment.period for segment in segments}, key=lambda period: period or math.inf)
+        if periods:
+            names = {1: "smooth", None: "chaos"}
+            handles = [Line2D([], [], color=_period_colour(period), marker=".", ls="") for period in periods]
+            labels = [names.get(period, f"period {period}") for period in periods]
+            axes[0].legend(handles, labels, ncols=len(labels), loc="lower right", bbox_to_anchor=(1.0, 0.99))
+        if panels == 2:
+            axes[1].plot(eig_step, lambda_max, color=EIGENVALUE_COLOURS[0], lw=0.9)
+            axes[1].set_ylabel(r"$\lambda_{\max}$")
+            if limit is not None and math.isfinite(limit):
+                axes[1].axhline(limit, color=STOP_COLOUR, lw=1.2, ls=":")
+        if len(step):
+            axes[0].set_xlim(float(step[0]), float(step[-1]))
+        axes[-1].set_xlabel("step")
+        axes[-1].xaxis.set_major_locator(MaxNLocator(7, integer=True))
+        figure.align_ylabels(axes)
+        if title:
+            figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def layer_spectra(spectra: Mapping[str, Any], *, whole: Any = None, title: str | None = None) -> Figure:
+    """Eigenvalues of the diagonal blocks of the Hessian, a row of dots per layer.
+
+    Args:
+        spectra: layer's name -> (k,) eigenvalues, as `eigsh` finds them for `HessianOperator.layers`.
+        whole: (m,) eigenvalues of the whole Hessian, drawn as lines through all rows. A block's largest never
+            exceeds the whole's (Cauchy's interlacing).
+        title: a line above the axes.
+
+    Raises:
+        ValueError: no layer, or values that are not one-dimensional.
+    """
+    if not spectra:
+        raise ValueError("spectra: got no layer, expected at least one")
+    rows = {name: _array(f"spectra[{name!r}]", values, 1) for name, values in spectra.items()}
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(5.6, 1.0 + 0.3 * len(rows)), layout="constrained")
+        axis = figure.subplots()
+        lines = _array("whole", [] if whole is None else whole, 1)
+        for index, value in enumerate(lines):
+            axis.axvline(value, color="#bbbbbb", lw=0.8, zorder=1, label="whole Hessian" if index == 0 else None)
+        for row, values in enumerate(rows.values()):
+            style: dict[str, Any] = {"mew": 0, "alpha": 0.8, "zorder": 2}
+            axis.plot(values, [row] * len(values), ls="", marker="o", ms=4.5, color=EIGENVALUE_COLOURS[1], **style)
+        axis.set_yticks(range(len(rows)), list(rows))
+        axis.set_ylim(len(rows) - 0.5, -0.5)
+        everything = np.concatenate([*rows.values(), lines])
+        low, high = (float(np.nanmin(everything)), float(np.nanmax(everything))) if everything.size else (0.0, 1.0)
+        reach = max(abs(low), abs(high))
+        if reach > 0:  # linear within a hundredth of the largest decade, logarithmic beyond
+            linear = 10.0 ** (math.floor(math.log10(reach)) - 2)
+            axis.set_xscale("symlog", linthresh=linear)
+            axis.set_xlim(min(1.5 * low, -0.5 * linear), max(1.5 * high, 0.5 * linear))
+        axis.grid(axis="y", color="#eeeeee", lw=0.6)
+        axis.tick_params(axis="y", length=0)
+        axis.set_xlabel(r"eigenvalue $\lambda$")
+        if len(lines):
+            axis.legend(loc="lower right", bbox_to_anchor=(1.0, 0.99))
+        if title:
+            axis.set_title(title, loc="left")
     return figure
 
 
@@ -307,6 +411,12 @@ def _eigenvalue_panel(axis: Axes, step: Array, values: Array, threshold: float, 
     elif limit is not None and math.isfinite(limit):
         axis.axhline(limit, label=f"stability limit {limit:.3g}", **style)
     axis.set_ylabel(r"Hessian $\lambda$")
+
+
+def _period_colour(period: int | None) -> str:
+    """1, 2, 4, 8, 16 and chaos each have their own; other periods share one."""
+    known = {1: "#1b1b1b", 2: "#0072b2", 4: "#e69f00", 8: "#009e73", 16: "#cc79a7", None: "#d7191c"}
+    return known.get(period, "#56b4e9")
 
 
 def _colour(palette: Sequence[str], index: int) -> str:

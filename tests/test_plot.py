@@ -9,7 +9,7 @@ import torch
 from matplotlib.figure import Figure
 
 from dynloss_ext import plot
-from dynloss_ext.instability import Instability
+from dynloss_ext.instability import Instability, PeriodSegment
 
 CUT = Path(__file__).parent / "data" / "spiral_reference_5000.npz"
 
@@ -165,3 +165,42 @@ def test_spectral_density_refuses_shapes_that_do_not_fit():
         plot.spectral_density(np.zeros(4), np.ones(4), stderr=np.ones(3))
     with pytest.raises(ValueError, match="step: got 3 rows, expected 2"):
         plot.spectral_density(np.zeros(4), np.ones((2, 4)), step=[1, 2, 3])
+
+
+def test_bifurcation_colours_every_step_by_its_period(run):
+    inside = run["step"] >= 4000
+    step, loss = run["step"][inside], run["weighted_loss"][inside]
+    segments = [PeriodSegment(4100, 4299, 1), PeriodSegment(4300, 4699, 2), PeriodSegment(4700, 4999, None)]
+    seen = run["eig_step"] >= 4000
+    curvature = {"eig_step": run["eig_step"][seen], "lambda_max": run["eigenvalues"][seen, 0]}
+    figure = plot.bifurcation(step, loss, segments=segments, limit=2.0, **curvature)
+    dots = figure.axes[0].get_lines()
+    assert [len(line.get_xdata()) for line in dots] == [200, 400, 300, 100]  # the last: measured by nobody
+    assert len({line.get_color() for line in dots}) == 4
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["smooth", "period 2", "chaos"]
+    np.testing.assert_array_equal(figure.axes[1].get_lines()[0].get_ydata(), curvature["lambda_max"])
+    assert rendered(figure)
+    assert len(plot.bifurcation(step, loss).axes) == 1
+    with pytest.raises(ValueError, match="loss: got 3 rows"):
+        plot.bifurcation(step, loss[:3])
+    with pytest.raises(ValueError, match="lambda_max: got 0 rows"):
+        plot.bifurcation(step, loss, eig_step=[4000])
+
+
+def test_layer_spectra_has_a_row_for_every_layer():
+    spectra = {"first": torch.tensor([5.0, 0.1, -2e-3]), "second": [7.0, 0.0]}
+    figure = plot.layer_spectra(spectra, whole=[8.0, 4.0])
+    (axis,) = figure.axes
+    assert [text.get_text() for text in axis.get_yticklabels()] == ["first", "second"]
+    dots = [line for line in axis.get_lines() if line.get_marker() == "o"]
+    np.testing.assert_array_equal(dots[0].get_xdata(), spectra["first"])
+    np.testing.assert_array_equal(dots[1].get_ydata(), [1, 1])
+    low, high = axis.get_xlim()
+    assert low < -2e-3
+    assert high > 8
+    assert rendered(figure)
+    assert rendered(plot.layer_spectra({"flat": [0.0, 0.0]}))
+    with pytest.raises(ValueError, match="no layer"):
+        plot.layer_spectra({})
+    with pytest.raises(ValueError, match="spectra\\['a'\\]: got shape"):
+        plot.layer_spectra({"a": np.zeros((2, 2))})

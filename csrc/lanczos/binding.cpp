@@ -1,9 +1,12 @@
 #include "binding.h"
 
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/tensor.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <chrono>
 #include <memory>
 #include <optional>
 #include <string>
@@ -21,10 +24,21 @@ namespace py = pybind11;
 namespace dynloss {
 namespace {
 
-void check_signals() {
-  const py::gil_scoped_acquire gil;
-  if (PyErr_CheckSignals() != 0) throw py::error_already_set();
-}
+// Lets a Ctrl-C through. Not before every product: another thread of Python would hold each call up.
+class SignalCheck {
+ public:
+  void operator()() {
+    const auto now = std::chrono::steady_clock::now();
+    if (now < next_) return;
+    next_ = now + std::chrono::milliseconds(20);
+    const py::gil_scoped_acquire gil;
+    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+  }
+
+ private:
+  std::chrono::steady_clock::time_point next_ =
+      std::chrono::steady_clock::now() + std::chrono::milliseconds(20);
+};
 
 // Runs work without the GIL. An exception that Python code raised under the autograd engine arrives as
 // python_error, which pybind11 does not know.
@@ -53,9 +67,9 @@ std::vector<at::Tensor> undefined_for_none(const OptionalTensors& tensors) {
   return out;
 }
 
-py::dict run_eigsh(SymmetricOperator& op, int64_t k, const std::string& which, double tol,
-                   const std::optional<at::Tensor>& v0, int64_t max_hvp, int64_t max_basis, uint64_t seed,
-                   bool audit) {
+py::tuple run_eigsh(SymmetricOperator& op, int64_t k, const std::string& which, double tol,
+                    const std::optional<at::Tensor>& v0, int64_t max_hvp, int64_t max_basis, uint64_t seed,
+                    bool audit) {
   const EigshOptions options{.count = k,
                              .which = parse_which(which),
                              .tolerance = tol,
@@ -63,22 +77,19 @@ py::dict run_eigsh(SymmetricOperator& op, int64_t k, const std::string& which, d
                              .max_basis = max_basis,
                              .seed = seed,
                              .audit = audit,
-                             .poll = check_signals};
+                             .poll = SignalCheck()};
   EigshResult result = without_gil([&] { return eigsh(op, options, v0.value_or(at::Tensor())); });
-  py::dict out;
-  out["values"] = std::move(result.values);
-  out["residuals"] = std::move(result.residuals);
-  out["converged"] = std::move(result.converged);
-  out["vectors"] = std::move(result.vectors);
-  out["num_hvp"] = result.num_products;
-  out["status"] = std::move(result.status);
-  return out;
+  const at::AutoDispatchBelowADInplaceOrView below;
+  return py::make_tuple(at::tensor(result.values, at::kDouble), std::move(result.vectors),
+                        at::tensor(result.residuals, at::kDouble), result.num_products,
+                        at::tensor(result.converged).to(at::kBool), std::move(result.status),
+                        std::move(result.origins));
 }
 
 std::pair<std::vector<double>, std::vector<double>> run_tridiagonalize(SymmetricOperator& op,
                                                                        const at::Tensor& start,
                                                                        int64_t steps) {
-  Tridiagonal result = without_gil([&] { return tridiagonalize(op, start, steps, check_signals); });
+  Tridiagonal result = without_gil([&] { return tridiagonalize(op, start, steps, SignalCheck()); });
   return {std::move(result.diagonal), std::move(result.off_diagonal)};
 }
 

@@ -2,18 +2,20 @@
 
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/core/grad_mode.h>
-#include <ATen/ops/linalg_vector_norm.h>
 #include <ATen/ops/randn.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <limits>
 #include <numeric>
+#include <optional>
 #include <stdexcept>
 
 #include "projected.h"
 #include "ritz_basis.h"
+#include "row_algebra.h"
 
 namespace dynloss {
 namespace {
@@ -30,16 +32,19 @@ constexpr double kNoiseFactor = 10.0;
 // Residuals this far above what is allowed (one product gains a factor of 2 to 5) are not looked at every
 // product.
 constexpr double kFar = 10.0;
-// How much of a unit start vector may lie outside the basis.
-constexpr double kLost = 0.5;
+// A start vector with less of its squared length than this in the basis is lost.
+constexpr double kKept = 0.75;
+// Old and new eigenvectors that overlap by less are not the same.
+constexpr double kSame = 0.5;
 
 enum class Step { kDone, kBudget, kNonFinite };
 
 class Solver {
  public:
-  Solver(SymmetricOperator& op, const EigshOptions& options)
+  Solver(SymmetricOperator& op, const EigshOptions& options, const at::Tensor& start)
       : op_(op),
         options_(options),
+        start_(start),
         length_(op.size()),
         capacity_(std::min(options.max_basis, length_)),
         epsilon_(op.options().dtype() == at::kFloat ? std::numeric_limits<float>::epsilon()
@@ -47,15 +52,16 @@ class Solver {
         basis_(capacity_, length_, op.options()),
         generator_(at::detail::createCPUGenerator(options.seed)) {}
 
-  EigshResult run(const at::Tensor& start) {
-    std::string status = solve(start);
+  EigshResult run() {
+    std::string status = solve();
     if (basis_.size() > 0) check_symmetric();
+    residuals_.reset();
     return result(std::move(status));
   }
 
  private:
-  std::string solve(const at::Tensor& start) {
-    Step step = begin(start);
+  std::string solve() {
+    Step step = begin();
     while (step == Step::kDone) {
       if (basis_.size() < options_.count) {
         step = expand_krylov();
@@ -68,8 +74,8 @@ class Solver {
         step = expand_by_residual();
         // A second product before looking again; in a Krylov space this is the direction of every residual.
         if (far && step == Step::kDone && basis_.size() < capacity_) step = expand_krylov();
-      } else if (const at::Tensor lost = lost_start(); lost.defined()) {
-        step = expand(lost, 1.0);
+      } else if (const std::optional<int64_t> lost = lost_start()) {
+        step = expand([&] { return basis_.propose(start_.select(0, *lost), start_norms_[*lost]); });
       } else if (!options_.audit || basis_.size() == length_) {
         return "converged";
       } else {
@@ -90,55 +96,60 @@ class Solver {
   // The Krylov space of one vector made of all the old ones: every product then works for every wanted pair,
   // where a block would spend as many as it has vectors on each power of H. (Unequal weights, as v and -v may
   // be there.)
-  Step begin(const at::Tensor& start) {
-    at::Tensor sum;
-    for (int64_t i = 0; start.defined() && i < start.size(0); ++i) {
-      at::Tensor x = start.select(0, i).clone();
-      const double length = norm(x);
-      if (length == 0.0) continue;
-      x.div_(length);
-      start_.push_back(x);
-      sum = sum.defined() ? sum.add_(x, 1.0 + 0.5 * static_cast<double>(i)) : x.clone();
+  Step begin() {
+    std::vector<double> weights;
+    if (start_.defined()) start_norms_ = norms(start_);
+    for (const double norm : start_norms_) {
+      const auto i = static_cast<int64_t>(weights.size());
+      weights.push_back(norm > 0.0 ? (1.0 + 0.5 * static_cast<double>(i)) / norm : 0.0);
+      if (norm > 0.0) unseen_.push_back(i);
     }
-    if (!sum.defined()) sum = random_vector();
-    return expand(sum, norm(sum));
+    const at::Tensor x = unseen_.empty()
+                             ? random_vector()
+                             : combinations(to_device(weights, start_.size(0), start_), start_).select(0, 0);
+    return expand([&] { return basis_.propose(x, norms(x).front()); });
   }
 
   // A start vector that the basis has lost, each at most once. A Krylov space has one vector for equal
   // eigenvalues; the others are among the old vectors.
-  at::Tensor lost_start() {
-    at::Tensor lost;
-    while (!start_.empty() && !lost.defined()) {
-      const at::Tensor& x = start_.back();
-      if (basis_.distance(x) > kLost) lost = x;
-      start_.pop_back();
+  std::optional<int64_t> lost_start() {
+    if (unseen_.empty()) return std::nullopt;
+    const std::vector<double> overlaps = basis_.overlaps(start_);
+    while (!unseen_.empty()) {
+      const int64_t i = unseen_.back();
+      unseen_.pop_back();
+      const double* begin = &overlaps[i * basis_.size()];
+      const double inside = std::inner_product(begin, begin + basis_.size(), begin, 0.0);
+      if (inside < kKept * start_norms_[i] * start_norms_[i]) return i;
     }
-    return lost;
+    return std::nullopt;
   }
 
   // One product, with the candidate of the basis.
   Step multiply() {
     if (num_products_ >= options_.max_products) return Step::kBudget;
     if (options_.poll) options_.poll();
+    residuals_.reset();  // the proposal is made of them by now, and a product needs memory
     ++num_products_;
     return basis_.accept(op_.apply(basis_.candidate())) ? Step::kDone : Step::kNonFinite;
   }
 
-  // One product with what is new in x; with a random direction where nothing is.
-  Step expand(const at::Tensor& x, double norm_of_x) {
+  // One product with what is new in a proposal; with a random direction where nothing is.
+  template <typename Propose>
+  Step expand(Propose propose) {
     make_room(1);
-    if (basis_.propose(x, norm_of_x) == 0.0) propose_random();
+    if (propose() == 0.0) propose_random();
     return multiply();
   }
 
-  Step expand_krylov() { return expand(basis_.last_product(), basis_.last_product_norm()); }
-
-  void propose_random() {
-    for (at::Tensor x = random_vector(); basis_.propose(x, norm(x)) == 0.0; x = random_vector()) {
-    }
+  Step expand_krylov() {
+    return expand([&] { return basis_.propose_product(); });
   }
 
-  static double norm(const at::Tensor& x) { return to_host(at::linalg_vector_norm(x)).front(); }
+  void propose_random() {
+    for (at::Tensor x = random_vector(); basis_.propose(x, norms(x).front()) == 0.0; x = random_vector()) {
+    }
+  }
 
   void make_room(int64_t columns) {
     if (basis_.size() + columns <= capacity_) return;
@@ -149,6 +160,7 @@ class Solver {
 
   // Rayleigh-Ritz: the pairs of the projected problem, wanted first.
   void project() {
+    residuals_.reset();  // before there are new ones: of P numbers each, they count
     const int64_t m = basis_.size();
     EigenPairs pairs = symmetric_eigen(basis_.projection(), m);
     std::vector<int64_t> order(m);
@@ -160,11 +172,12 @@ class Solver {
       ritz_.values.push_back(pairs.values[i]);
       ritz_.vectors.insert(ritz_.vectors.end(), &pairs.vectors[i * m], &pairs.vectors[i * m] + m);
     }
-    scale_ = std::max(std::abs(pairs.values.front()), std::abs(pairs.values.back()));
+    scale_ = 0.0;
+    for (const double value : pairs.values) scale_ = std::max(scale_, std::abs(value));
 
     const int64_t wanted = std::min(options_.count, m);
     residuals_ = basis_.residuals(leading(wanted), {ritz_.values.begin(), ritz_.values.begin() + wanted});
-    residual_norms_ = to_host(at::linalg_vector_norm(residuals_, 2, 1));
+    residual_norms_ = norms(residuals_);
   }
 
   // What is wanted most: larger is better.
@@ -210,7 +223,8 @@ class Solver {
     for (int64_t i = 1; i < options_.count; ++i) {
       if (excess(i) > excess(worst)) worst = i;
     }
-    return expand(residuals_.select(0, worst), residual_norms_[worst]);
+    return expand(
+        [&] { return basis_.propose_orthogonal(residuals_.select(0, worst), residual_norms_[worst]); });
   }
 
   at::Tensor random_vector() {
@@ -229,12 +243,13 @@ class Solver {
     const double margin = limit(last_wanted);
     const auto complement = static_cast<double>(length_ - basis_.size());
     std::vector<double> alpha, beta;
+    residuals_.reset();
     propose_random();
     do {
       if (const Step step = multiply(); step != Step::kDone) return step;
       alpha.push_back(basis_.projection().back());
       if (static_cast<int64_t>(alpha.size()) == kMaxAuditProducts || basis_.size() == capacity_) break;
-      beta.push_back(basis_.propose(basis_.last_product(), basis_.last_product_norm()));
+      beta.push_back(basis_.propose_product());
       double hidden = 0.0;
       if (options_.which != Which::kSmallest) {
         hidden = shifted_minres_residual(alpha, beta, edge + margin);
@@ -262,7 +277,8 @@ class Solver {
     const double worst = worst_excess();
     double height = 0.0;
     for (int64_t i = 0; i < options_.count; ++i) {
-      if (i < residuals_.size(0) && excess(i) > 0.0) height = std::max(height, residual_norms_[i]);
+      if (i < static_cast<int64_t>(residual_norms_.size()) && excess(i) > 0.0)
+        height = std::max(height, residual_norms_[i]);
     }
     if (worst < 0.7 * best_) {
       best_ = worst;
@@ -281,33 +297,79 @@ class Solver {
   }
 
   EigshResult result(std::string status) const {
-    EigshResult out;
+    const int64_t found = std::min(options_.count, basis_.size());
+    std::vector<int64_t> order(found);
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(),
+                     [&](int64_t a, int64_t b) { return ritz_.values[a] > ritz_.values[b]; });
     const double nan = std::numeric_limits<double>::quiet_NaN();
-    for (int64_t i = 0; i < options_.count; ++i) {
-      const bool found = i < basis_.size();
-      out.values.push_back(found ? ritz_.values[i] : nan);
-      out.residuals.push_back(found ? residual_norms_[i] : nan);
-      out.converged.push_back(found && excess(i) == 0.0 && !unaudited_);
+    EigshResult out{.values = std::vector<double>(options_.count, nan),
+                    .residuals = std::vector<double>(options_.count, nan),
+                    .converged = std::vector<uint8_t>(options_.count),
+                    .origins = std::vector<int64_t>(options_.count, -1)};
+    std::vector<double> coefficients;
+    for (int64_t i = 0; i < found; ++i) {
+      const int64_t pair = order[i];
+      out.values[i] = ritz_.values[pair];
+      out.residuals[i] = residual_norms_[pair];
+      out.converged[i] = excess(pair) == 0.0 && !unaudited_;
+      const double* begin = &ritz_.vectors[pair * basis_.size()];
+      coefficients.insert(coefficients.end(), begin, begin + basis_.size());
     }
-    const int64_t rows = std::min(options_.count, basis_.size());
-    out.vectors = at::zeros({options_.count, length_}, op_.options());
-    if (rows > 0) out.vectors.narrow(0, 0, rows).copy_(basis_.combine(leading(rows)));
+    if (found > 0 && start_.defined()) follow(coefficients, out.origins);
+    out.vectors = found == options_.count ? basis_.combine(coefficients)
+                                          : at::zeros({options_.count, length_}, op_.options());
+    if (found > 0 && found < options_.count) {
+      out.vectors.narrow(0, 0, found).copy_(basis_.combine(coefficients));
+    }
     out.num_products = num_products_;
     out.status = std::move(status);
     return out;
   }
 
+  // Matches the vectors with those that they started from, the largest overlap first; a match decides the
+  // sign.
+  void follow(std::vector<double>& coefficients, std::vector<int64_t>& origins) const {
+    const int64_t m = basis_.size();
+    const std::vector<double> old = basis_.overlaps(start_);
+    std::vector<bool> taken(start_norms_.size());
+    while (true) {
+      double best = kSame, overlap = 0.0;
+      int64_t from = -1, to = -1;
+      for (int64_t i = 0; i < start_.size(0); ++i) {
+        for (int64_t j = 0; !taken[i] && (j + 1) * m <= static_cast<int64_t>(coefficients.size()); ++j) {
+          if (origins[j] >= 0) continue;
+          const double inner = std::inner_product(&old[i * m], &old[i * m] + m, &coefficients[j * m], 0.0);
+          if (std::abs(inner) < best * start_norms_[i] || start_norms_[i] == 0.0) continue;
+          best = std::abs(inner) / start_norms_[i];
+          overlap = inner;
+          from = i;
+          to = j;
+        }
+      }
+      if (from < 0) return;
+      taken[from] = true;
+      origins[to] = from;
+      if (overlap < 0.0) {
+        std::transform(&coefficients[to * m], &coefficients[to * m] + m, &coefficients[to * m],
+                       std::negate<>());
+      }
+    }
+  }
+
   SymmetricOperator& op_;
   const EigshOptions& options_;
+  const at::Tensor start_;
   const int64_t length_;
   const int64_t capacity_;
   const double epsilon_;
   RitzBasis basis_;
   at::Generator generator_;
 
-  std::vector<at::Tensor> start_;       // unit start vectors that were not yet looked for
+  std::vector<double> start_norms_;
+  std::vector<int64_t> unseen_;         // start vectors other than 0 that were not yet looked for
   EigenPairs ritz_;                     // wanted first
-  at::Tensor residuals_;                // of the wanted pairs, (≤ k, P)
+  at::Tensor residuals_;                // of the wanted pairs, (≤ k, P), until the next product
   std::vector<double> residual_norms_;  // and their norms
   double scale_ = 0.0;                  // max |θ|: a lower bound of ‖H‖
   int64_t num_products_ = 0;
@@ -320,7 +382,7 @@ class Solver {
 
 EigshResult eigsh(SymmetricOperator& op, const EigshOptions& options, const at::Tensor& start) {
   const at::NoGradGuard no_grad;
-  return Solver(op, options).run(start);
+  return Solver(op, options, start).run();
 }
 
 }  // namespace dynloss

@@ -25,10 +25,12 @@ struct EigshOptions {
 };
 
 struct EigshResult {
-  std::vector<double> values;     // wanted first; NaN where no finite product was had
-  std::vector<double> residuals;  // ‖H y - θ y‖
-  std::vector<bool> converged;
-  at::Tensor vectors;  // (k, P), wanted first
+  std::vector<double> values;      // descending; NaN, at the end, where no finite product was had
+  std::vector<double> residuals;   // ‖H y - θ y‖
+  std::vector<uint8_t> converged;  // flags
+  // The start vector that each vector overlaps with by at least a half, each at most once; -1 for none.
+  std::vector<int64_t> origins;
+  at::Tensor vectors;  // (k, P), unit rows with the sign of their origin; zeros where the value is NaN
   int64_t num_products = 0;
   // "converged", "max_hvp", "non-finite product" or "noise floor"
   std::string status;

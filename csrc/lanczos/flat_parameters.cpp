@@ -1,5 +1,6 @@
 #include "flat_parameters.h"
 
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/zeros.h>
 #include <c10/util/Exception.h>
@@ -27,11 +28,19 @@ void FlatParameters::check_unchanged() const {
   }
 }
 
-at::Tensor FlatParameters::part(const at::Tensor& v, size_t i) const {
-  return v.narrow(0, offsets_[i], parameters_[i].numel()).view(parameters_[i].sizes());
+std::vector<at::Tensor> FlatParameters::parts(const at::Tensor& v,
+                                              const std::vector<size_t>& parameters) const {
+  const at::AutoDispatchBelowADInplaceOrView below;
+  std::vector<at::Tensor> parts;
+  parts.reserve(parameters.size());
+  for (const size_t i : parameters) {
+    parts.push_back(v.narrow(0, offsets_[i], parameters_[i].numel()).view(parameters_[i].sizes()));
+  }
+  return parts;
 }
 
 at::Tensor FlatParameters::join(std::vector<at::Tensor> parts) const {
+  const at::AutoDispatchBelowADInplaceOrView below;  // products are not differentiated again
   for (size_t i = 0; i < parts.size(); ++i) {
     parts[i] = parts[i].defined() ? parts[i].reshape({-1}) : at::zeros({parameters_[i].numel()}, options());
   }

@@ -19,8 +19,8 @@ class FlatParameters {
   // Throws where a parameter was changed in place, or given other storage, since then.
   void check_unchanged() const;
 
-  // The part of a flat vector that belongs to parameter i, in its shape.
-  at::Tensor part(const at::Tensor& v, size_t i) const;
+  // The parts of a flat vector that belong to the given parameters, in their shapes.
+  std::vector<at::Tensor> parts(const at::Tensor& v, const std::vector<size_t>& parameters) const;
 
   // One flat vector from a tensor per parameter; undefined ones count as zeros.
   at::Tensor join(std::vector<at::Tensor> parts) const;

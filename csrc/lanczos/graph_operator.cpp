@@ -31,10 +31,8 @@ GraphOperator::GraphOperator(std::vector<at::Tensor> gradients, std::vector<at::
 at::Tensor GraphOperator::apply(const at::Tensor& v) {
   parameters_.check_unchanged();
   if (outputs_.empty()) return at::zeros({size()}, options());  // the loss is linear in the parameters
-  std::vector<at::Tensor> seeds;
-  seeds.reserve(outputs_.size());
-  for (const size_t i : output_parameters_) seeds.push_back(parameters_.part(v, i));
-  return parameters_.join(pull_back(outputs_, parameters_.tensors(), seeds));
+  return parameters_.join(
+      pull_back(outputs_, parameters_.tensors(), parameters_.parts(v, output_parameters_)));
 }
 
 GaussNewtonOperator::GaussNewtonOperator(at::Tensor outputs, at::Tensor output_gradient, at::Tensor dummy,
@@ -55,10 +53,8 @@ at::Tensor GaussNewtonOperator::apply(const at::Tensor& v) {
   parameters_.check_unchanged();
   const at::Tensor zero = at::zeros({size()}, options());
   if (!output_gradient_.requires_grad()) return zero;  // the loss is linear in the outputs
-  std::vector<at::Tensor> seeds;
-  seeds.reserve(pullback_.size());
-  for (const size_t i : pullback_parameters_) seeds.push_back(parameters_.part(v, i));
-  const at::Tensor forward = pull_back(pullback_, {dummy_}, seeds).front();  // J v
+  const at::Tensor forward =
+      pull_back(pullback_, {dummy_}, parameters_.parts(v, pullback_parameters_)).front();  // J v
   if (!forward.defined()) return zero;
   const at::Tensor curved = pull_back({output_gradient_}, {outputs_}, {forward}).front();  // ∇²ℓ J v
   if (!curved.defined()) return zero;

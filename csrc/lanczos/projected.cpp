@@ -1,30 +1,133 @@
 #include "projected.h"
 
-#include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/linalg_eigh.h>
+#include <c10/util/Exception.h>
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
+#include <utility>
 
 namespace dynloss {
+namespace {
 
-EigenPairs symmetric_eigen(const std::vector<double>& matrix, int64_t size) {
-  const at::AutoDispatchBelowADInplaceOrView below;
-  at::Tensor symmetric = at::empty({size, size}, at::kDouble);
-  double* entries = symmetric.mutable_data_ptr<double>();
-  for (int64_t i = 0; i < size; ++i) {
-    for (int64_t j = 0; j < size; ++j) {
-      entries[i * size + j] = 0.5 * (matrix[i * size + j] + matrix[j * size + i]);
+// A symmetric matrix on its way to diagonal form by rotations and reflections Q: the matrix is Qᵀ T Q with T
+// given by its diagonal and off-diagonal once `tridiagonalize` is through.
+class Diagonalisation {
+ public:
+  Diagonalisation(std::vector<double> matrix, int64_t size)
+      : a_(std::move(matrix)), m_(size), q_(size * size), d_(size), e_(size) {
+    for (int64_t i = 0; i < m_; ++i) q_[i * m_ + i] = 1.0;
+  }
+
+  EigenPairs run() && {
+    for (int64_t j = 0; j + 2 < m_; ++j) reflect(j);
+    for (int64_t i = 0; i < m_; ++i) {
+      d_[i] = a_[i * m_ + i];
+      if (i + 1 < m_) e_[i] = a_[(i + 1) * m_ + i];
+    }
+    int64_t steps = 0;
+    for (int64_t end = m_ - 1; end > 0;) {
+      int64_t begin = end;
+      while (begin > 0 && !negligible(begin - 1)) --begin;
+      if (begin == end) {
+        --end;
+        continue;
+      }
+      TORCH_INTERNAL_ASSERT(++steps <= 60 * m_, "QR of a projected problem does not converge");
+      chase(begin, end);
+    }
+    return {std::move(d_), std::move(q_)};
+  }
+
+ private:
+  // Zeros column j below the first subdiagonal.
+  void reflect(int64_t j) {
+    const int64_t first = j + 1;
+    std::vector<double> u(m_), p(m_);
+    double norm = 0.0;
+    for (int64_t i = first; i < m_; ++i) norm = std::hypot(norm, u[i] = a_[i * m_ + j]);
+    const double target = -std::copysign(norm, u[first]);
+    u[first] -= target;
+    double length = 0.0;
+    for (int64_t i = first; i < m_; ++i) length = std::hypot(length, u[i]);
+    if (length == 0.0) return;
+    for (int64_t i = first; i < m_; ++i) u[i] /= length;
+    a_[first * m_ + j] = target;
+
+    double bend = 0.0;  // uᵀ A u
+    for (int64_t i = first; i < m_; ++i) {
+      for (int64_t k = first; k < m_; ++k) p[i] += a_[i * m_ + k] * u[k];
+      bend += u[i] * p[i];
+    }
+    for (int64_t i = first; i < m_; ++i) p[i] -= bend * u[i];
+    for (int64_t i = first; i < m_; ++i) {
+      for (int64_t k = first; k < m_; ++k) a_[i * m_ + k] -= 2.0 * (u[i] * p[k] + p[i] * u[k]);
+    }
+    std::fill(p.begin(), p.end(), 0.0);
+    for (int64_t i = first; i < m_; ++i) {
+      for (int64_t k = 0; k < m_; ++k) p[k] += u[i] * q_[i * m_ + k];
+    }
+    for (int64_t i = first; i < m_; ++i) {
+      for (int64_t k = 0; k < m_; ++k) q_[i * m_ + k] -= 2.0 * u[i] * p[k];
     }
   }
-  const auto [values, vectors] = at::linalg_eigh(symmetric);
-  // LAPACK leaves the eigenvectors in columns of a column-major matrix: in rows of its transpose.
-  const at::Tensor rows = vectors.mT().contiguous();
-  const double* value_begin = values.const_data_ptr<double>();
-  const double* row_begin = rows.const_data_ptr<double>();
-  return {{value_begin, value_begin + size}, {row_begin, row_begin + size * size}};
+
+  bool negligible(int64_t i) {
+    const double around = std::abs(d_[i]) + std::abs(d_[i + 1]);
+    const double floor = std::numeric_limits<double>::min();
+    return std::abs(e_[i]) <= std::max(std::numeric_limits<double>::epsilon() * around, floor);
+  }
+
+  // One QR step with Wilkinson's shift on the unreduced block from begin to end.
+  void chase(int64_t begin, int64_t end) {
+    const double half = 0.5 * (d_[end - 1] - d_[end]);
+    const double last = e_[end - 1];
+    const double shift = d_[end] - last * (last / (half + std::copysign(std::hypot(half, last), half)));
+    double x = d_[begin] - shift;
+    double z = e_[begin];
+    for (int64_t k = begin; k < end; ++k) {
+      const double radius = std::hypot(x, z);
+      const double c = radius > 0.0 ? x / radius : 1.0;
+      const double s = radius > 0.0 ? z / radius : 0.0;
+      if (k > begin) e_[k - 1] = radius;
+      const double upper = d_[k], lower = d_[k + 1], off = e_[k];
+      d_[k] = c * c * upper + 2.0 * c * s * off + s * s * lower;
+      d_[k + 1] = s * s * upper - 2.0 * c * s * off + c * c * lower;
+      e_[k] = c * s * (lower - upper) + (c * c - s * s) * off;
+      if (k + 1 < end) {
+        x = e_[k];
+        z = s * e_[k + 1];
+        e_[k + 1] *= c;
+      }
+      for (int64_t j = 0; j < m_; ++j) {
+        const double first = q_[k * m_ + j], second = q_[(k + 1) * m_ + j];
+        q_[k * m_ + j] = c * first + s * second;
+        q_[(k + 1) * m_ + j] = c * second - s * first;
+      }
+    }
+  }
+
+  std::vector<double> a_;
+  int64_t m_;
+  std::vector<double> q_;
+  std::vector<double> d_, e_;
+};
+
+}  // namespace
+
+EigenPairs symmetric_eigen(const std::vector<double>& matrix, int64_t size) {
+  double scale = 0.0;  // squares of the scaled entries neither overflow nor vanish
+  for (const double entry : matrix) scale = std::max(scale, std::abs(entry));
+  if (scale == 0.0) scale = 1.0;
+  std::vector<double> symmetric(size * size);
+  for (int64_t i = 0; i < size; ++i) {
+    for (int64_t j = 0; j < size; ++j) {
+      symmetric[i * size + j] = 0.5 * (matrix[i * size + j] / scale + matrix[j * size + i] / scale);
+    }
+  }
+  EigenPairs pairs = Diagonalisation(std::move(symmetric), size).run();
+  for (double& value : pairs.values) value *= scale;
+  return pairs;
 }
 
 double shifted_minres_residual(const std::vector<double>& alpha, const std::vector<double>& beta,

@@ -7,14 +7,16 @@ namespace dynloss {
 
 // Small dense problems of the driver, always in double precision on the host.
 
-// Eigenpairs of a symmetric matrix: vectors[i * size + j] is component j of the vector of values[i],
-// ascending.
+// Eigenpairs of a symmetric matrix, in no particular order: vectors[i * size + j] is component j of the unit
+// vector of values[i].
 struct EigenPairs {
   std::vector<double> values;
   std::vector<double> vectors;
 };
 
-// The symmetric part of the row-major (size, size) matrix is decomposed.
+// The symmetric part of the row-major (size, size) matrix of finite entries is decomposed, by Householder
+// reflections to tridiagonal form and implicitly shifted QR (Golub & Van Loan, Matrix Computations, 8.3). For
+// the few columns of a warm start a call of LAPACK through ATen would cost a fifth of a product.
 EigenPairs symmetric_eigen(const std::vector<double>& matrix, int64_t size);
 
 // min ‖p(T) e₁‖ over polynomials p of degree q with p(shift) = 1, for the Lanczos matrix with diagonal

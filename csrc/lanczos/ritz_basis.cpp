@@ -1,32 +1,21 @@
 #include "ritz_basis.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/ops/addmv.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/from_blob.h>
-#include <ATen/ops/linalg_vector_norm.h>
-#include <ATen/ops/mm.h>
-#include <ATen/ops/mv.h>
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
 
+#include "row_algebra.h"
+
 namespace dynloss {
 namespace {
 
-// Nothing here is ever differentiated; skipping the autograd layers halves the cost of the small calls.
+// For the views; nothing here is ever differentiated.
 using BelowAutograd = at::AutoDispatchBelowADInplaceOrView;
 
 }  // namespace
-
-std::vector<double> to_host(const at::Tensor& values) {
-  const BelowAutograd below;
-  const bool direct = values.is_cpu() && values.scalar_type() == at::kDouble && values.is_contiguous();
-  const at::Tensor host = direct ? values : values.to(at::kCPU, at::kDouble).contiguous();
-  const double* begin = host.const_data_ptr<double>();
-  return {begin, begin + host.numel()};
-}
 
 RitzBasis::RitzBasis(int64_t capacity, int64_t length, const at::TensorOptions& options)
     : capacity_(capacity),
@@ -37,26 +26,44 @@ RitzBasis::RitzBasis(int64_t capacity, int64_t length, const at::TensorOptions& 
 
 double RitzBasis::propose(const at::Tensor& x, double norm) {
   const BelowAutograd below;
-  at::Tensor slot = candidate();
-  if (size_ > 0) {
-    const at::Tensor v = vectors();
-    const at::Tensor transposed = v.t();
-    at::addmv_out(slot, x, transposed, v.mv(x), 1, -1);
-    slot.addmv_(transposed, v.mv(slot), 1, -1);
+  if (size_ == 0) {
+    candidate().copy_(x);
   } else {
-    slot.copy_(x);
+    const at::Tensor v = vectors(), slot = candidate();
+    subtract_combination(slot, x, inner_products(v, x), v);
+    subtract_combination(slot, slot, inner_products(v, slot), v);
   }
-  const double remainder = to_host(at::linalg_vector_norm(slot)).front();
+  return normalise(norm);
+}
+
+double RitzBasis::propose_product() {
+  if (!product_overlaps_.defined()) return propose(product_, product_norm_);
+  const BelowAutograd below;
+  const at::Tensor v = vectors(), slot = candidate();
+  subtract_combination(slot, product_, product_overlaps_, v);
+  subtract_combination(slot, slot, inner_products(v, slot), v);
+  return normalise(product_norm_);
+}
+
+double RitzBasis::propose_orthogonal(const at::Tensor& x, double norm) {
+  const BelowAutograd below;
+  const at::Tensor v = vectors();
+  subtract_combination(candidate(), x, inner_products(v, x), v);
+  return normalise(norm);
+}
+
+double RitzBasis::normalise(double norm) {
+  const at::Tensor slot = candidate();
+  const double remainder = norms(slot).front();
   // Below this what is left of x is rounding. (Also false for a norm that is not finite.)
   if (!(remainder > 100.0 * epsilon_ * norm)) return 0.0;
-  slot.div_(remainder);
+  scale(slot, 1.0 / remainder);
   return remainder;
 }
 
-double RitzBasis::distance(const at::Tensor& x) const {
+std::vector<double> RitzBasis::overlaps(const at::Tensor& x) const {
   const BelowAutograd below;
-  const at::Tensor v = vectors();
-  return to_host(at::linalg_vector_norm(at::addmv(x, v.t(), v.mv(x), 1, -1))).front();
+  return to_host(inner_products(x, vectors()));
 }
 
 bool RitzBasis::accept(const at::Tensor& product) {
@@ -65,8 +72,8 @@ bool RitzBasis::accept(const at::Tensor& product) {
   const at::Tensor newest = pair(m);
   newest.select(0, 1).copy_(product);
   // Entry (i, a, b) is the inner product of {v_i, H v_i}[a] with {v, H v}[b].
-  const std::vector<double> inner =
-      to_host(at::mm(rows_.narrow(0, 0, m + 1).view({2 * (m + 1), length_}), newest.t()));
+  const at::Tensor gram = inner_products(rows_.narrow(0, 0, m + 1).view({2 * (m + 1), length_}), newest);
+  const std::vector<double> inner = to_host(gram);
   const auto vector_product = [&](int64_t i) { return inner[4 * i + 1]; };
   const auto product_vector = [&](int64_t i) { return inner[4 * i + 2]; };
   // A NaN or an infinity in the product survives every inner product with it: 0 · inf is NaN.
@@ -81,6 +88,8 @@ bool RitzBasis::accept(const at::Tensor& product) {
     asymmetry_ = std::max(asymmetry_, std::abs(vector_product(i) - product_vector(i)));
   }
   grown[m * (m + 1) + m] = vector_product(m);
+  product_ = newest.select(0, 1);
+  product_overlaps_ = gram.view({m + 1, 2, 2}).select(1, 0).select(1, 1);
   product_norm_ = std::sqrt(inner[4 * m + 3]);
   projection_ = std::move(grown);
   ++size_;
@@ -90,8 +99,15 @@ bool RitzBasis::accept(const at::Tensor& product) {
 void RitzBasis::restart(const std::vector<double>& coefficients, const std::vector<double>& values) {
   const BelowAutograd below;
   const auto keep = static_cast<int64_t>(values.size());
+  product_overlaps_.reset();
+  // In place, some columns at a time: a second set of rows would be the largest thing in memory.
+  const at::Tensor factors = to_device(coefficients, size_, rows_);
   const at::Tensor old = rows_.narrow(0, 0, size_).view({size_, 2 * length_});
-  rows_.narrow(0, 0, keep).view({keep, 2 * length_}).copy_(at::mm(upload(coefficients, size_), old));
+  const int64_t width = std::max<int64_t>(length_ / keep, 4096);
+  for (int64_t first = 0; first < 2 * length_; first += width) {
+    const at::Tensor columns = old.narrow(1, first, std::min(width, 2 * length_ - first));
+    columns.narrow(0, 0, keep).copy_(combinations(factors, columns));
+  }
   size_ = keep;
   projection_.assign(keep * keep, 0.0);
   for (int64_t i = 0; i < keep; ++i) projection_[i * keep + i] = values[i];
@@ -99,7 +115,7 @@ void RitzBasis::restart(const std::vector<double>& coefficients, const std::vect
 
 at::Tensor RitzBasis::combine(const std::vector<double>& coefficients) const {
   const BelowAutograd below;
-  return at::mm(upload(coefficients, size_), vectors());
+  return combinations(to_device(coefficients, size_, rows_), vectors());
 }
 
 at::Tensor RitzBasis::residuals(const std::vector<double>& coefficients,
@@ -110,15 +126,8 @@ at::Tensor RitzBasis::residuals(const std::vector<double>& coefficients,
     paired[2 * i] = -values[i / size_] * coefficients[i];
     paired[2 * i + 1] = coefficients[i];
   }
-  return at::mm(upload(paired, 2 * size_), rows_.narrow(0, 0, size_).view({2 * size_, length_}));
-}
-
-at::Tensor RitzBasis::upload(const std::vector<double>& coefficients, int64_t columns) const {
-  const auto rows = static_cast<int64_t>(coefficients.size()) / columns;
-  const at::Tensor host = at::from_blob(const_cast<double*>(coefficients.data()), {rows, columns},
-                                        at::TensorOptions(at::kDouble));
-  // The blob lives only as long as the caller's vector, which outlives the GEMM on the CPU alone.
-  return rows_.is_cpu() ? host.to(rows_.scalar_type()) : host.to(rows_.options());
+  return combinations(to_device(paired, 2 * size_, rows_),
+                      rows_.narrow(0, 0, size_).view({2 * size_, length_}));
 }
 
 }  // namespace dynloss

@@ -22,10 +22,14 @@ class RitzBasis {
   // (classical Gram-Schmidt, twice). Returns that part's norm; 0, and no candidate, where x, of the given
   // norm, lies in the basis to rounding.
   double propose(const at::Tensor& x, double norm);
+  // The same for the product taken in last, whose overlaps with the basis are known already.
+  double propose_product();
+  // The same for what is orthogonal to the basis but for rounding, as a Ritz pair's residual is: in one pass.
+  double propose_orthogonal(const at::Tensor& x, double norm);
   at::Tensor candidate() const { return pair(size_).select(0, 0); }
 
-  // ‖x - V Vᵀ x‖.
-  double distance(const at::Tensor& x) const;
+  // x_i · v_j of the rows of x, shape (rows, size()), on the host.
+  std::vector<double> overlaps(const at::Tensor& x) const;
 
   // Takes in the candidate together with its product; false, and nothing taken in, where the product is not
   // finite.
@@ -43,17 +47,13 @@ class RitzBasis {
   // T[i, j] = v_i · H v_j, row-major (size, size); symmetric up to the operator's own asymmetry.
   const std::vector<double>& projection() const { return projection_; }
 
-  // The product taken in last, and its norm.
-  at::Tensor last_product() const { return pair(size_ - 1).select(0, 1); }
-  double last_product_norm() const { return product_norm_; }
-
   // max |T[i, j] - T[j, i]| over everything seen: rounding alone for a symmetric operator.
   double asymmetry() const { return asymmetry_; }
 
  private:
   at::Tensor pair(int64_t row) const { return rows_.select(0, row); }
   at::Tensor vectors() const { return rows_.narrow(0, 0, size_).select(1, 0); }
-  at::Tensor upload(const std::vector<double>& coefficients, int64_t columns) const;
+  double normalise(double norm);
 
   int64_t capacity_;
   int64_t length_;
@@ -62,10 +62,10 @@ class RitzBasis {
   at::Tensor rows_;  // (capacity, 2, length): v_j beside w_j, so that one GEMM reaches both
   std::vector<double> projection_;
   double asymmetry_ = 0.0;
-  double product_norm_ = 0.0;
-};
 
-// A small tensor as doubles on the host: the one synchronisation of a decision.
-std::vector<double> to_host(const at::Tensor& values);
+  at::Tensor product_;           // the one taken in last,
+  at::Tensor product_overlaps_;  // v_i · product, undefined after a restart,
+  double product_norm_ = 0.0;    // and its norm
+};
 
 }  // namespace dynloss

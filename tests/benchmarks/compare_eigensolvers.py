@@ -1,21 +1,31 @@
-"""Products, time and error of the three largest Hessian eigenvalues along the spiral, against other solvers.
+"""Products, time and error of the three largest Hessian eigenvalues, against other solvers, in one run.
 
-    python tests/benchmarks/compare_eigensolvers.py --states 60 --gap 25 --json FILE
+    pip install '.[bench]'
+    python tests/benchmarks/compare_eigensolvers.py spiral --states 40 --json FILE
+    python tests/benchmarks/compare_eigensolvers.py myrtle5 --data DIR --dtype float32 --states 1 --json FILE
 
-Every solver sees the same states by turns. SciPy's runs on the same cached product; PyHessian, hessian-eigenthings and
-curvlinops on their own, where they are installed. Errors are relative to eigenvalues of the dense Hessian.
+`spiral` follows gradient descent along the paper's spiral experiment; the reference is the dense Hessian. `myrtle5`
+takes 300 CIFAR-10 images (random ones without --data) and plain SGD steps; its dense Hessian does not fit, so the
+reference is SciPy's ARPACK on the same products, at a tolerance of 1e-12 in float64, and of 1e-5 in float32, where
+rounding hides more. SciPy's solver runs on our cached product, the others on their own. Every solver sees the same
+states by turns; "warm" ones start from what they found at the last one. --json merges the figures into FILE.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
+import importlib.metadata
 import io
 import json
+import os
+import platform
 import sys
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,178 +35,329 @@ from scipy.sparse.linalg import LinearOperator
 from scipy.sparse.linalg import eigsh as scipy_eigsh
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from curvature_problems import Spiral
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT / "python_examples")]
+from common.batches import Batches  # noqa: E402
+from common.cifar10 import load_cifar10, synthetic_cifar10  # noqa: E402
+from common.models import myrtle5  # noqa: E402
+from common.spiral import load_initial_values  # noqa: E402
+from dynloss_ext import EigenTracker, HessianOperator, Oscillation, dynamic_cross_entropy, eigsh  # noqa: E402
 
-from dynloss_ext import EigenTracker, HessianOperator, dynamic_cross_entropy, eigsh
-
-Answer = tuple[np.ndarray, int | None]
+K = 3
 TOL = 1e-3
+PEERS = {"PyHessian": "pyhessian", "hessian-eigenthings": "hessian-eigenthings", "curvlinops": "curvlinops-for-pytorch"}
 
 
-class Network(nn.Module):
-    """The spiral's network as a module, for the peers that want one; shares the parameters' values."""
+@dataclass
+class Problem:
+    """A network under the dynamical loss, and how it moves on."""
 
-    def __init__(self, spiral: Spiral) -> None:
-        super().__init__()
-        self.weights = nn.ParameterList([nn.Parameter(p.detach().clone()) for p in spiral.params])
+    model: nn.Module
+    inputs: Tensor
+    target: Tensor
+    oscillation: Oscillation
+    lr: float
+    dense: bool
+    step: int = 0
+    params: list[Tensor] = field(init=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        w1, b1, w2, b2 = self.weights
-        return torch.relu(x @ w1 + b1) @ w2 + b2
+    def __post_init__(self) -> None:
+        self.params = list(self.model.parameters())
+
+    def criterion(self, logits: Tensor, target: Tensor) -> Tensor:
+        return dynamic_cross_entropy(logits, target, self.oscillation, self.step)
+
+    def hessian(self) -> HessianOperator:
+        return HessianOperator(self.criterion(self.model(self.inputs), self.target), self.params)
+
+    def train(self, steps: int) -> None:
+        for _ in range(steps):
+            gradients = torch.autograd.grad(self.criterion(self.model(self.inputs), self.target), self.params)
+            with torch.no_grad():
+                for p, g in zip(self.params, gradients, strict=True):
+                    p.sub_(g, alpha=self.lr)
+            self.step += 1
+
+    def reference(self) -> np.ndarray:
+        H = self.hessian()
+        if self.dense:
+            matrix = H.to_dense()
+            return torch.linalg.eigvalsh((matrix + matrix.T) / 2)[-K:].flip(0).numpy()
+        tol = 1e-12 if H.dtype == torch.float64 else 1e-5
+        return arpack(lambda x: product_of(H, x), H.shape[0], tol, None, None)[0]
 
 
-class Contenders:
-    """name -> a function of the state that gives the eigenvalues and the number of products."""
+@dataclass
+class Answer:
+    values: np.ndarray
+    products: int
+
+
+Solver = Callable[[Problem], Answer]
+
+
+class Counted:
+    """A function that counts its calls."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function, self.calls = function, 0
+
+    def __call__(self, *args: Any, **keywords: Any) -> Any:
+        self.calls += 1
+        return self.function(*args, **keywords)
+
+
+def product_of(H: HessianOperator, x: np.ndarray) -> np.ndarray:
+    return (H @ torch.from_numpy(x.reshape(-1)).to(H.dtype)).double().numpy()
+
+
+def arpack(
+    product: Callable[[np.ndarray], np.ndarray], size: int, tol: float, ncv: int | None, v0: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    operator = LinearOperator((size, size), matvec=product, dtype="float64")
+    values, vectors = scipy_eigsh(operator, k=K, which="LA", tol=tol, ncv=ncv, v0=v0)
+    return np.sort(values)[::-1], vectors
+
+
+def ours_cold(problem: Problem) -> Answer:
+    result = eigsh(problem.hessian(), K, tol=TOL)
+    return Answer(result.values.numpy(), result.num_hvp)
+
+
+class Tracked:
+    """EigenTracker with its defaults, audits included."""
 
     def __init__(self) -> None:
-        self.tracker = EigenTracker(3, tol=TOL)
-        self.start: dict[int | None, np.ndarray] = {}
+        self.tracker = EigenTracker(K, tol=TOL)
 
-    def ours_cold(self, spiral: Spiral) -> Answer:
-        result = eigsh(HessianOperator(spiral.loss(), spiral.params), 3, tol=TOL)
-        return result.values.numpy(), result.num_hvp
-
-    def ours_tracked(self, spiral: Spiral) -> Answer:
-        result = self.tracker.update(HessianOperator(spiral.loss(), spiral.params))
-        return result.values.numpy(), result.num_hvp
-
-    def scipy(self, spiral: Spiral, ncv: int | None, warm: bool) -> Answer:
-        H = HessianOperator(spiral.loss(), spiral.params)
-        products = 0
-
-        def product(x: np.ndarray) -> np.ndarray:
-            nonlocal products
-            products += 1
-            return (H @ torch.from_numpy(x.reshape(-1))).numpy()
-
-        operator = LinearOperator(H.shape, matvec=product, dtype="float64")
-        v0 = self.start.get(ncv) if warm else None
-        values, vectors = scipy_eigsh(operator, k=3, which="LA", tol=TOL, ncv=ncv, v0=v0)
-        if warm:
-            self.start[ncv] = vectors.sum(1)
-        return np.sort(values)[::-1], products
-
-    def all(self) -> dict[str, Callable[[Spiral], Answer]]:
-        def scipy(ncv: int | None, warm: bool) -> Callable[[Spiral], Answer]:
-            return lambda spiral: self.scipy(spiral, ncv, warm)
-
-        found: dict[str, Callable[[Spiral], Answer]] = {
-            "EigenTracker": self.ours_tracked,
-            "eigsh, cold": self.ours_cold,
-            "scipy, cold": scipy(None, False),
-            "scipy, warm": scipy(None, True),
-            "scipy ncv=8, cold": scipy(8, False),
-            "scipy ncv=8, warm": scipy(8, True),
-        }
-        for name, peer in (("PyHessian", pyhessian), ("curvlinops", curvlinops), ("hessian-eigenthings", eigenthings)):
-            try:
-                found[name] = peer()
-            except ImportError:
-                print(f"{name} is not installed: left out")
-        return found
+    def __call__(self, problem: Problem) -> Answer:
+        result = self.tracker.update(problem.hessian())
+        return Answer(result.values.numpy(), result.num_hvp)
 
 
-def criterion(spiral: Spiral) -> Callable[[Tensor, Tensor], Tensor]:
-    return lambda logits, target: dynamic_cross_entropy(logits, target, spiral.oscillation, spiral.step)
+class Scipy:
+    def __init__(self, ncv: int | None, warm: bool) -> None:
+        self.ncv, self.warm, self.start = ncv, warm, None
+
+    def __call__(self, problem: Problem) -> Answer:
+        H = problem.hessian()
+        product = Counted(lambda x: product_of(H, x))
+        values, vectors = arpack(product, H.shape[0], TOL, self.ncv, self.start)
+        if self.warm:
+            self.start = vectors.sum(1)
+        return Answer(values, product.calls)
 
 
-def pyhessian() -> Callable[[Spiral], Answer]:
-    from pyhessian import hessian
+def pyhessian() -> Solver:
+    peer = importlib.import_module("pyhessian.hessian")  # as an attribute of the package it is the class
 
-    def solve(spiral: Spiral) -> Answer:
-        with contextlib.redirect_stdout(io.StringIO()):
-            computer = hessian(Network(spiral), criterion(spiral), data=(spiral.X, spiral.y), cuda=False)
-            values, _ = computer.eigenvalues(top_n=3, tol=TOL)
-        return np.array(values), None
+    def solve(problem: Problem) -> Answer:
+        product = Counted(peer.hessian_vector_product)
+        original, peer.hessian_vector_product = peer.hessian_vector_product, product
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                computer = peer.hessian(
+                    problem.model, problem.criterion, data=(problem.inputs, problem.target), cuda=False
+                )
+                values, _ = computer.eigenvalues(top_n=K, tol=TOL)
+        finally:
+            peer.hessian_vector_product = original
+            problem.model.zero_grad(set_to_none=True)  # it leaves gradients with their graphs behind
+            problem.model.train()
+        return Answer(np.array(values), product.calls)
 
     return solve
 
 
-def curvlinops() -> Callable[[Spiral], Answer]:
+def curvlinops() -> Solver:
     from curvlinops import HessianLinearOperator
 
-    def solve(spiral: Spiral) -> Answer:
-        model = Network(spiral)
-        gamma = spiral.oscillation.weights(spiral.step)
-        mean = float(gamma[spiral.y].mean())  # torch divides by the sum of the weights, the paper by the count
+    def solve(problem: Problem) -> Answer:
+        gamma = problem.oscillation.weights(problem.step)
+        mean = float(gamma[problem.target].mean())  # torch divides by the sum of the weights, the paper by the count
         operator = HessianLinearOperator(
-            model, nn.CrossEntropyLoss(weight=gamma), list(model.parameters()), [(spiral.X, spiral.y)]
+            problem.model,
+            nn.CrossEntropyLoss(weight=gamma.to(problem.inputs.dtype)),
+            problem.params,
+            [(problem.inputs, problem.target)],
+            check_deterministic=False,
         )
         bridge = operator.to_scipy()
-        products = 0
-
-        def product(x: np.ndarray) -> np.ndarray:
-            nonlocal products
-            products += 1
-            return bridge @ x.reshape(-1)
-
-        counted = LinearOperator(bridge.shape, matvec=product, dtype="float64")
-        values = scipy_eigsh(counted, k=3, which="LA", tol=TOL, return_eigenvectors=False)
-        return np.sort(values)[::-1] * mean, products
+        product = Counted(lambda x: (bridge @ x.reshape(-1).astype(bridge.dtype)).astype(np.float64))
+        return Answer(arpack(product, bridge.shape[0], TOL, None, None)[0] * mean, product.calls)
 
     return solve
 
 
-def eigenthings() -> Callable[[Spiral], Answer]:
+def eigenthings() -> Solver:
     from hessian_eigenthings import HessianOperator as PeerOperator
     from hessian_eigenthings import lanczos
 
-    def solve(spiral: Spiral) -> Answer:
-        loss = criterion(spiral)
+    def solve(problem: Problem) -> Answer:
         operator = PeerOperator(
-            Network(spiral), [(spiral.X, spiral.y)], lambda model, batch: loss(model(batch[0]), batch[1])
+            problem.model,
+            [(problem.inputs, problem.target)],
+            lambda model, batch: problem.criterion(model(batch[0]), batch[1]),
         )
-        product, products = operator.matvec, 0
-
-        def counting(v: Tensor) -> Tensor:
-            nonlocal products
-            products += 1
-            return product(v)
-
-        operator.matvec = counting
-        values = lanczos(operator, k=3, which="LA", tol=TOL, max_iter=20, seed=0).eigenvalues
-        return np.sort(np.asarray(values))[::-1], products
+        product = Counted(operator.matvec)
+        operator.matvec = product
+        values = lanczos(operator, k=K, which="LA", tol=TOL, max_iter=20, seed=0).eigenvalues
+        return Answer(np.sort(np.asarray(values, dtype=np.float64))[::-1], product.calls)
 
     return solve
+
+
+def contenders() -> dict[str, Solver | None]:
+    """None for a peer that is not installed."""
+    found: dict[str, Solver | None] = {
+        "EigenTracker (warm)": Tracked(),
+        "eigsh (cold)": ours_cold,
+        "SciPy (cold)": Scipy(None, False),
+        "SciPy (warm)": Scipy(None, True),
+        "SciPy ncv=8 (cold)": Scipy(8, False),
+        "SciPy ncv=8 (warm)": Scipy(8, True),
+    }
+    for name, make in zip(PEERS, (pyhessian, eigenthings, curvlinops), strict=True):
+        try:
+            found[name] = make()
+        except ImportError:
+            found[name] = None
+    return found
+
+
+def spiral(arguments: argparse.Namespace) -> Problem:
+    inputs, target, model = load_initial_values(ROOT / "tests/data/spiral_reference_5000.npz")
+    dtype = getattr(torch, arguments.dtype)
+    return Problem(
+        model.to(dtype), inputs.to(dtype), target, Oscillation(3, 70.0, 5000, closed=True), lr=1.0, dense=True
+    )
+
+
+def images(arguments: argparse.Namespace) -> Problem:
+    data = synthetic_cifar10(train_per_class=200) if arguments.data is None else load_cifar10(arguments.data)
+    batches = Batches(data.train.subset(10, arguments.images), None, dtype=getattr(torch, arguments.dtype))
+    batch = batches.get(0)
+    model = myrtle5(10, width=arguments.width).to(batch.images.dtype)
+    return Problem(model, batch.images, batch.labels, Oscillation(10, 10.0, 100), lr=0.02, dense=False)
+
+
+def measure(problem: Problem, solvers: dict[str, Solver | None], states: int, gap: int, warm: int) -> dict[str, Any]:
+    rows: dict[str, list[tuple[float, int, float]]] = {name: [] for name in solvers}
+    for state in range(warm + states):
+        problem.train(gap)
+        exact = problem.reference() if state >= warm else None
+        for name, solve in solvers.items():
+            if solve is None or (exact is None and "(warm)" not in name):
+                continue
+            begin = time.perf_counter()
+            answer = solve(problem)
+            seconds = time.perf_counter() - begin
+            if exact is None:
+                continue
+            error = float(np.max(np.abs(answer.values - exact) / np.abs(exact)))
+            rows[name].append((seconds, answer.products, error))
+            print(f"state {state} {name}: {answer.products} products, {seconds:.3g} s", file=sys.stderr)
+    summary: dict[str, Any] = {}
+    for name, row in rows.items():
+        if not row:
+            summary[name] = None
+            continue
+        seconds, products, errors = (np.array(column) for column in zip(*row, strict=True))
+        summary[name] = {
+            "products": float(products.mean()),
+            "seconds_median": float(np.median(seconds)),
+            "seconds_least": float(seconds.min()),
+            "worst_error": float(errors.max()),
+        }
+    return summary
+
+
+def measure_overhead(problem: Problem, states: int, gap: int) -> dict[str, float]:
+    """CPU time of a tracker's updates beyond that of as many products on a graph as new, state by state."""
+    tracker = EigenTracker(K, tol=TOL)
+    tracker.update(problem.hessian())
+    ratios, products = [], []
+    for _ in range(states):
+        problem.train(gap)
+        H, same = problem.hessian(), problem.hessian()
+        v = torch.randn(H.shape[0], dtype=H.dtype)
+        begin = time.thread_time()
+        count = tracker.update(H).num_hvp
+        middle = time.thread_time()
+        for _ in range(count):
+            same @ v
+        alone = time.thread_time() - middle
+        ratios.append((middle - begin) / alone - 1)
+        products.append(alone / count)
+    return {"overhead_median": float(np.median(ratios)), "product_seconds_median": float(np.median(products))}
+
+
+def machine() -> dict[str, Any]:
+    versions = {"torch": torch.__version__, "python": platform.python_version()}
+    for package in ("dynloss_ext", "numpy", "scipy", *PEERS.values()):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    cpu = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in cpu.read_text().splitlines() if line.startswith("model name")]
+    return {
+        "cpu": names[0] if names else platform.processor(),
+        "cores": os.cpu_count(),
+        "load": os.getloadavg()[0],
+        "threads": torch.get_num_threads(),
+        "versions": versions,
+    }
+
+
+def show(summary: dict[str, Any]) -> None:
+    print(f"{'solver':24}{'products':>10}{'ms (median)':>13}{'ms (least)':>13}{'worst error':>13}")
+    for name, row in summary.items():
+        if row is None:
+            print(f"{name:24}{'not installed':>23}")
+            continue
+        median, least = 1e3 * row["seconds_median"], 1e3 * row["seconds_least"]
+        print(f"{name:24}{row['products']:>10.2f}{median:>13.2f}{least:>13.2f}{row['worst_error']:>13.1e}")
+
+
+def write_json(path: Path, problem: str, figures: dict[str, Any]) -> None:
+    known = json.loads(path.read_text()) if path.exists() else {}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".part")
+    partial.write_text(json.dumps(known | {problem: figures}, indent=2) + "\n")
+    os.replace(partial, path)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--states", type=int, default=40)
-    parser.add_argument("--gap", type=int, default=25, help="steps of training between states")
-    parser.add_argument("--start", type=int, default=3000)
+    parser.add_argument("problem", choices=("spiral", "myrtle5"))
+    parser.add_argument("--states", type=int, default=40, help="measured states")
+    parser.add_argument("--gap", type=int, default=25, help="steps of training from one to the next")
+    parser.add_argument("--start", type=int, default=0, help="steps of training before the first")
+    parser.add_argument("--warm", type=int, default=1, help="states before, which only the warm solvers see")
+    parser.add_argument("--dtype", choices=("float32", "float64"), default="float64")
+    parser.add_argument("--data", type=Path, help="CIFAR-10 folder")
+    parser.add_argument("--images", type=int, default=300)
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(arguments.threads)
+    torch.set_default_dtype(getattr(torch, arguments.dtype))  # PyHessian draws its vectors in it
     warnings.simplefilter("ignore")
 
-    spiral = Spiral()
-    while spiral.step < arguments.start:
-        spiral.train()
-    contenders = Contenders().all()
-    rows: dict[str, list[tuple[float, float | None, float]]] = {name: [] for name in contenders}
-    for _ in range(arguments.states):
-        for _ in range(arguments.gap):
-            spiral.train()
-        dense = HessianOperator(spiral.loss(), spiral.params).to_dense()
-        exact = torch.linalg.eigvalsh((dense + dense.T) / 2)[-3:].flip(0).numpy()
-        for name, solve in contenders.items():
-            begin = time.perf_counter()
-            values, products = solve(spiral)
-            seconds = time.perf_counter() - begin
-            rows[name].append((seconds, products, float(np.max(np.abs(values - exact) / np.abs(exact)))))
-    summary: dict[str, Any] = {}
-    print(f"{'solver':22}{'products':>10}{'ms (median)':>13}{'worst error':>13}")
-    for name, row in rows.items():
-        seconds, products, errors = zip(*row, strict=True)
-        mean = None if products[0] is None else float(np.mean(products))
-        summary[name] = {"products": mean, "milliseconds": 1e3 * float(np.median(seconds)), "error": max(errors)}
-        shown = "-" if mean is None else f"{mean:.2f}"
-        print(f"{name:22}{shown:>10}{summary[name]['milliseconds']:>13.2f}{max(errors):>13.1e}")
+    problem = spiral(arguments) if arguments.problem == "spiral" else images(arguments)
+    problem.train(arguments.start)
+    summary = measure(problem, contenders(), arguments.states, arguments.gap, arguments.warm)
+    figures = {
+        "settings": {name: str(value) for name, value in vars(arguments).items() if name not in ("json", "data")},
+        "parameters": sum(p.numel() for p in problem.params),
+        "machine": machine(),
+        "solvers": summary,
+        "driver": measure_overhead(problem, arguments.states, min(arguments.gap, 5)),
+    }
+    show(summary)
+    print("driver beyond its products: {overhead_median:.1%} of them".format(**figures["driver"]))
     if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(summary, indent=2) + "\n")
+        write_json(arguments.json, arguments.problem, figures)
 
 
 if __name__ == "__main__":
