@@ -2,9 +2,12 @@
 
     python python_examples/myrtle5_cifar10.py --data DATA --out runs/myrtle5
     torchrun --nproc-per-node 4 python_examples/myrtle5_cifar10.py --data DATA --out runs/myrtle5
+    python python_examples/myrtle5_cifar10.py --data DATA --out runs/myrtle5 --ensemble --channels-last
 
 Every training is a run folder of its own under --out; --resume goes on with the one that was interrupted
-and skips those that are done.  The figure shows the validation curves; dotted: where the oscillation stops.
+and skips those that are done.  With --ensemble they are one network of grouped convolutions and go through their
+steps together, with the same numbers to rounding.  The figure shows the validation curves; dotted: where the
+oscillation stops.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from common.config import TrainingConfig
 from common.curves import Metrics, training_curves
 from common.distributed import World, join_world
 from common.recording import RunFolder
-from common.training import train
+from common.training import train, train_ensemble
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,6 +35,7 @@ class SeedsConfig(TrainingConfig):
 
     seeds: int = option(3, "trainings of each kind, with seeds --seed, --seed + 1, ...")
     baseline: bool = option(True, "also train with A = 1")
+    ensemble: bool = option(False, "train all of them at once (needs their memory together)")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -39,6 +43,11 @@ class SeedsConfig(TrainingConfig):
             raise ValueError(f"seeds: got {self.seeds}, expected at least 1")
         if self.validate_every < 1:
             raise ValueError(f"validate_every: got {self.validate_every}, expected at least 1")
+        if self.ensemble and (self.model != "myrtle5" or self.eig_every or self.precision == "float16"):
+            got = f"--model {self.model} --eig-every {self.eig_every} --precision {self.precision}"
+            raise ValueError(
+                f"ensemble: got {got}, expected Myrtle5, no eigenvalues and another precision than float16"
+            )
 
     @property
     def amplitudes(self) -> tuple[float, ...]:
@@ -47,18 +56,12 @@ class SeedsConfig(TrainingConfig):
     def runs(self, amplitude: float) -> list[TrainingConfig]:
         """The trainings at one amplitude, each with its own folder."""
         own = {field.name: getattr(self, field.name) for field in dataclasses.fields(TrainingConfig)}
-        return [
-            TrainingConfig(
-                **own
-                | {
-                    "amplitude": amplitude,
-                    "seed": seed,
-                    "out": self.out / f"A{amplitude:g}_seed{seed}",
-                    "resume": (self.out / f"A{amplitude:g}_seed{seed}" / "checkpoint.pt").exists(),
-                }
-            )
-            for seed in range(self.seed, self.seed + self.seeds)
-        ]
+        runs = []
+        for seed in range(self.seed, self.seed + self.seeds):
+            out = self.out / f"A{amplitude:g}_seed{seed}"
+            changes = {"amplitude": amplitude, "seed": seed, "out": out, "resume": (out / "checkpoint.pt").exists()}
+            runs.append(TrainingConfig(**own | changes))
+        return runs
 
 
 PAPER: dict[str, Any] = {
@@ -111,14 +114,19 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     description = (__doc__ or "").splitlines()[0]
     config = parse_config(SeedsConfig, description, argv, defaults=PAPER, presets=PRESETS)
     with join_world(resolve_device(config.device)) as world:
-        if world.is_main:
-            open_run(config).write_checkpoint({})  # the state is in the runs' own folders
-        world.barrier()
-        for amplitude in config.amplitudes:
-            for run in config.runs(amplitude):
-                if not _is_finished(run.out, world) and not train(run)["finished"]:
-                    return {"finished": False}
+        runs = [run for amplitude in config.amplitudes for run in config.runs(amplitude)]
+        finished = train_ensemble(config, runs)["finished"] if config.ensemble else _train_each(config, runs, world)
+        if not finished:
+            return {"finished": False}
         return report(config) if world.is_main else {"finished": True}
+
+
+def _train_each(config: SeedsConfig, runs: Sequence[TrainingConfig], world: World) -> bool:
+    """One after the other; False if interrupted."""
+    if world.is_main:
+        open_run(config).write_checkpoint({})  # the state is in the runs' own folders
+    world.barrier()
+    return all(_is_finished(run.out, world) or train(run)["finished"] for run in runs)
 
 
 def report(config: SeedsConfig) -> dict[str, Any]:
@@ -127,8 +135,10 @@ def report(config: SeedsConfig) -> dict[str, Any]:
     groups: dict[str, Sequence[Metrics]] = {}
     arrays: dict[str, NDArray[Any]] = {}
     accuracy: dict[str, dict[str, Any]] = {}
+    summaries: list[dict[str, Any]] = []
     for amplitude in config.amplitudes:
         folders = [RunFolder(run.out) for run in config.runs(amplitude)]
+        summaries += [run.read_summary() for run in folders]
         metrics = [run.read_metrics() for run in folders if not run.read_summary()["diverged"]]
         accuracy[f"A{amplitude:g}"] = {"seeds": [], "diverged": len(folders) - len(metrics)}
         if metrics:
@@ -137,9 +147,10 @@ def report(config: SeedsConfig) -> dict[str, Any]:
                 arrays[f"{name}_A{amplitude:g}"] = np.stack([run[name] for run in metrics])
             final = np.array([run["validation_accuracy"][-1] for run in metrics])
             accuracy[f"A{amplitude:g}"] |= {"mean": final.mean(), "std": final.std(), "seeds": final.tolist()}
-    first = RunFolder(config.runs(config.amplitude)[0].out).read_summary()
+    first = summaries[0]
     summary = {"finished": True, "validation_accuracy": accuracy}
-    summary |= {name: first[name] for name in ("num_parameters", "device", "images_per_second")}
+    summary |= {name: first[name] for name in ("num_parameters", "device", "images_per_second", "networks_at_once")}
+    summary["seconds"] = {what: sum(run["seconds"][what] for run in summaries) for what in first["seconds"]}
     folder.write_metrics(arrays)
     folder.write_summary(summary)
     if groups:

@@ -15,7 +15,9 @@ import torch
 import myrtle5_bifurcations
 import myrtle5_cifar10
 import wrn28_10_cifar10
+from common import training
 from common.config import TrainingConfig, build_model, build_schedule
+from common.recording import GracefulStop
 
 SCRIPTS = [myrtle5_bifurcations, myrtle5_cifar10, wrn28_10_cifar10]
 RUN_FILES = {"config.json", "metrics.npz", "summary.json", "figure.png", "checkpoint.pt"}
@@ -149,3 +151,72 @@ def test_onset_of_oscillations_and_crossings_are_found() -> None:
     assert abs(window.stop - 400) <= 2
     assert {part.period for part in analysis.periods[0]} == {2}
     assert myrtle5_bifurcations.upward_crossings(eig_step, eigenvalues, 40.0, hold=50) == [170]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--augment", "--batchnorm", "--shards", "2", "--batch-size", "20"),
+        ("--channels-last", "--no-bias", "--batch-size", "none", "--weight-decay", "1e-3"),
+    ],
+    ids=["minibatch-batchnorm", "full-batch"],
+)
+def test_an_ensemble_trains_each_member_as_alone(tmp_path: Path, options: tuple[str, ...]) -> None:
+    options = ("--seeds", "2", "--precision", "float64", "--train-images", "60", *options)
+    alone = smoke(myrtle5_cifar10, tmp_path / "alone", *options)
+    together = smoke(myrtle5_cifar10, tmp_path / "together", "--ensemble", *options)
+    assert (together["num_parameters"], together["networks_at_once"]) == (alone["num_parameters"], 4)
+    runs = sorted(path.name for path in (tmp_path / "alone").iterdir() if path.is_dir())
+    losses = []
+    for run in runs:
+        a, b = (np.load(tmp_path / name / run / "metrics.npz") for name in ("alone", "together"))
+        assert sorted(a) == sorted(b)
+        for name in a:
+            np.testing.assert_allclose(b[name], a[name], rtol=1e-8, atol=1e-12, err_msg=f"{run} {name}")
+        config, summary = (
+            json.loads((tmp_path / "together" / run / f"{n}.json").read_text()) for n in ("config", "summary")
+        )
+        assert f"A{config['amplitude']:g}_seed{config['seed']}" == run
+        assert summary["weighted_loss"] == b["weighted_loss"][-1]
+        losses.append(summary["weighted_loss"])
+    assert len(set(losses)) == len(runs) == 4
+
+
+def test_an_interrupted_ensemble_resumes_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ("--seeds", "2", "--ensemble", "--batchnorm", "--augment")
+    straight = smoke(myrtle5_cifar10, tmp_path / "straight", *options)
+    out = tmp_path / "interrupted"
+
+    class StopAfterSevenSteps(GracefulStop):
+        looks = 0
+
+        @property
+        def requested(self) -> bool:
+            self.looks += 1
+            return self.looks >= 7
+
+        @requested.setter
+        def requested(self, value: bool) -> None:
+            pass
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "GracefulStop", StopAfterSevenSteps)
+        arguments = ["--preset", "smoke", "--synthetic", "--device", "cpu", "--out", str(out), *options]
+        assert myrtle5_cifar10.main(arguments) == {"finished": False}
+    again = smoke(myrtle5_cifar10, out, "--resume", *options)
+    assert again["validation_accuracy"] == straight["validation_accuracy"]
+    for run in ("A1_seed0", "A50_seed1"):
+        a, b = (np.load(tmp_path / name / run / "metrics.npz") for name in ("straight", "interrupted"))
+        for name in a:
+            np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+@pytest.mark.parametrize("options", [("--model", "wrn"), ("--eig-every", "5"), ("--precision", "float16")])
+def test_what_an_ensemble_cannot_do_is_refused(tmp_path: Path, options: tuple[str, str], capsys: Any) -> None:
+    arguments = ["--preset", "smoke", "--synthetic", "--ensemble", "--out", str(tmp_path / "run"), *options]
+    with pytest.raises(SystemExit):
+        myrtle5_cifar10.main(arguments)
+    assert (
+        f"ensemble: got {' '.join(options) if options[0] == '--model' else '--model myrtle5'}"
+        in capsys.readouterr().err
+    )

@@ -423,7 +423,7 @@ def test_shards_must_divide_among_the_processes(tmp_path: Path) -> None:
 
 def test_metric_arrays_before_the_first_row_are_empty(tmp_path: Path) -> None:
     config = small(tmp_path / "run", eig_every=2)
-    arrays = metric_arrays(Trainer(config, load_data(config), CPU))
+    (arrays,) = metric_arrays(Trainer(config, load_data(config), CPU))
     assert {name: len(values) for name, values in arrays.items() if len(values)} == {}
     assert arrays["weights"].shape == (0, 3)
     assert arrays["eigenvalues"].shape == (0, 3)

@@ -142,9 +142,13 @@ def build_schedule(config: TrainingConfig, steps_per_epoch: int) -> Schedule:
     return piecewise_linear(knots, steps_per_epoch)
 
 
-def build_oscillation(config: TrainingConfig, steps_per_epoch: int) -> Oscillation:
+def build_oscillation(
+    config: TrainingConfig, steps_per_epoch: int, amplitude: torch.Tensor | None = None
+) -> Oscillation:
+    """Γ of one run, or of an ensemble with these amplitudes (E,)."""
     stop_step = None if config.stop_epoch is None else config.stop_epoch * steps_per_epoch
-    return Oscillation(config.classes, config.amplitude, config.period, waveform=config.waveform, stop_step=stop_step)
+    amplitudes = config.amplitude if amplitude is None else amplitude
+    return Oscillation(config.classes, amplitudes, config.period, waveform=config.waveform, stop_step=stop_step)
 
 
 def configure_numerics(config: TrainingConfig) -> None:
