@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,8 +16,10 @@ import torch
 import myrtle5_bifurcations
 import myrtle5_cifar10
 import wrn28_10_cifar10
+from common import config as config_module
 from common import training
-from common.config import TrainingConfig, build_model, build_schedule
+from common.cifar10 import BINARY, synthetic_cifar10
+from common.config import TrainingConfig, build_model, build_schedule, load_data
 from common.recording import GracefulStop
 
 SCRIPTS = [myrtle5_bifurcations, myrtle5_cifar10, wrn28_10_cifar10]
@@ -93,11 +96,54 @@ def test_without_data_the_script_says_what_it_needs(script: ModuleType, tmp_path
     assert not (tmp_path / "run").exists()
 
 
+@pytest.fixture(scope="module")
+def small_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """300 training and 60 test images a class, as files of the binary version."""
+    folder = tmp_path_factory.mktemp("data") / BINARY.folder
+    folder.mkdir()
+    data = synthetic_cifar10(300, 60)
+    train, test = (torch.cat([s.labels[:, None].byte(), s.images.flatten(1)], 1) for s in (data.train, data.test))
+    for name, records in zip((*BINARY.train_files, *BINARY.test_files), (*train.chunk(5), test), strict=True):
+        records.numpy().tofile(folder / name)
+    return folder.parent
+
+
+@pytest.mark.filterwarnings("ignore:class .* has .* images")
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
-def test_presets_ask_for_at_most_300_images_a_class(script: ModuleType) -> None:
-    for preset in script.PRESETS.values():
-        options = script.PAPER | preset
-        assert options["train_images"] <= 300 * options.get("classes", 10)
+def test_300_images_a_class_will_do(script: ModuleType, small_folder: Path) -> None:
+    for preset in ({}, *script.PRESETS.values()):
+        options = {name: value for name, value in (script.PAPER | preset).items() if name != "seeds"}
+        data = load_data(TrainingConfig(data=small_folder, **options))
+        wanted = options.get("train_images") or 3000
+        assert len(data.train) == min(wanted, 300 * options.get("classes", 10))
+        assert len(data.test) > 0
+
+
+def test_a_run_on_files(tmp_path: Path, small_folder: Path, capsys: Any) -> None:
+    """A network of the paper's size, its parameters told at the start."""
+    options = ["--preset", "smoke", "--data", str(small_folder), "--device", "cpu", "--out", str(tmp_path / "run")]
+    options += ["--width", "64", "--train-images", "20", "--validation-images", "10", "--no-baseline"]
+    summary = myrtle5_cifar10.main(options)
+    assert summary["finished"]
+    assert summary["num_parameters"] == 113_226
+    assert "myrtle5: 113,226 parameters; 20 training and 10 validation images" in capsys.readouterr().err
+
+
+def test_download_fetches_only_what_is_not_there(
+    tmp_path: Path, small_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched: list[Path] = []
+
+    def fetch(folder: Path) -> None:
+        fetched.append(folder)
+        shutil.copytree(small_folder, folder, dirs_exist_ok=True)
+
+    monkeypatch.setattr(config_module, "download_cifar10", fetch)
+    for folder in (small_folder, tmp_path / "new", tmp_path / "new"):
+        assert len(load_data(TrainingConfig(data=folder, download=True)).train) == 3000
+    assert fetched == [tmp_path / "new"]
+    with pytest.raises(FileNotFoundError, match="no CIFAR-10 data at"):
+        load_data(TrainingConfig(data=tmp_path))
 
 
 def paper(script: ModuleType) -> TrainingConfig:

@@ -107,9 +107,13 @@ def load_data(config: TrainingConfig) -> Dataset:
         whole = synthetic_cifar10()
     else:
         assert config.data is not None  # __post_init__
-        if config.download:
+        try:
+            whole = load_cifar10(config.data)
+        except FileNotFoundError:
+            if not config.download:
+                raise
             download_cifar10(config.data)
-        whole = load_cifar10(config.data)
+            whole = load_cifar10(config.data)
     return Dataset(
         whole.train.subset(config.classes, config.train_images),
         whole.test.subset(config.classes, config.validation_images),

@@ -105,9 +105,9 @@ class Trainer:
             if isinstance(module, nn.BatchNorm2d) and module.momentum is not None:
                 module.momentum /= len(self.shards)  # a step makes that many updates of the running statistics
         if self.config.sync_batchnorm:
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
         memory_format = torch.channels_last if self.config.channels_last else torch.contiguous_format
-        return model.to(self.world.device, memory_format=memory_format)
+        return model.to(self.world.device).to(memory_format=memory_format)  # type: ignore[call-overload,no-any-return]
 
     # --- one step -------------------------------------------------------------------------------------------
 
@@ -133,7 +133,7 @@ class Trainer:
             batch = self.batches.get(self.step, shard, self.num_shards)
             if len(batch.labels):
                 weighted = self._measure(batch, self.network, total, metrics)
-                self.scaler.scale(weighted).backward()
+                torch.autograd.backward(self.scaler.scale(weighted))
         if self.parameters[0].grad is None:  # not one image for this process, but it takes part in the sum
             for parameter in self.parameters:
                 parameter.grad = torch.zeros_like(parameter)
@@ -171,7 +171,8 @@ class Trainer:
         buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
 
         def network(images: Tensor) -> Tensor:
-            return torch.func.functional_call(self.model, buffers, (images,))
+            logits: Tensor = torch.func.functional_call(self.model, buffers, (images,))
+            return logits
 
         for shard in self.shards:
             batch = self.batches.get(self.step, shard, self.num_shards)

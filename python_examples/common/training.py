@@ -251,7 +251,7 @@ def metric_arrays(trainer: Trainer) -> list[dict[str, NDArray[Any]]]:
         "converged": curvature["converged"] if curvature else np.empty((0, k), bool),
         "validation_step": validation["step"].astype(np.int64),
     }
-    columns = {"weights": weights.reshape(len(step), count, trainer.config.classes)}
+    columns: dict[str, NDArray[Any]] = {"weights": weights.reshape(len(step), count, trainer.config.classes)}
     columns |= {name: rows[..., index] for index, name in enumerate(("weighted_loss", "loss", "accuracy"))}
     for name in ("loss", "accuracy"):
         columns[f"validation_{name}"] = validation[name].reshape(len(validation["step"]), count)
