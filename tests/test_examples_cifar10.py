@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+import dynloss_ext
 import myrtle5_bifurcations
 import myrtle5_cifar10
 import wrn28_10_cifar10
@@ -266,3 +271,29 @@ def test_what_an_ensemble_cannot_do_is_refused(tmp_path: Path, options: tuple[st
         f"ensemble: got {' '.join(options) if options[0] == '--model' else '--model myrtle5'}"
         in capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize("options", [(), ("--ensemble",)], ids=["one by one", "ensemble"])
+def test_torchrun_on_two_processes_gives_the_results_of_one(tmp_path: Path, options: tuple[str, ...]) -> None:
+    options = ("--train-images", "50", "--batch-size", "25", "--precision", "float64", *options)
+    alone = smoke(myrtle5_cifar10, tmp_path / "alone", *options)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
+    script = ["--master-port", port, myrtle5_cifar10.__file__, "--preset", "smoke", "--synthetic", "--device", "cpu"]
+    packages = os.pathsep.join([str(Path(dynloss_ext.__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
+    subprocess.run(
+        [sys.executable, *launcher, *script, "--out", str(tmp_path / "two"), *options],
+        check=True,
+        timeout=300,
+        cwd=tmp_path,
+        env=os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "PYTHONPATH": packages},
+    )
+    two = json.loads((tmp_path / "two" / "summary.json").read_text())
+    assert two["validation_accuracy"] == alone["validation_accuracy"]
+    for run in ("A1_seed0", "A50_seed0"):
+        a, b = (np.load(tmp_path / name / run / "metrics.npz") for name in ("alone", "two"))
+        np.testing.assert_allclose(b["weighted_loss"], a["weighted_loss"], rtol=1e-9)
+        np.testing.assert_allclose(b["validation_loss"], a["validation_loss"], rtol=1e-9)
+    assert json.loads((tmp_path / "two" / "A1_seed0" / "summary.json").read_text())["processes"] == 2
