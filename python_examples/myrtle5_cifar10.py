@@ -3,11 +3,18 @@
     python python_examples/myrtle5_cifar10.py --data DATA --out runs/myrtle5
     torchrun --nproc-per-node 4 python_examples/myrtle5_cifar10.py --data DATA --out runs/myrtle5
     python python_examples/myrtle5_cifar10.py --data DATA --out runs/myrtle5 --ensemble --channels-last
+    python python_examples/myrtle5_cifar10.py --data DATA --preset cpu --out runs/myrtle5
 
 Every training is a run folder of its own under --out; --resume goes on with the one that was interrupted
 and skips those that are done.  With --ensemble they are one network of grouped convolutions and go through their
 steps together, with the same numbers to rounding.  The figure shows the validation curves; dotted: where the
 oscillation stops.
+
+figures/myrtle5_cifar10_cpu holds the run of `--preset cpu` on CIFAR-10: 2000 images, width 16, A = 10.  As in the paper
+the plain loss overfits (training accuracy 0.95, validation accuracy 0.48) and the oscillating one less so (0.70 and
+0.50, validation cross-entropy 1.5 instead of 3.0).  The gain of 0.02 in accuracy is within the spread over three
+seeds, and no more than stopping the plain training at its best epoch (0.49) gives: the paper's gain at full size is
+neither confirmed nor contradicted.
 """
 
 from __future__ import annotations
@@ -157,7 +164,8 @@ def report(config: SeedsConfig) -> dict[str, Any]:
     folder.write_metrics(arrays)
     folder.write_summary(summary)
     if groups:
-        title = f"Myrtle5 (width {config.width}), T = {config.period:g}, {config.seeds} seed(s)"
+        data = f"{first['num_training_images']:,} images, {config.seeds} seed{'s' if config.seeds > 1 else ''}"
+        title = f"Myrtle5 (width {config.width}), T = {config.period:g}, {data}"
         figure = training_curves(groups, first["steps_per_epoch"], stop_epoch=config.stop_epoch, title=title)
         folder.write_figure(figure)
     for name, values in accuracy.items():
