@@ -42,11 +42,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     "cpu": {
         "depth": 10,
         "widen": 1,
-        "train_images": 3000,
-        "validation_images": 1000,
+        "validation_images": 2000,
         "batch_size": 128,
         "shards": 2,
-        "epochs": 60,
+        "epochs": 10,
     },
     "smoke": {
         "depth": 10,

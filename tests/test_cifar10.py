@@ -412,7 +412,7 @@ def test_augmentation_is_a_crop_of_the_reflected_image_per_sample() -> None:
     batch = batches.get(0)
     seen = set()
     for row, source in enumerate(batches._order.tolist()):
-        down, right = (int(move) for move in batches._move[:, row])
+        down, right = (int(move) for move in batches._move[row])
         crop = padded[source, :, 4 + down : 36 + down, 4 + right : 36 + right]
         flip = bool(batches._flip[row])
         assert torch.equal(batch.images[row], crop.flip(2) if flip else crop)

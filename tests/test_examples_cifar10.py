@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,10 +17,15 @@ import numpy as np
 import pytest
 import torch
 
+import dynloss_ext
 import myrtle5_bifurcations
 import myrtle5_cifar10
 import wrn28_10_cifar10
-from common.config import TrainingConfig, build_model, build_schedule
+from common import config as config_module
+from common import training
+from common.cifar10 import BINARY, synthetic_cifar10
+from common.config import TrainingConfig, build_model, build_schedule, load_data
+from common.recording import GracefulStop
 
 SCRIPTS = [myrtle5_bifurcations, myrtle5_cifar10, wrn28_10_cifar10]
 RUN_FILES = {"config.json", "metrics.npz", "summary.json", "figure.png", "checkpoint.pt"}
@@ -91,11 +101,54 @@ def test_without_data_the_script_says_what_it_needs(script: ModuleType, tmp_path
     assert not (tmp_path / "run").exists()
 
 
+@pytest.fixture(scope="module")
+def small_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """300 training and 60 test images a class, as files of the binary version."""
+    folder = tmp_path_factory.mktemp("data") / BINARY.folder
+    folder.mkdir()
+    data = synthetic_cifar10(300, 60)
+    train, test = (torch.cat([s.labels[:, None].byte(), s.images.flatten(1)], 1) for s in (data.train, data.test))
+    for name, records in zip((*BINARY.train_files, *BINARY.test_files), (*train.chunk(5), test), strict=True):
+        records.numpy().tofile(folder / name)
+    return folder.parent
+
+
+@pytest.mark.filterwarnings("ignore:class .* has .* images")
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
-def test_presets_ask_for_at_most_300_images_a_class(script: ModuleType) -> None:
-    for preset in script.PRESETS.values():
-        options = script.PAPER | preset
-        assert options["train_images"] <= 300 * options.get("classes", 10)
+def test_300_images_a_class_will_do(script: ModuleType, small_folder: Path) -> None:
+    for preset in ({}, *script.PRESETS.values()):
+        options = {name: value for name, value in (script.PAPER | preset).items() if name != "seeds"}
+        data = load_data(TrainingConfig(data=small_folder, **options))
+        wanted = options.get("train_images") or 3000
+        assert len(data.train) == min(wanted, 300 * options.get("classes", 10))
+        assert len(data.test) > 0
+
+
+def test_a_run_on_files(tmp_path: Path, small_folder: Path, capsys: Any) -> None:
+    """A network of the paper's size, its parameters told at the start."""
+    options = ["--preset", "smoke", "--data", str(small_folder), "--device", "cpu", "--out", str(tmp_path / "run")]
+    options += ["--width", "64", "--train-images", "20", "--validation-images", "10", "--no-baseline"]
+    summary = myrtle5_cifar10.main(options)
+    assert summary["finished"]
+    assert summary["num_parameters"] == 113_226
+    assert "myrtle5: 113,226 parameters; 20 training and 10 validation images" in capsys.readouterr().err
+
+
+def test_download_fetches_only_what_is_not_there(
+    tmp_path: Path, small_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched: list[Path] = []
+
+    def fetch(folder: Path) -> None:
+        fetched.append(folder)
+        shutil.copytree(small_folder, folder, dirs_exist_ok=True)
+
+    monkeypatch.setattr(config_module, "download_cifar10", fetch)
+    for folder in (small_folder, tmp_path / "new", tmp_path / "new"):
+        assert len(load_data(TrainingConfig(data=folder, download=True)).train) == 3000
+    assert fetched == [tmp_path / "new"]
+    with pytest.raises(FileNotFoundError, match="no CIFAR-10 data at"):
+        load_data(TrainingConfig(data=tmp_path))
 
 
 def paper(script: ModuleType) -> TrainingConfig:
@@ -149,3 +202,98 @@ def test_onset_of_oscillations_and_crossings_are_found() -> None:
     assert abs(window.stop - 400) <= 2
     assert {part.period for part in analysis.periods[0]} == {2}
     assert myrtle5_bifurcations.upward_crossings(eig_step, eigenvalues, 40.0, hold=50) == [170]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--augment", "--batchnorm", "--shards", "2", "--batch-size", "20"),
+        ("--channels-last", "--no-bias", "--batch-size", "none", "--weight-decay", "1e-3"),
+    ],
+    ids=["minibatch-batchnorm", "full-batch"],
+)
+def test_an_ensemble_trains_each_member_as_alone(tmp_path: Path, options: tuple[str, ...]) -> None:
+    options = ("--seeds", "2", "--precision", "float64", "--train-images", "60", *options)
+    alone = smoke(myrtle5_cifar10, tmp_path / "alone", *options)
+    together = smoke(myrtle5_cifar10, tmp_path / "together", "--ensemble", *options)
+    assert (together["num_parameters"], together["networks_at_once"]) == (alone["num_parameters"], 4)
+    runs = sorted(path.name for path in (tmp_path / "alone").iterdir() if path.is_dir())
+    losses = []
+    for run in runs:
+        a, b = (np.load(tmp_path / name / run / "metrics.npz") for name in ("alone", "together"))
+        assert sorted(a) == sorted(b)
+        for name in a:
+            np.testing.assert_allclose(b[name], a[name], rtol=1e-8, atol=1e-12, err_msg=f"{run} {name}")
+        config, summary = (
+            json.loads((tmp_path / "together" / run / f"{n}.json").read_text()) for n in ("config", "summary")
+        )
+        assert f"A{config['amplitude']:g}_seed{config['seed']}" == run
+        assert summary["weighted_loss"] == b["weighted_loss"][-1]
+        losses.append(summary["weighted_loss"])
+    assert len(set(losses)) == len(runs) == 4
+
+
+def test_an_interrupted_ensemble_resumes_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ("--seeds", "2", "--ensemble", "--batchnorm", "--augment")
+    straight = smoke(myrtle5_cifar10, tmp_path / "straight", *options)
+    out = tmp_path / "interrupted"
+
+    class StopAfterSevenSteps(GracefulStop):
+        looks = 0
+
+        @property
+        def requested(self) -> bool:
+            self.looks += 1
+            return self.looks >= 7
+
+        @requested.setter
+        def requested(self, value: bool) -> None:
+            pass
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "GracefulStop", StopAfterSevenSteps)
+        arguments = ["--preset", "smoke", "--synthetic", "--device", "cpu", "--out", str(out), *options]
+        assert myrtle5_cifar10.main(arguments) == {"finished": False}
+    again = smoke(myrtle5_cifar10, out, "--resume", *options)
+    assert again["validation_accuracy"] == straight["validation_accuracy"]
+    for run in ("A1_seed0", "A50_seed1"):
+        a, b = (np.load(tmp_path / name / run / "metrics.npz") for name in ("straight", "interrupted"))
+        for name in a:
+            np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+@pytest.mark.parametrize("options", [("--model", "wrn"), ("--eig-every", "5"), ("--precision", "float16")])
+def test_what_an_ensemble_cannot_do_is_refused(tmp_path: Path, options: tuple[str, str], capsys: Any) -> None:
+    arguments = ["--preset", "smoke", "--synthetic", "--ensemble", "--out", str(tmp_path / "run"), *options]
+    with pytest.raises(SystemExit):
+        myrtle5_cifar10.main(arguments)
+    assert (
+        f"ensemble: got {' '.join(options) if options[0] == '--model' else '--model myrtle5'}"
+        in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize("options", [(), ("--ensemble",)], ids=["one by one", "ensemble"])
+def test_torchrun_on_two_processes_gives_the_results_of_one(tmp_path: Path, options: tuple[str, ...]) -> None:
+    options = ("--train-images", "50", "--batch-size", "25", "--precision", "float64", *options)
+    alone = smoke(myrtle5_cifar10, tmp_path / "alone", *options)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
+    script = ["--master-port", port, myrtle5_cifar10.__file__, "--preset", "smoke", "--synthetic", "--device", "cpu"]
+    packages = os.pathsep.join([str(Path(dynloss_ext.__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
+    subprocess.run(
+        [sys.executable, *launcher, *script, "--out", str(tmp_path / "two"), *options],
+        check=True,
+        timeout=300,
+        cwd=tmp_path,
+        env=os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "PYTHONPATH": packages},
+    )
+    two = json.loads((tmp_path / "two" / "summary.json").read_text())
+    assert two["validation_accuracy"] == alone["validation_accuracy"]
+    for run in ("A1_seed0", "A50_seed0"):
+        a, b = (np.load(tmp_path / name / run / "metrics.npz") for name in ("alone", "two"))
+        np.testing.assert_allclose(b["weighted_loss"], a["weighted_loss"], rtol=1e-9)
+        np.testing.assert_allclose(b["validation_loss"], a["validation_loss"], rtol=1e-9)
+    assert json.loads((tmp_path / "two" / "A1_seed0" / "summary.json").read_text())["processes"] == 2

@@ -421,9 +421,15 @@ def test_shards_must_divide_among_the_processes(tmp_path: Path) -> None:
         Trainer(config, load_data(config), World(torch.device("cpu"), rank=0, size=2))
 
 
+def test_synchronised_batchnorm_is_for_cuda_and_one_shard_each(tmp_path: Path) -> None:
+    config = small(tmp_path / "run", batchnorm=True, sync_batchnorm=True)
+    with pytest.raises(ValueError, match="sync_batchnorm: expected CUDA and one shard per process"):
+        Trainer(config, load_data(config), CPU)
+
+
 def test_metric_arrays_before_the_first_row_are_empty(tmp_path: Path) -> None:
     config = small(tmp_path / "run", eig_every=2)
-    arrays = metric_arrays(Trainer(config, load_data(config), CPU))
+    (arrays,) = metric_arrays(Trainer(config, load_data(config), CPU))
     assert {name: len(values) for name, values in arrays.items() if len(values)} == {}
     assert arrays["weights"].shape == (0, 3)
     assert arrays["eigenvalues"].shape == (0, 3)

@@ -6,6 +6,7 @@ every process of a distributed run sees the same global batch and takes its own 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +20,7 @@ CROP_MARGIN = 4  # pixels a crop may move each way
 
 @dataclass(frozen=True)
 class Batch:
-    """images: (B, 3, 32, 32), normalised, in the floating type asked for; labels: (B,) int64."""
+    """images: (B, 3, 32, 32), normalised, in the floating type asked for; labels: (B,) int64.  Or (E, B, ...)."""
 
     images: Tensor
     labels: Tensor
@@ -33,7 +34,8 @@ class Batches:
         batch_size: images per global batch; the last one of an epoch may be smaller.  None: all at once, in
             file order.
         shuffle: another order in every epoch; otherwise always file order.
-        seed: of the order and of the augmentation.
+        seed: of the order and of the augmentation.  A sequence of E seeds: the batches of each, stacked in a first
+            dimension (where nothing is drawn they are the same, and there is no such dimension).
         augment: flip left-right with probability 1/2 and move by up to 4 pixels each way, filling with the
             image's reflection (Zagoruyko & Komodakis, arXiv 1605.07146, section 3); each image on its own.
         dtype: of the normalised images.
@@ -46,7 +48,7 @@ class Batches:
         batch_size: int | None = None,
         *,
         shuffle: bool = True,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         augment: bool = False,
         dtype: torch.dtype = torch.float32,
         channels_last: bool = False,
@@ -88,34 +90,42 @@ class Batches:
             return self.normalise(self.split.images[rows], self.split.labels[rows])
         if epoch != self._epoch:
             self._draw(epoch)
-        index = self._order[rows]
+        index = self._order[..., rows]
         images = self._crop(index, rows) if self.augment else self.split.images[index]
         return self.normalise(images, self.split.labels[index])
 
     def normalise(self, images: Tensor, labels: Tensor) -> Batch:
         """uint8 (B, 3, 32, 32) -> zero mean, unit variance per channel over the training set."""
         scaled = torch.addcmul(self._shift, images.to(self._scale.dtype), self._scale)
-        return Batch(scaled.contiguous(memory_format=self._memory_format), labels)
+        return Batch(scaled.contiguous(memory_format=self._memory_format) if scaled.dim() == 4 else scaled, labels)
 
     def _draw(self, epoch: int) -> None:
         """The random choices of a whole epoch, drawn on the CPU: the same on every device."""
-        state = np.random.SeedSequence([self.seed, epoch]).generate_state(1, np.uint64)[0]
-        generator = torch.Generator().manual_seed(int(state >> np.uint64(1)))
-        count, device = len(self.split), self.split.images.device
-        order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
-        self._order = order.to(device)
-        if self.augment:
-            self._flip = torch.randint(2, (count,), generator=generator, dtype=torch.bool).to(device)
-            self._move = torch.randint(-CROP_MARGIN, CROP_MARGIN + 1, (2, count), generator=generator).to(device)
+        seeds = [self.seed] if isinstance(self.seed, int) else self.seed
+        draws = zip(*[self._draw_one(seed, epoch) for seed in seeds], strict=True)
+        tensors = [choice[0] if isinstance(self.seed, int) else torch.stack(choice) for choice in draws]
+        self._order, self._flip, self._move = (tensor.to(self.split.images.device) for tensor in tensors)
         self._epoch = epoch
+
+    def _draw_one(self, seed: int, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Order (N,), flips (N,) and moves (N, 2) of one seed."""
+        state = np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0]
+        generator = torch.Generator().manual_seed(int(state >> np.uint64(1)))
+        count = len(self.split)
+        order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
+        if not self.augment:
+            return order, torch.empty(0), torch.empty(0)
+        flip = torch.randint(2, (count,), generator=generator, dtype=torch.bool)
+        move = torch.randint(-CROP_MARGIN, CROP_MARGIN + 1, (2, count), generator=generator)
+        return order, flip, move.T
 
     def _crop(self, index: Tensor, rows: slice) -> Tensor:
         """Gathers, moves and mirrors in one indexing operation, without a padded copy."""
-        down, right = self._move[:, rows, None]
-        column = torch.where(self._flip[rows, None], self._pixel.flip(0), self._pixel)
+        down, right = self._move[..., rows, :].unsqueeze(-2).unbind(-1)
+        column = torch.where(self._flip[..., rows, None], self._pixel.flip(0), self._pixel)
         row, column = self._reflect(self._pixel + down), self._reflect(column + right)
         return self.split.images[
-            index.view(-1, 1, 1, 1), self._channel, row[:, None, :, None], column[:, None, None, :]
+            index[..., None, None, None], self._channel, row[..., None, :, None], column[..., None, None, :]
         ]
 
     def _reflect(self, position: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 NUM_CLASSES = 10
@@ -39,7 +40,7 @@ class Version:
     archive: str
     md5: str
     suffix: str
-    decode: Callable[[bytes, str], tuple[np.ndarray, np.ndarray]]
+    decode: Callable[[bytes, str], tuple[NDArray[Any], NDArray[Any]]]
 
     @property
     def train_files(self) -> tuple[str, ...]:
@@ -93,8 +94,9 @@ class Split:
 
     def fingerprint(self) -> str:
         """md5 of the pixels and the labels, to tell runs on different data apart."""
-        digest = hashlib.md5(self.images.cpu().contiguous().numpy(), usedforsecurity=False)
-        digest.update(self.labels.cpu().contiguous().numpy())
+        digest = hashlib.md5(usedforsecurity=False)
+        for tensor in (self.images, self.labels):
+            digest.update(tensor.cpu().contiguous().numpy().data)
         return digest.hexdigest()
 
 
@@ -117,11 +119,12 @@ class _ArrayUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"refused to load {module}.{name}")
 
 
-def _empty_array(subtype: object, shape: tuple[int, ...], dtype: object) -> np.ndarray:
+def _empty_array(subtype: object, shape: tuple[int, ...], dtype: object) -> NDArray[Any]:
     """What `numpy._reconstruct` does for a plain array: an empty one, whose state follows in the stream."""
     if subtype is not np.ndarray:
         raise pickle.UnpicklingError(f"refused to build an array of type {subtype!r}")
-    return np.ndarray(0, np.int8)
+    empty: NDArray[Any] = np.ndarray(0, np.int8)
+    return empty
 
 
 def _latin1_bytes(text: str, encoding: str) -> bytes:
@@ -130,7 +133,7 @@ def _latin1_bytes(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
-def _decode_binary(content: bytes, name: str) -> tuple[np.ndarray, np.ndarray]:
+def _decode_binary(content: bytes, name: str) -> tuple[NDArray[Any], NDArray[Any]]:
     if len(content) % RECORD_BYTES:
         raise ValueError(
             f"{name}: {len(content)} bytes are not a whole number of {RECORD_BYTES}-byte records "
@@ -140,7 +143,7 @@ def _decode_binary(content: bytes, name: str) -> tuple[np.ndarray, np.ndarray]:
     return records[:, 1:], records[:, 0]
 
 
-def _decode_python(content: bytes, name: str) -> tuple[np.ndarray, np.ndarray]:
+def _decode_python(content: bytes, name: str) -> tuple[NDArray[Any], NDArray[Any]]:
     try:
         batch = _ArrayUnpickler(io.BytesIO(content), encoding="bytes").load()
         fields = {key.decode() if isinstance(key, bytes) else key: value for key, value in batch.items()}

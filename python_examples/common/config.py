@@ -107,9 +107,13 @@ def load_data(config: TrainingConfig) -> Dataset:
         whole = synthetic_cifar10()
     else:
         assert config.data is not None  # __post_init__
-        if config.download:
+        try:
+            whole = load_cifar10(config.data)
+        except FileNotFoundError:
+            if not config.download:
+                raise
             download_cifar10(config.data)
-        whole = load_cifar10(config.data)
+            whole = load_cifar10(config.data)
     return Dataset(
         whole.train.subset(config.classes, config.train_images),
         whole.test.subset(config.classes, config.validation_images),
@@ -142,9 +146,13 @@ def build_schedule(config: TrainingConfig, steps_per_epoch: int) -> Schedule:
     return piecewise_linear(knots, steps_per_epoch)
 
 
-def build_oscillation(config: TrainingConfig, steps_per_epoch: int) -> Oscillation:
+def build_oscillation(
+    config: TrainingConfig, steps_per_epoch: int, amplitude: torch.Tensor | None = None
+) -> Oscillation:
+    """Γ of one run, or of an ensemble with these amplitudes (E,)."""
     stop_step = None if config.stop_epoch is None else config.stop_epoch * steps_per_epoch
-    return Oscillation(config.classes, config.amplitude, config.period, waveform=config.waveform, stop_step=stop_step)
+    amplitudes = config.amplitude if amplitude is None else amplitude
+    return Oscillation(config.classes, amplitudes, config.period, waveform=config.waveform, stop_step=stop_step)
 
 
 def configure_numerics(config: TrainingConfig) -> None:

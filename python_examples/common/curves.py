@@ -43,7 +43,7 @@ def training_curves(
                 axis.axvline(stop_epoch, color="0.3", ls=":", lw=0.9)
         axes[1].set_yscale("log")
         axes[1].set_xlabel("epoch")
-        axes[0].legend(loc="lower right")
+        axes[0].legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=len(groups))  # above the curves
         if title:
             figure.suptitle(title, fontsize=9)
     return figure

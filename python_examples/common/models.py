@@ -80,7 +80,7 @@ class _PreactivationBlock(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         active = torch.relu(self.norm1(images))
-        residual = self.conv2(torch.relu(self.norm2(self.conv1(active))))
+        residual: Tensor = self.conv2(torch.relu(self.norm2(self.conv1(active))))
         return residual + (images if self.shortcut is None else self.shortcut(active))
 
 

@@ -25,7 +25,7 @@ class CurvatureTracker:
     def __init__(self, config: TrainingConfig, batches: Batches, model: nn.Module, oscillation: Oscillation) -> None:
         split = batches.split.subset(config.classes, config.eig_images)
         size = config.eig_batch or len(split)
-        parts = zip(split.images.split(size), split.labels.split(size), strict=True)
+        parts = zip(torch.split(split.images, size), torch.split(split.labels, size), strict=True)
         self.batches = [batches.normalise(images, labels) for images, labels in parts]
         self.model, self.oscillation, self.period = model, oscillation, config.period
         self.tracker = EigenTracker(k=config.num_eigenvalues, tol=config.eig_tol)

@@ -6,7 +6,7 @@ import contextlib
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from common.cifar10 import Dataset
-from common.cli import open_run, resolve_device
+from common.cli import as_dict, open_run, resolve_device
 from common.config import TrainingConfig, load_data
 from common.distributed import World, join_world
 from common.models import num_parameters
@@ -32,12 +32,32 @@ def train(config: TrainingConfig) -> dict[str, Any]:
     Returns:
         What is in summary.json, in every process; `finished` is False after Ctrl-C or SIGTERM.
     """
+    return _train(config)
+
+
+def train_ensemble(config: TrainingConfig, members: Sequence[TrainingConfig]) -> dict[str, Any]:
+    """Trains configurations that differ in seed, amplitude and folder only, as one network; see `Ensemble`.
+
+    Each member's folder holds what it would after a run of its own, but for the checkpoint: that of all is in the
+    folder of `config`, whose `resume` counts.
+
+    Returns:
+        The first member's summary, or `finished` False.
+    """
+    return _train(config, members)
+
+
+def _train(config: TrainingConfig, members: Sequence[TrainingConfig] = ()) -> dict[str, Any]:
     with join_world(resolve_device(config.device)) as world:
         folder = open_run(config) if world.is_main else RunFolder(config.out)
-        trainer = Trainer(config, _load_data(config, world), world)
+        trainer = Trainer(config, _load_data(config, world), world, members)
         if config.resume and folder.has_checkpoint():
             trainer.load_state_dict(folder.read_checkpoint(world.device))
-        return _Loop(trainer, folder).run()
+        results = [RunFolder(member.out) for member in members] or [folder]
+        if world.is_main:
+            for member, result in zip(members, results, strict=False):
+                result.write_config(as_dict(member))
+        return _Loop(trainer, folder, results).run()
 
 
 def _load_data(config: TrainingConfig, world: World) -> Dataset:
@@ -51,8 +71,8 @@ def _load_data(config: TrainingConfig, world: World) -> Dataset:
 
 
 class _Loop:
-    def __init__(self, trainer: Trainer, folder: RunFolder) -> None:
-        self.trainer, self.folder = trainer, folder
+    def __init__(self, trainer: Trainer, folder: RunFolder, results: Sequence[RunFolder]) -> None:
+        self.trainer, self.folder, self.results = trainer, folder, results
         self.config, self.world = trainer.config, trainer.world
         self.validate_every = self.config.validate_every * trainer.batches.per_epoch
         self.resumed_at = trainer.step
@@ -80,9 +100,10 @@ class _Loop:
         trainer.measure_last()
         self._checkpoint()
         if self.world.is_main:
-            self.folder.write_summary(self._summary())
+            for result, arrays in zip(self.results, metric_arrays(trainer), strict=True):
+                result.write_summary(self._summary(arrays))
         self.world.barrier()
-        return self.folder.read_summary()
+        return self.results[0].read_summary()
 
     def _after_update(self) -> None:
         trainer, row = self.trainer, self.trainer.step - 1
@@ -94,7 +115,7 @@ class _Loop:
             with self._timed("validation"):
                 trainer.validate()
         if trainer.step % self.config.checkpoint_every == 0:
-            trainer.diverged = not math.isfinite(trainer.newest[0].item())
+            trainer.diverged = not trainer.newest[..., 0].isfinite().any()  # not one network is left
             self._checkpoint()
 
     def _must_stop(self, stop: GracefulStop) -> bool:
@@ -107,23 +128,25 @@ class _Loop:
         self.world.average_buffers_(self.trainer.model)
         if self.world.is_main:
             self.folder.write_checkpoint(self.trainer.state_dict())
-            arrays = metric_arrays(self.trainer)
-            self.folder.write_metrics(arrays)
-            self._log(arrays)
+            for result, arrays in zip(self.results, metric_arrays(self.trainer), strict=True):
+                result.write_metrics(arrays)
+                self._log(arrays, "" if result is self.folder else f"{result.path.name}/")
+            self.logged = len(self.trainer.rows)
 
     @contextlib.contextmanager
     def _timed(self, what: str) -> Iterator[None]:
-        """Adds wall time.  CUDA's queue is drained around the rare measurements only, never after a step."""
+        """Adds wall and processor time.  CUDA's queue is drained around the rare measurements only, not every step."""
         cuda = self.world.device.type == "cuda"
         if cuda and what != "training":
             start_wait = time.perf_counter()
             torch.cuda.synchronize()
             self.trainer.seconds["training"] += time.perf_counter() - start_wait
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         yield
         if cuda and what != "training":
             torch.cuda.synchronize()
         self.trainer.seconds[what] += time.perf_counter() - start
+        self.trainer.seconds["cpu"] += time.process_time() - cpu_start
 
     # --- telling --------------------------------------------------------------------------------
 
@@ -132,13 +155,14 @@ class _Loop:
             tqdm.write(text, file=sys.stderr)
 
     def _announce(self) -> None:
-        trainer, config = self.trainer, self.config
+        trainer, config, count = self.trainer, self.config, len(self.results)
         self._say(
-            f"{config.model}: {num_parameters(trainer.model):,} parameters; "
+            f"{config.model}: {num_parameters(trainer.model) // count:,} parameters; "
             f"{len(trainer.batches.split):,} training and {len(trainer.validation.split):,} validation "
             f"images of {config.classes} classes; {trainer.num_steps:,} steps of "
             f"{trainer.batches.batch_size} images; "
             f"A = {config.amplitude:g}, T = {config.period:g}; {self.world.size} x {self.world.device.type}"
+            + (f"; {count} networks at once" if count > 1 else "")
         )
         if trainer.step:
             self._say(f"continuing after step {trainer.step}")
@@ -155,17 +179,17 @@ class _Loop:
 
     def _tick(self, progress: tqdm[Any]) -> None:
         """Shows the newest figures."""
-        weighted, loss, accuracy = self.trainer.newest.tolist()
+        weighted, loss, accuracy = self.trainer.newest.reshape(-1, 3).mean(0).tolist()
         shown = {"F": f"{weighted:.4f}", "loss": f"{loss:.4f}", "acc": f"{accuracy:.3f}"}
         if self.trainer.curvature:
             shown["λ"] = f"{self.trainer.curvature.latest():.2f}"
         if len(self.trainer.validation_rows):
-            shown["val"] = f"{self.trainer.validation_rows.arrays()['accuracy'][-1]:.3f}"
-        images = (self.trainer.step - self.resumed_at) * self.trainer.batches.batch_size
+            shown["val"] = f"{self.trainer.validation_rows.arrays()['accuracy'][-1].mean():.3f}"
+        images = (self.trainer.step - self.resumed_at) * self.trainer.batches.batch_size * len(self.results)
         shown["images/s"] = f"{images / progress.format_dict['elapsed']:.0f}"
         progress.set_postfix(shown, refresh=False)
 
-    def _log(self, arrays: dict[str, NDArray[Any]]) -> None:
+    def _log(self, arrays: dict[str, NDArray[Any]], prefix: str) -> None:
         """Sends the rows since the last call to TensorBoard."""
         if self.writer is None:
             return
@@ -177,19 +201,18 @@ class _Loop:
         for name, (steps, values) in columns.items():
             for step, value in zip(steps, values, strict=True):
                 if step >= self.logged:
-                    self.writer.add_scalar(name, value, int(step))
-        self.logged = len(arrays["step"])
+                    self.writer.add_scalar(prefix + name, value, int(step))
         self.writer.flush()
 
-    def _summary(self) -> dict[str, Any]:
-        trainer = self.trainer
-        arrays = metric_arrays(trainer)
-        images = trainer.step * trainer.batches.batch_size
+    def _summary(self, arrays: dict[str, NDArray[Any]]) -> dict[str, Any]:
+        """Of one network; an ensemble's `seconds` are shared out, its `images_per_second` are those of all."""
+        trainer, count = self.trainer, len(self.results)
+        images = trainer.step * trainer.batches.batch_size * count
         validation = arrays["validation_accuracy"]
         return {
             "finished": True,
-            "diverged": trainer.diverged,
-            "num_parameters": num_parameters(trainer.model),
+            "diverged": not np.isfinite(arrays["weighted_loss"][-1]),
+            "num_parameters": num_parameters(trainer.model) // count,
             "num_training_images": len(trainer.batches.split),
             "num_validation_images": len(trainer.validation.split),
             "data_md5": trainer.batches.split.fingerprint(),
@@ -201,7 +224,8 @@ class _Loop:
             "validation_accuracy": validation[-1] if len(validation) else None,
             "largest_eigenvalue": arrays["eigenvalues"][:, 0].max() if len(arrays["eig_step"]) else None,
             "stability_limit": stability_limit(trainer.optimizer),  # at the last learning rate
-            "seconds": trainer.seconds,
+            "seconds": {what: seconds / count for what, seconds in trainer.seconds.items()},
+            "networks_at_once": count,
             "images_per_second": images / trainer.seconds["training"],
             "processes": self.world.size,
             "device": _device_name(self.world.device),
@@ -209,28 +233,29 @@ class _Loop:
         }
 
 
-def metric_arrays(trainer: Trainer) -> dict[str, NDArray[Any]]:
-    """The columns of metrics.npz: those of every run folder, and the validation's."""
-    rows = trainer.rows.arrays()["metrics"].reshape(-1, 3).astype(np.float64)
+def metric_arrays(trainer: Trainer) -> list[dict[str, NDArray[Any]]]:
+    """Of each network the columns of metrics.npz: those of every run folder, and the validation's."""
+    count = math.prod(trainer.shape)
+    rows = trainer.rows.arrays()["metrics"].astype(np.float64).reshape(len(trainer.rows), count, 3)
     step = np.arange(len(rows))
+    weights = trainer.oscillation.weights(torch.from_numpy(step + 1)).numpy()
     curvature = trainer.curvature.rows.arrays() if trainer.curvature and len(trainer.curvature.rows) else None
     k = trainer.config.num_eigenvalues
     validation = trainer.validation_rows.arrays()
-    return {
+    common = {
         "step": step,
-        "weighted_loss": rows[:, 0],
-        "loss": rows[:, 1],
-        "accuracy": rows[:, 2],
-        "weights": trainer.oscillation.weights(torch.from_numpy(step + 1)).numpy(),
         "eig_step": curvature["step"] if curvature else np.empty(0, np.int64),
         "eigenvalues": curvature["eigenvalues"] if curvature else np.empty((0, k)),
         "residuals": curvature["residuals"] if curvature else np.empty((0, k)),
         "num_hvp": curvature["num_hvp"] if curvature else np.empty(0, np.int64),
         "converged": curvature["converged"] if curvature else np.empty((0, k), bool),
         "validation_step": validation["step"].astype(np.int64),
-        "validation_loss": validation["loss"],
-        "validation_accuracy": validation["accuracy"],
     }
+    columns: dict[str, NDArray[Any]] = {"weights": weights.reshape(len(step), count, trainer.config.classes)}
+    columns |= {name: rows[..., index] for index, name in enumerate(("weighted_loss", "loss", "accuracy"))}
+    for name in ("loss", "accuracy"):
+        columns[f"validation_{name}"] = validation[name].reshape(len(validation["step"]), count)
+    return [common | {name: column[:, member] for name, column in columns.items()} for member in range(count)]
 
 
 def _summary_writer(folder: RunFolder, purge_step: int) -> Any:

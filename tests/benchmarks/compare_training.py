@@ -1,0 +1,188 @@
+"""Times the examples' training loop beside a plain PyTorch loop, by turns in one process: images per second.
+
+    python tests/benchmarks/compare_training.py --device cuda --json results/training_cuda.json
+    python tests/benchmarks/compare_training.py --device cpu --small --json results/training_cpu.json
+
+The plain loop is what one writes first: eager, float32, torch's own switches, `F.cross_entropy`; it gets our batches
+from the device, and records nothing.  Ours has the dynamical loss and records F, loss and accuracy of every step;
+"fast" adds bfloat16, channels_last, torch.compile and kernels that need not be reproducible.  An ensemble's images
+count once per member.  The ratio to the plain loop is taken within each round, and its median counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from compare_losses import machine
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "python_examples"))
+
+import myrtle5_cifar10
+import wrn28_10_cifar10
+from common.batches import Batches
+from common.cifar10 import Dataset, Split
+from common.config import TrainingConfig, build_model, configure_numerics
+from common.distributed import World
+from common.trainer import Trainer
+
+FAST = {"precision": "bfloat16", "channels_last": True, "compile": True, "deterministic": False}
+NETWORKS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "myrtle5": (myrtle5_cifar10.PAPER, {"width": 16, "batch_size": 128}),
+    "wrn": (wrn28_10_cifar10.PAPER, {"depth": 10, "widen": 1, "batch_size": 128, "shards": 2}),
+}
+
+#: torch's own switches, before a training has set them.
+DEFAULTS = (
+    torch.backends.cuda.matmul.allow_tf32,
+    torch.backends.cudnn.allow_tf32,
+    torch.backends.cudnn.deterministic,
+    torch.backends.cudnn.benchmark,
+)
+
+Step = Callable[[], None]
+
+
+@dataclasses.dataclass
+class Contender:
+    """One training; `step` makes an update, after `prepare` has set torch's process-wide switches."""
+
+    step: Step
+    prepare: Step
+    images: int  # per step
+    steps: int = 0  # per turn
+    rates: list[float] = dataclasses.field(default_factory=list)
+
+
+def plain_loop(config: TrainingConfig, data: Dataset, device: torch.device) -> Contender:
+    batches = Batches(data.train.to(device), config.batch_size, augment=config.augment)
+    model = build_model(config).to(device)
+    optimizer = torch.optim.SGD(
+        model.parameters(),
+        lr=config.lr,
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+        weight_decay=config.weight_decay,
+    )
+    number = 0
+
+    def step() -> None:
+        nonlocal number
+        batch = batches.get(number)
+        optimizer.zero_grad()
+        F.cross_entropy(model(batch.images), batch.labels).backward()
+        optimizer.step()
+        number += 1
+
+    return Contender(step, set_defaults, batches.batch_size)
+
+
+def set_defaults() -> None:
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark = DEFAULTS
+
+
+def our_loop(config: TrainingConfig, data: Dataset, device: torch.device, members: int = 0) -> Contender:
+    runs = [dataclasses.replace(config, seed=seed) for seed in range(members)]
+    trainer = Trainer(config, data, World(device), runs)
+    return Contender(trainer.update, lambda: configure_numerics(config), max(1, members) * trainer.batches.batch_size)
+
+
+def contenders(network: str, options: argparse.Namespace, data: Dataset) -> dict[str, Contender]:
+    paper, small = NETWORKS[network]
+    values = paper | (small if options.small else {}) | {"synthetic": True, "epochs": 100_000}
+    config = TrainingConfig(**values)
+    device = torch.device(options.device)
+    built = {
+        "plain": plain_loop(config, data, device),
+        "ours": our_loop(config, data, device),
+        "ours, channels_last": our_loop(dataclasses.replace(config, channels_last=True), data, device),
+    }
+    if not options.no_fast:
+        built["ours, fast"] = our_loop(dataclasses.replace(config, **FAST), data, device)
+    if network == "myrtle5":
+        name, changes = f"ours, ensemble of {options.members}", {"channels_last": True}
+        built[name] = our_loop(dataclasses.replace(config, **changes), data, device, options.members)
+        if not options.no_fast:
+            built[f"{name}, fast"] = our_loop(dataclasses.replace(config, **FAST), data, device, options.members)
+    return built
+
+
+def seconds_for(contender: Contender, steps: int, device: str) -> float:
+    contender.prepare()
+    start = time.perf_counter()
+    for _ in range(steps):
+        contender.step()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def measure(built: dict[str, Contender], options: argparse.Namespace) -> None:
+    """Rounds in which each takes its turn of about `options.seconds`, after it has been warmed up and compiled."""
+    for contender in built.values():
+        seconds_for(contender, 3, options.device)
+        per_step = seconds_for(contender, 2, options.device) / 2
+        contender.steps = max(1, math.ceil(options.seconds / per_step))
+    for _ in range(options.rounds):
+        for contender in built.values():
+            images = contender.steps * contender.images
+            contender.rates.append(images / seconds_for(contender, contender.steps, options.device))
+
+
+def table(network: str, built: dict[str, Contender]) -> dict[str, dict[str, float]]:
+    plain = built["plain"].rates
+    rows = {}
+    for name, contender in built.items():
+        ratio = statistics.median(rate / other for rate, other in zip(contender.rates, plain, strict=True))
+        rates = contender.rates
+        rows[name] = {"median": statistics.median(rates), "best": max(rates), "worst": min(rates), "to_plain": ratio}
+        print(f"{network:10}{name:30}{rows[name]['median']:12.0f} images/s{ratio:8.2f} x plain", flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--small", action="store_true", help="Myrtle5 of width 16 and WRN-10-1, for a CPU")
+    parser.add_argument("--networks", nargs="+", choices=tuple(NETWORKS), default=list(NETWORKS))
+    parser.add_argument("--members", type=int, default=6, help="networks in the ensemble")
+    parser.add_argument("--no-fast", action="store_true", help="leave out bfloat16 and torch.compile")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=2.0, help="per turn")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (10_000, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    split = Split(images, torch.randint(10, (10_000,), generator=generator))
+    results = {}
+    for network in options.networks:
+        built = contenders(network, options, Dataset(split, split))
+        measure(built, options)
+        results[network] = table(network, built)
+    if options.json:
+        device = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
+        sizes = "small" if options.small else "paper"
+        report = {
+            "machine": {**machine(options.threads), "device": device},
+            "sizes": sizes,
+            "images_per_second": results,
+        }
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
