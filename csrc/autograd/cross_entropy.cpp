@@ -77,8 +77,10 @@ Tensor inner_product(const Tensor& a, const Tensor& b, const Tensor& like, const
 }
 
 // What all nodes save. The step is saved as the class weights it resolved to: a later step means another Γ.
+// These and the divisors nobody else can write to, so that no version need be checked.
 struct ResolvedNode : public Node {
-  SavedVariable logits_, target_, weights_, normalizer_;
+  SavedVariable logits_, target_;
+  Tensor weights_, normalizer_;
   SymInt ignore_index_;
   double label_smoothing_ = 0;
 
@@ -86,8 +88,8 @@ struct ResolvedNode : public Node {
             const SymInt& ignore_index, double label_smoothing) {
     logits_ = SavedVariable(logits, false);
     target_ = SavedVariable(target, false);
-    weights_ = SavedVariable(weights, false);
-    normalizer_ = SavedVariable(normalizer, false);
+    weights_ = weights;
+    normalizer_ = normalizer;
     ignore_index_ = ignore_index;
     label_smoothing_ = label_smoothing;
   }
@@ -95,7 +97,7 @@ struct ResolvedNode : public Node {
   struct Values {
     Tensor logits, target, weights, normalizer;
   };
-  Values unpack() { return {logits_.unpack(), target_.unpack(), weights_.unpack(), normalizer_.unpack()}; }
+  Values unpack() { return {logits_.unpack(), target_.unpack(), weights_, normalizer_}; }
 
   Tensor gradient(const Values& x, const Tensor& grad_output) {
     return ops::cross_entropy_gradient(grad_output, x.logits, x.target, x.weights, x.normalizer,
@@ -112,7 +114,10 @@ struct ResolvedNode : public Node {
 
   void release_variables() override {
     std::lock_guard<std::mutex> lock(mutex_);
-    for (SavedVariable* saved : {&logits_, &target_, &weights_, &normalizer_}) saved->reset_data();
+    logits_.reset_data();
+    target_.reset_data();
+    weights_.reset();
+    normalizer_.reset();
   }
 };
 
@@ -154,7 +159,7 @@ struct CrossEntropyBackward : public ResolvedNode {
     if (!has_gradient_ || !constant) return {gradient(unpack(), grad_output)};
 
     Tensor saved = gradient_.unpack();
-    const Tensor normalizer = normalizer_.unpack();
+    const Tensor normalizer = normalizer_;
     const bool keep = torch::autograd::get_current_graph_task_keep_graph();
     if (!keep) gradient_.reset_data();
     // Saved-tensor hooks may have shown the buffer to somebody.
@@ -219,7 +224,8 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy(DYNLOSS_FORWARD_PARAMETERS) {
 struct IntoLogitsBackward : public Node {
   std::string name() const override { return "DynamicCrossEntropyIntoLogitsBackward"; }
 
-  SavedVariable gradient_, normalizer_;
+  SavedVariable gradient_;
+  Tensor normalizer_;
 
   variable_list apply(variable_list&& grads) override {
     const Tensor& grad_output = grads[0];
@@ -230,7 +236,7 @@ struct IntoLogitsBackward : public Node {
         "(create_graph=True); use inplace_gradient=False");
     std::lock_guard<std::mutex> lock(mutex_);
     Tensor gradient = gradient_.unpack();
-    const Tensor normalizer = normalizer_.unpack();
+    const Tensor normalizer = normalizer_;
     if (torch::autograd::get_current_graph_task_keep_graph())
       return {rescaled(gradient, grad_output, normalizer)};
     if (!needs_no_rescaling(grad_output, normalizer)) ops::rescale_(gradient, grad_output, normalizer);
@@ -240,7 +246,7 @@ struct IntoLogitsBackward : public Node {
   void release_variables() override {
     std::lock_guard<std::mutex> lock(mutex_);
     gradient_.reset_data();
-    normalizer_.reset_data();
+    normalizer_.reset();
   }
 };
 
@@ -271,7 +277,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_into_logits(Tensor& logits, DYN
     auto node = new_node<IntoLogitsBackward>();
     node->set_next_edges(torch::autograd::collect_next_edges(logits));
     node->gradient_ = SavedVariable(overwritten, false);
-    node->normalizer_ = SavedVariable(normalizer, false);
+    node->normalizer_ = normalizer;
     torch::autograd::set_history(loss, node);
   }
   return {loss, weights, normalizer};
