@@ -123,14 +123,15 @@ def comparison(threshold: float, limit: float, branches: float = math.nan) -> st
 
 
 def _branch_threshold(windows: list[Instability], lambda_step: NDArray[Any], lambda_max: NDArray[Any]) -> float:
-    """Mean λ of the two records around each start and stop.
+    """Median over starts and stops of the mean λ of the two records around each.
 
     Within a window λ jumps with F between the branches of period 2 (at a start say 2.4 and 1.5, either side of
     the limit), so one record is a coin toss, and their mean over 20 of them is uncertain by 0.1. Records an odd
-    number of steps apart lie on both branches.
+    number of steps apart lie on both branches. The median, because a window may also begin with a leap into chaos
+    (λ of 8 in the first record), which says nothing of the threshold.
     """
     edges = [step for window in windows for step in (window.start, window.stop)]
     if not edges or len(lambda_step) == 0:
         return math.nan
     after = np.minimum(np.searchsorted(lambda_step, edges), len(lambda_step) - 1)
-    return float(np.mean([lambda_max[after], lambda_max[np.maximum(after - 1, 0)]]))
+    return float(np.median((lambda_max[after] + lambda_max[np.maximum(after - 1, 0)]) / 2))

@@ -1,0 +1,26 @@
+"""What the example scripts conclude from a run's metrics."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from common.analysis import analyse
+
+
+def metrics(first_of_third_window):
+    """Three windows in which F jumps every step and λ, recorded every 25 steps, is on either branch."""
+    step = np.arange(6000)
+    inside = (step % 2000 >= 800) & (step % 2000 < 1200)
+    loss = 1.0 + inside * np.where(step % 2, 0.05, -0.05)
+    eig_step = step[::25]
+    branches = np.where(eig_step // 25 % 2, 2.4, 1.6)
+    branches[eig_step == 4800] = first_of_third_window
+    return {"step": step, "weighted_loss": loss, "eig_step": eig_step, "eigenvalues": branches[:, None]}
+
+
+def test_branch_threshold_averages_the_branches_and_survives_a_leap():
+    for first in (1.6, 9.6):
+        analysis = analyse(metrics(first))
+        assert len(analysis.oscillating) == 3
+        assert analysis.branch_threshold == pytest.approx(2.0, abs=1e-12)
