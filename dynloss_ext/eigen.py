@@ -66,8 +66,8 @@ def eigsh(
     complement of the basis is searched from a random vector, since a Krylov space does not show a second
     eigenvector of the same eigenvalue.
 
-    Peak memory beyond the model is at most (2 · max_basis + max(3, k + 1)) · P numbers: the basis, its products, and
-    the recorded gradient with a product in two forms, or with the residuals. To that add what one product alone
+    Peak memory beyond the model is at most (2 · max_basis + max(3, k + 2)) · P numbers: the basis and its products; the
+    recorded gradient; a product in two forms or, at the end, the k vectors. To that add what one product alone
     needs besides: the graph of the loss and its backward passes. ``v0`` counts by itself.
 
     Args:

@@ -298,3 +298,24 @@ def test_bad_arguments(options, error, match):
     arguments = {"H": lambda v: v, "k": 3, "n": 9, "dtype": torch.float64} | options
     with pytest.raises(error, match=match):
         eigsh(arguments.pop("H"), arguments.pop("k"), **arguments)
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+def test_long_vectors_and_a_small_basis(dtype, rtol):
+    """Longer than what is done in one piece, and a basis that restarts often."""
+    n = 40_000
+    spectrum = torch.cat([torch.tensor([9.0, 7.0, 5.0, -6.0]), torch.linspace(-1, 2, n - 4)]).to(dtype)
+    mirror = torch.randn(n, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    mirror = (mirror / mirror.norm()).to(dtype)
+
+    def reflect(v):
+        return v - 2 * mirror * (mirror @ v)
+
+    result = eigsh(lambda v: reflect(spectrum * reflect(v)), 3, tol=1e-5, max_basis=6, n=n, dtype=dtype)
+    assert result.num_hvp > 20
+    assert result.converged.all()
+    assert torch.allclose(result.values, torch.tensor([9.0, 7.0, 5.0], dtype=torch.float64), rtol=rtol, atol=0)
+    for i, residual in enumerate(result.residuals):
+        y = result.vectors[:, i]
+        assert float((reflect(spectrum * reflect(y)) - result.values[i] * y).norm()) < 1.5 * float(residual) + 1e-5
+        assert float(y.norm()) == pytest.approx(1, abs=1e-5)

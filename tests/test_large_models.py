@@ -14,7 +14,7 @@ scipy_linalg = pytest.importorskip("scipy.sparse.linalg")
 
 @pytest.mark.parametrize(
     ("width", "count", "parameters"),
-    [(8, 20, 2066), pytest.param(64, 20, 113_226, marks=pytest.mark.slow)],
+    [(4, 10, 606), pytest.param(64, 20, 113_226, marks=pytest.mark.slow)],
 )
 def test_myrtle5(width, count, parameters):
     images = synthetic_cifar10(train_per_class=count // 10, test_per_class=1).train

@@ -92,6 +92,18 @@ def test_a_newcomer_gets_a_new_identity_and_is_found_by_an_audit():
     assert tracker.identities.tolist() == [3, 0, 1]
 
 
+def test_equal_eigenvalues_stay_found_between_audits():
+    """The Krylov space of the old vectors' sum has one vector for the three copies; the others are looked up."""
+    at = rotating()
+    values = torch.cat([torch.tensor([7.0, 7, 7, 5, 4, 3]), torch.linspace(-1, 1, 114)]).double()
+    tracker = EigenTracker(3, audit_every=10**6)
+    for t in np.linspace(0, 0.2, 5):
+        _, _, vectors = at(t)
+        matrix = (vectors * values) @ vectors.T
+        result = tracker.update(matrix.__matmul__, n=len(values), dtype=torch.float64)
+        assert result.values.tolist() == pytest.approx([7, 7, 7], rel=1e-4)
+
+
 @pytest.mark.parametrize("every", [1, 4])
 def test_audits_come_when_due(every):
     base = torch.cat([torch.tensor([9.0, 6.0, 5.0]), torch.linspace(0, 1, 97)]).double()

@@ -55,7 +55,6 @@ class Solver {
   EigshResult run() {
     std::string status = solve();
     if (basis_.size() > 0) check_symmetric();
-    residuals_.reset();
     return result(std::move(status));
   }
 
@@ -129,7 +128,6 @@ class Solver {
   Step multiply() {
     if (num_products_ >= options_.max_products) return Step::kBudget;
     if (options_.poll) options_.poll();
-    residuals_.reset();  // the proposal is made of them by now, and a product needs memory
     ++num_products_;
     return basis_.accept(op_.apply(basis_.candidate())) ? Step::kDone : Step::kNonFinite;
   }
@@ -160,7 +158,6 @@ class Solver {
 
   // Rayleigh-Ritz: the pairs of the projected problem, wanted first.
   void project() {
-    residuals_.reset();  // before there are new ones: of P numbers each, they count
     const int64_t m = basis_.size();
     EigenPairs pairs = symmetric_eigen(basis_.projection(), m);
     std::vector<int64_t> order(m);
@@ -176,8 +173,8 @@ class Solver {
     for (const double value : pairs.values) scale_ = std::max(scale_, std::abs(value));
 
     const int64_t wanted = std::min(options_.count, m);
-    residuals_ = basis_.residuals(leading(wanted), {ritz_.values.begin(), ritz_.values.begin() + wanted});
-    residual_norms_ = norms(residuals_);
+    residual_norms_ =
+        basis_.residual_norms(leading(wanted), {ritz_.values.begin(), ritz_.values.begin() + wanted});
   }
 
   // What is wanted most: larger is better.
@@ -223,8 +220,13 @@ class Solver {
     for (int64_t i = 1; i < options_.count; ++i) {
       if (excess(i) > excess(worst)) worst = i;
     }
-    return expand(
-        [&] { return basis_.propose_orthogonal(residuals_.select(0, worst), residual_norms_[worst]); });
+    const double* begin = &ritz_.vectors[worst * basis_.size()];
+    at::Tensor residual = basis_.residual({begin, begin + basis_.size()}, ritz_.values[worst]);
+    return expand([&] {
+      const double norm = basis_.propose_orthogonal(residual, residual_norms_[worst]);
+      residual.reset();  // the product that follows needs the memory
+      return norm;
+    });
   }
 
   at::Tensor random_vector() {
@@ -243,7 +245,6 @@ class Solver {
     const double margin = limit(last_wanted);
     const auto complement = static_cast<double>(length_ - basis_.size());
     std::vector<double> alpha, beta;
-    residuals_.reset();
     propose_random();
     do {
       if (const Step step = multiply(); step != Step::kDone) return step;
@@ -369,8 +370,7 @@ class Solver {
   std::vector<double> start_norms_;
   std::vector<int64_t> unseen_;         // start vectors other than 0 that were not yet looked for
   EigenPairs ritz_;                     // wanted first
-  at::Tensor residuals_;                // of the wanted pairs, (≤ k, P), until the next product
-  std::vector<double> residual_norms_;  // and their norms
+  std::vector<double> residual_norms_;  // of the wanted pairs
   double scale_ = 0.0;                  // max |θ|: a lower bound of ‖H‖
   int64_t num_products_ = 0;
   bool unaudited_ = false;

@@ -2,6 +2,8 @@
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/linalg_vector_norm.h>
+#include <ATen/ops/stack.h>
 
 #include <algorithm>
 #include <cmath>
@@ -14,6 +16,18 @@ namespace {
 
 // For the views; nothing here is ever differentiated.
 using BelowAutograd = at::AutoDispatchBelowADInplaceOrView;
+
+// The columns of rows, some at a time, such that `count` rows as short as a block are small beside one row:
+// another set of whole rows would be the largest thing in memory.
+std::vector<at::Tensor> blocks(const at::Tensor& rows, int64_t count) {
+  const int64_t length = rows.size(1);
+  const int64_t width = std::max<int64_t>(length / (8 * count), 16384);
+  std::vector<at::Tensor> columns;
+  for (int64_t first = 0; first < length; first += width) {
+    columns.push_back(rows.narrow(1, first, std::min(width, length - first)));
+  }
+  return columns;
+}
 
 }  // namespace
 
@@ -100,12 +114,8 @@ void RitzBasis::restart(const std::vector<double>& coefficients, const std::vect
   const BelowAutograd below;
   const auto keep = static_cast<int64_t>(values.size());
   product_overlaps_.reset();
-  // In place, some columns at a time: a second set of rows would be the largest thing in memory.
   const at::Tensor factors = to_device(coefficients, size_, rows_);
-  const at::Tensor old = rows_.narrow(0, 0, size_).view({size_, 2 * length_});
-  const int64_t width = std::max<int64_t>(length_ / keep, 4096);
-  for (int64_t first = 0; first < 2 * length_; first += width) {
-    const at::Tensor columns = old.narrow(1, first, std::min(width, 2 * length_ - first));
+  for (const at::Tensor& columns : blocks(rows_.narrow(0, 0, size_).view({size_, 2 * length_}), keep)) {
     columns.narrow(0, 0, keep).copy_(combinations(factors, columns));
   }
   size_ = keep;
@@ -118,16 +128,36 @@ at::Tensor RitzBasis::combine(const std::vector<double>& coefficients) const {
   return combinations(to_device(coefficients, size_, rows_), vectors());
 }
 
-at::Tensor RitzBasis::residuals(const std::vector<double>& coefficients,
-                                const std::vector<double>& values) const {
+std::vector<double> RitzBasis::residual_norms(const std::vector<double>& coefficients,
+                                              const std::vector<double>& values) const {
   const BelowAutograd below;
-  std::vector<double> paired(2 * coefficients.size());  // of v_j and of H v_j
+  const at::Tensor factors = residual_factors(coefficients, values);
+  const at::Tensor rows = rows_.narrow(0, 0, size_).view({2 * size_, length_});
+  std::vector<at::Tensor> parts;
+  for (const at::Tensor& columns : blocks(rows, static_cast<int64_t>(values.size()))) {
+    const at::Tensor part = combinations(factors, columns);
+    if (columns.size(1) == length_) return norms(part);
+    parts.push_back(at::linalg_vector_norm(part, 2, 1));
+  }
+  return to_host(at::linalg_vector_norm(at::stack(parts), 2, 0));
+}
+
+at::Tensor RitzBasis::residual(const std::vector<double>& coefficients, double value) const {
+  const BelowAutograd below;
+  const at::Tensor rows = rows_.narrow(0, 0, size_).view({2 * size_, length_});
+  return combinations(residual_factors(coefficients, {value}), rows).select(0, 0);
+}
+
+// Of v_j and of H v_j.
+at::Tensor RitzBasis::residual_factors(const std::vector<double>& coefficients,
+                                       const std::vector<double>& values) const {
+  std::vector<double> paired(2 * coefficients.size());
   for (size_t i = 0; i < coefficients.size(); ++i) {
     paired[2 * i] = -values[i / size_] * coefficients[i];
     paired[2 * i + 1] = coefficients[i];
   }
-  return combinations(to_device(paired, 2 * size_, rows_),
-                      rows_.narrow(0, 0, size_).view({2 * size_, length_}));
+  // Not the memory of `paired` itself.
+  return to_device(paired, 2 * size_, rows_).clone();
 }
 
 }  // namespace dynloss

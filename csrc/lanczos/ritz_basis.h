@@ -41,8 +41,10 @@ class RitzBasis {
   // Σ_j coefficients[i, j] v_j, shape (rows, length).
   at::Tensor combine(const std::vector<double>& coefficients) const;
 
-  // Residuals H y - θ y of the Ritz pairs, shape (values.size(), length).
-  at::Tensor residuals(const std::vector<double>& coefficients, const std::vector<double>& values) const;
+  // Norms of the residuals H y - θ y of the Ritz pairs; and one such residual, shape (length,).
+  std::vector<double> residual_norms(const std::vector<double>& coefficients,
+                                     const std::vector<double>& values) const;
+  at::Tensor residual(const std::vector<double>& coefficients, double value) const;
 
   // T[i, j] = v_i · H v_j, row-major (size, size); symmetric up to the operator's own asymmetry.
   const std::vector<double>& projection() const { return projection_; }
@@ -54,6 +56,8 @@ class RitzBasis {
   at::Tensor pair(int64_t row) const { return rows_.select(0, row); }
   at::Tensor vectors() const { return rows_.narrow(0, 0, size_).select(1, 0); }
   double normalise(double norm);
+  at::Tensor residual_factors(const std::vector<double>& coefficients,
+                              const std::vector<double>& values) const;
 
   int64_t capacity_;
   int64_t length_;
