@@ -88,9 +88,9 @@ PAPER: dict[str, Any] = {
     "validate_every": 5,
 }
 PRESETS: dict[str, dict[str, Any]] = {
-    # The paper's learning rate and its course, in 6000 steps instead of 68,600: at A = 50 they are too few to learn
-    # anything (nor are they at A = 20).  T is no multiple of an epoch's 40 steps, as validations would then all fall
-    # on the same phase of the oscillation.
+    # The paper's learning rate and its course, in 6000 steps instead of 68,600.  Oscillations slow learning down:
+    # with A = 50, T = 40 a network was still at chance after 5400 steps, hence A = 10.  T and the 200 steps between
+    # validations have no common factor, so that these do not all fall on the same phases of the oscillation.
     "cpu": {
         "width": 16,
         "train_images": 2000,

@@ -2,10 +2,14 @@
 
     python python_examples/wrn28_10_cifar10.py --data DATA --out runs/wrn
     torchrun --nproc-per-node 8 python_examples/wrn28_10_cifar10.py --data DATA --out runs/wrn
+    python python_examples/wrn28_10_cifar10.py --data DATA --preset cpu --out runs/wrn
 
 The batch of 1024 is cut into 8 shards of 128 with their own BatchNorm statistics, as in the paper, on
 however many devices there are.  Not published, so ours: weight decay 5e-4, Nesterov's momentum.  A = 1 is the
 baseline of 95.5 %; the paper's figure varies --amplitude at T = 200.
+
+figures/wrn28_10_cifar10_cpu holds the run of `--preset cpu`: WRN-10-1, 10 epochs of the 50,000 images, A = 1,
+validation accuracy 0.78 on 2000 images.  It shows that the training works, and nothing about oscillations.
 """
 
 from __future__ import annotations
@@ -72,9 +76,9 @@ def report(config: TrainingConfig, summary: dict[str, Any]) -> None:
     """Draws the training curves and prints where they end."""
     folder = RunFolder(config.out)
     name = f"WRN-{config.depth}-{config.widen}"
-    label = f"A = {config.amplitude:g}"
+    label = f"A = {config.amplitude:g}" + (f", T = {config.period:g}" if config.amplitude > 1 else "")
     if summary["validation_accuracy"] is not None:
-        title = f"{name}, T = {config.period:g}"
+        title = f"{name}, {summary['num_training_images']:,} images"
         runs = {label: [folder.read_metrics()]}
         folder.write_figure(training_curves(runs, summary["steps_per_epoch"], title=title))
         print(f"{name}, {label}: validation accuracy {summary['validation_accuracy']:.4f}")
