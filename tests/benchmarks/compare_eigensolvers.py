@@ -21,7 +21,6 @@ import importlib.metadata
 import io
 import json
 import os
-import platform
 import sys
 import time
 import warnings
@@ -32,6 +31,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from machine import machine
 from scipy.sparse.linalg import LinearOperator
 from scipy.sparse.linalg import eigsh as scipy_eigsh
 from torch import Tensor, nn
@@ -293,20 +293,12 @@ def measure_overhead(problem: Problem, states: int, gap: int) -> dict[str, float
     return {"overhead_median": float(np.median(ratios)), "product_seconds_median": float(np.median(products))}
 
 
-def machine() -> dict[str, Any]:
-    versions = {"torch": torch.__version__, "python": platform.python_version()}
-    for package in ("dynloss_ext", "numpy", "scipy", *PEERS.values()):
+def versions() -> dict[str, str]:
+    found = {}
+    for package in ("numpy", "scipy", *PEERS.values()):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    cpu = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in cpu.read_text().splitlines() if line.startswith("model name")]
-    return {
-        "cpu": names[0] if names else platform.processor(),
-        "cores": os.cpu_count(),
-        "load": os.getloadavg()[0],
-        "threads": torch.get_num_threads(),
-        "versions": versions,
-    }
+            found[package] = importlib.metadata.version(package)
+    return found
 
 
 def show(summary: dict[str, Any]) -> None:
@@ -351,7 +343,7 @@ def main() -> None:
     figures = {
         "settings": {name: str(value) for name, value in vars(arguments).items() if name not in ("json", "data")},
         "parameters": sum(p.numel() for p in problem.params),
-        "machine": machine(),
+        "machine": machine() | {"cores": os.cpu_count(), "load": os.getloadavg()[0], "versions": versions()},
         "solvers": summary,
         "driver": measure_overhead(problem, arguments.states, min(arguments.gap, 5)),
     }
