@@ -193,6 +193,23 @@ def test_large_class_counts(classes, dtype):
     near(hv, reference.hvp(*arguments, v.double()), dtype, terms=classes)
 
 
+@pytest.mark.parametrize("classes", [3, 10, 17, 40])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_heavy_smoothing(classes, dtype):
+    """So heavy that half types, too, show where ε / C is missing from a single entry."""
+    logits, target, oscillation = normal(9, classes, dtype=dtype), labels(classes, 9), Oscillation(classes, 9, 10)
+    arguments, options = (logits.double(), target, oscillation, 13), {"label_smoothing": 0.9}
+    x = logits.clone().requires_grad_()
+    loss = dynamic_cross_entropy(x, *arguments[1:], **options)
+    near(loss.detach(), reference.cross_entropy(*arguments, **options), torch.promote_types(dtype, torch.float32))
+    for gradient in (
+        loss_and_gradient(logits, *arguments[1:], **options)[1],
+        torch.autograd.grad(loss, x, create_graph=True)[0].detach(),
+        torch.autograd.grad(loss, x)[0],
+    ):
+        near(gradient, reference.gradient(*arguments, **options), dtype)
+
+
 @pytest.mark.parametrize("rows", [1, 5, 8, 17])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_one_class_in_padded_planes_stays_within_its_memory(dtype, rows):

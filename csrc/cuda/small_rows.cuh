@@ -173,8 +173,9 @@ __device__ void forward_row(const Forward& p, ForwardBlock<S>& block, int64_t ro
   for (int c = 0; c < row.classes(); ++c) tile[c] = gradient.at(weights, c, label.index, row[c]);
 }
 
+// One resident block suffices: left to itself the compiler spills registers so that more fit.
 template <typename S, int kClasses>
-__global__ void __launch_bounds__(max_small_threads<S>) forward_small(const Forward p, const Grid grid) {
+__global__ void __launch_bounds__(max_small_threads<S>, 1) forward_small(const Forward p, const Grid grid) {
   using T = Arithmetic<S>;
   const int classes = kClasses > 0 ? kClasses : static_cast<int>(p.classes);
   const int64_t member = member_index(grid);

@@ -112,7 +112,8 @@ class Run {
   __device__ void store(int64_t k, const Piece<S>& piece) const {
     const int64_t i = begin(k);
     if (wide_ && i >= 0 && i + piece_size<S> <= size_) {
-      *reinterpret_cast<uint4*>(first_ + i) = *reinterpret_cast<const uint4*>(&piece);
+      // An assignment would be merged with those below, into stores of single elements.
+      __stwb(reinterpret_cast<uint4*>(first_ + i), *reinterpret_cast<const uint4*>(&piece));
       return;
     }
 #pragma unroll
