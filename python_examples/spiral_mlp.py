@@ -38,6 +38,8 @@ from dynloss_ext import (
     stability_limit,
 )
 
+Gradients = tuple[Tensor | None, ...]
+
 BLOCK = 500  # steps between two looks at the metrics: one host synchronisation and one progress update
 
 
@@ -126,8 +128,9 @@ class SpiralRun:
 
         Plain gradient descent, written out: an optimizer object would take a tenth of the step.
         """
-        logits, gradient = self._forward()
-        gradients = torch.autograd.grad(logits, self.params, gradient)
+        logits, gradient, gradients = self._forward()
+        if gradients is None:
+            gradients = torch.autograd.grad(logits, self.params, gradient)
         with torch.no_grad():
             torch._foreach_add_(self.params, gradients, alpha=-self.config.lr)
         self.step += 1
@@ -180,7 +183,12 @@ class SpiralRun:
         for name in ("model", "tracker", "rows", "eigen_rows", "density_rows"):
             getattr(self, name).load_state_dict(state[name])
 
-    def _forward(self) -> tuple[Tensor, Tensor]:
+    def _forward(self) -> tuple[Tensor, Tensor, Gradients | None]:
+        """Logits, the loss's gradient with respect to them and, from an eigenvalue update, to the parameters.
+
+        The last is what a backward pass from the second gives, bit for bit.
+        """
+        gradients = None
         logits = self.model(self.inputs)
         loss, gradient = loss_and_gradient(logits, self.target, self.oscillation, self.step)
         row = self.step - 1  # rows are taken after an update, with the weights of the next step
@@ -188,10 +196,10 @@ class SpiralRun:
             self._loss.append(loss)
             self._logits.append(logits.detach())
             if self.config.eig_every and row % self.config.eig_every == 0:
-                self._track_curvature(row, logits)
-        return logits, gradient
+                gradients = self._track_curvature(row, logits)
+        return logits, gradient, gradients
 
-    def _track_curvature(self, row: int, logits: Tensor) -> None:
+    def _track_curvature(self, row: int, logits: Tensor) -> Gradients:
         config, began = self.config, time.perf_counter()
         loss = dynamic_cross_entropy(logits, self.target, self.oscillation, self.step)
         hessian = HessianOperator(loss, self.params)
@@ -216,6 +224,7 @@ class SpiralRun:
                 density_stderr=spectrum.stderr,
             )
         self.eigen_seconds += time.perf_counter() - began
+        return hessian.gradients
 
 
 def train(run: SpiralRun, folder: RunFolder) -> None:

@@ -229,6 +229,14 @@ def test_recorded_rows_are_those_of_a_plain_torch_loop(tmp_path):
         assert metrics["weighted_loss"][row] == pytest.approx(weighted(row + 1).item(), abs=1e-12)
 
 
+def test_tracking_does_not_touch_the_run(tmp_path):
+    """A step takes its gradient from the eigenvalue update where there is one: the same one."""
+    tracked, _ = run(tmp_path / "tracked", *SMALL, "--eig-every", 1)
+    alone, _ = run(tmp_path / "alone", *SMALL, "--eig-every", 0)
+    for name in ("weighted_loss", "loss", "accuracy"):
+        np.testing.assert_array_equal(tracked[name], alone[name], err_msg=name)
+
+
 def test_an_extended_run_equals_an_uninterrupted_one(tmp_path):
     whole, _ = run(tmp_path / "whole", *SMALL, "--steps", 1300)
     run(tmp_path / "parts", *SMALL, "--steps", 738)
