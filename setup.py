@@ -24,7 +24,8 @@ from target_torch import TORCH_REQUIREMENT, find_torch  # noqa: E402
 
 REQUIREMENTS = ["numpy>=1.24", "matplotlib>=3.7", "tqdm>=4.60"]
 CUDA_ARCHITECTURES = ("8.0", "9.0", "10.0", "12.0")
-CXX_FLAGS = ["-O2", "-std=c++20", "-fvisibility=hidden", "-g0", "-Wall", "-Wno-psabi"]
+# Without OpenMP at::parallel_for would silently be a loop.
+CXX_FLAGS = ["-O2", "-std=c++20", "-fopenmp", "-fvisibility=hidden", "-g0", "-Wall", "-Wno-psabi"]
 NVCC_FLAGS = ["-O3", "-std=c++20", "-Xcompiler", "-fvisibility=hidden"]
 
 
@@ -138,6 +139,7 @@ def extension() -> dict[str, Any]:
         define_macros=macros,
         libraries=libraries,
         library_dirs=[str(toolkit / folder) for folder in ("lib64", "lib")] if toolkit else [],
+        extra_link_args=["-fopenmp"],
         # -isystem: torch's headers are not ours to be warned about
         extra_compile_args={
             "cxx": [*CXX_FLAGS, *memory, *(f"-isystem{folder}" for folder in include_paths())],

@@ -20,6 +20,10 @@
 #include "cpu/instruction_set.h"
 #include "cpu/kernel.h"
 
+#ifndef INTRA_OP_PARALLEL
+#error "at::parallel_for would be a loop: compile with -fopenmp, as torch was"
+#endif
+
 namespace dynloss::cpu {
 
 namespace {
