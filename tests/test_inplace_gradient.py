@@ -38,6 +38,25 @@ def test_same_loss_and_gradient(shape, dtype, options) -> None:
     torch.testing.assert_close(inplace_gradient, gradient, rtol=tolerance, atol=tolerance * float(gradient.abs().max()))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(64, 10), (3, 64, 10)])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_factor_is_not_rounded_to_the_half_type(dtype, shape, inplace) -> None:
+    """A factor next to 1, which would be rounded to 1, and 2**17, beyond float16: neither may show."""
+    leaf = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+    target = leaf.detach().argmax(-1)
+    amplitude = torch.tensor([2.0, 3.0, 4.0]) if len(shape) == 3 else 2.0
+    criterion = DynamicCrossEntropyLoss(Oscillation(10, amplitude, 10), reduction="sum", inplace_gradient=inplace)
+
+    def gradient(factor: float) -> torch.Tensor:
+        return torch.autograd.grad(factor * criterion(leaf * 1, target).sum(), leaf)[0].double()
+
+    factor = 1 + 0.45 * torch.finfo(dtype).eps
+    assert (gradient(factor) / gradient(1.0)).mean().item() == pytest.approx(factor, abs=(factor - 1) / 2)
+    target.fill_(-100)
+    assert (gradient(2.0**17) == 0).all()
+
+
 @pytest.mark.parametrize("layout", ["transposed", "sliced", "permuted"])
 def test_any_strides(layout: str) -> None:
     leaf, target, (plain, inplace) = pair((40, 6), torch.float64)

@@ -481,11 +481,10 @@ void rescale_(at::Tensor& gradient, const at::Tensor& grad_output, const at::Ten
     untouched &= factor[e] == 1.0;
   }
   if (untouched) return;
-  if (ensemble)
-    gradient.mul_(
-        factors.to(gradient.scalar_type() == at::kDouble ? at::kDouble : at::kFloat).reshape({-1, 1, 1}));
-  else
-    gradient.mul_(at::Scalar(factor[0]));
+  // By tensors without dimensions: a Scalar would be rounded to the gradient's type, and a tensor with
+  // dimensions would make a float32 copy of a half gradient.
+  if (!ensemble) gradient.mul_(factors);
+  for (int64_t e = 0; ensemble && e < factors.numel(); ++e) gradient.select(0, e).mul_(factors.select(0, e));
 }
 
 at::Tensor derivative(Kind kind, const at::Tensor* u, const at::Tensor* v, const at::Tensor& grad_output,

@@ -150,6 +150,7 @@ def draw(rows: dict[str, Row], rivals: list[str], title: str, path: Path) -> Non
         axes.bar_label(bars, [f"{x:.1f}" if x == x else "" for x in ratios], fontsize=8, padding=2)
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set_yscale("log")
+    axes.margins(y=0.12)
     axes.set_xticks(range(len(rows)), [name.replace("-", "\n") for name in rows], fontsize=8)
     axes.set_ylabel("time of the peer / ours")
     axes.set_title(title, fontsize=10)
