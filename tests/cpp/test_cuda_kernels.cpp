@@ -458,17 +458,24 @@ struct ForwardRun {
   }
 };
 
-// The gradient in the place of the logits has the same bits.
+// With the gradient in the place of the logits, gradient and losses have the same bits.
 template <typename S>
 void test_into_logits(Problem<S>& problem, ForwardRun<S>& run) {
   if (problem.shape.layout == Layout::far || problem.shape.offset != problem.shape.out_offset) return;
   const auto expected = problem.out.snapshot();
   const auto logits = problem.logits.contents();
+  const auto bytes = [](const auto& x) {
+    const auto* begin = reinterpret_cast<const unsigned char*>(x.data());
+    return std::vector<unsigned char>(begin, begin + x.size() * sizeof(x[0]));
+  };
+  const auto loss = bytes(run.loss), row_loss = bytes(run.row_loss);
   run.p.out = problem.logits.operand();
   emulator::settings().seed = random_bits();
   CHECK(launch_forward(run.p, nullptr) == cudaSuccess);
   CHECK(problem.logits.surroundings_untouched());
   CHECK(problem.logits.snapshot() == expected);
+  CHECK(bytes(run.loss) == loss);
+  CHECK(bytes(run.row_loss) == row_loss);
   problem.logits.restore(logits);
 }
 
