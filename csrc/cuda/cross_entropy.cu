@@ -131,7 +131,9 @@ Grid plan(const Problem& p, const Device& device, int tiles, bool one_block) {
       rows_per_block = grid.threads / warp_size;
       break;
     case Regime::block: {
-      grid.threads = p.classes <= 4096 ? 256 : max_block_threads;
+      grid.threads = p.classes <= 4096               ? 256
+                     : p.storage == Storage::float64 ? max_block_threads<double>
+                                                     : max_block_threads<float>;
       const size_t row = (p.classes * storage_size(p.storage) + 31) / 16 * 16;
       grid.cached = grid.block_memory + row <= static_cast<size_t>(device.max_block_memory);
       if (grid.cached) grid.block_memory += row;

@@ -10,7 +10,8 @@
 
 namespace dynloss::cuda {
 
-constexpr int max_block_threads = 512;
+template <typename S>
+constexpr int max_block_threads = sizeof(S) == 8 ? 256 : 512;
 constexpr int loads_in_flight = 4;
 
 // Calls f(k) for the pieces that belong to a thread.
@@ -92,7 +93,7 @@ __device__ void write_gradient(const LongRow<S>& row, const Run<S>& out,
 }
 
 template <typename S>
-__global__ void __launch_bounds__(max_block_threads) forward_block(const Forward p, const Grid grid) {
+__global__ void __launch_bounds__(max_block_threads<S>, 1) forward_block(const Forward p, const Grid grid) {
   using T = Arithmetic<S>;
   ForwardBlock<S> block(p, grid);
   const MemberWeights<T>& weights = block.member_weights;
@@ -134,7 +135,8 @@ __global__ void __launch_bounds__(max_block_threads) forward_block(const Forward
 }
 
 template <typename S>
-__global__ void __launch_bounds__(max_block_threads) derivative_block(const Derivative p, const Grid grid) {
+__global__ void __launch_bounds__(max_block_threads<S>, 1)
+    derivative_block(const Derivative p, const Grid grid) {
   using T = Arithmetic<S>;
   const DerivativeBlock<S> block(p, grid);
   const MemberWeights<T>& weights = block.member_weights;

@@ -227,7 +227,7 @@ __device__ void derivative_row(const Derivative& p, const DerivativeBlock<S>& bl
 }
 
 template <typename S>
-__global__ void __launch_bounds__(max_small_threads<S>)
+__global__ void __launch_bounds__(max_small_threads<S>, 1)
     derivative_small(const Derivative p, const Grid grid) {
   using T = Arithmetic<S>;
   const DerivativeBlock<S> block(p, grid);

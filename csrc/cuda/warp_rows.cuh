@@ -72,7 +72,7 @@ __device__ void fill_items(T value, T (&x)[kItems]) {
 }
 
 template <typename S, int kItems>
-__global__ void __launch_bounds__(max_warp_threads) forward_warp(const Forward p, const Grid grid) {
+__global__ void __launch_bounds__(max_warp_threads, 1) forward_warp(const Forward p, const Grid grid) {
   using T = Arithmetic<S>;
   ForwardBlock<S> block(p, grid);
   const MemberWeights<T>& weights = block.member_weights;
@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(max_warp_threads) forward_warp(const Forward p
 }
 
 template <typename S, int kItems>
-__global__ void __launch_bounds__(max_warp_threads) derivative_warp(const Derivative p, const Grid grid) {
+__global__ void __launch_bounds__(max_warp_threads, 1) derivative_warp(const Derivative p, const Grid grid) {
   using T = Arithmetic<S>;
   const DerivativeBlock<S> block(p, grid);
   const MemberWeights<T>& weights = block.member_weights;
