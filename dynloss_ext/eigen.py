@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,13 @@ from dynloss_ext.hessian import CurvatureOperator
 __all__ = ["ConvergenceWarning", "EigenResult", "EigenTracker", "eigsh"]
 
 Operator = CurvatureOperator | Callable[[Tensor], Tensor]
+
+
+class Options(NamedTuple):
+    """What a vector of an operator is made with."""
+
+    dtype: torch.dtype
+    device: torch.device
 
 
 class ConvergenceWarning(UserWarning):
@@ -90,10 +97,10 @@ def eigsh(
     Warns:
         ConvergenceWarning: not every pair converged; ``status`` says why.
     """
-    op, size, like = _resolve(H, n, dtype, device, v0)
+    op, size, options = _resolve(H, n, dtype, device, v0)
     max_hvp = 1000 if max_hvp is None else max_hvp
     _check_settings(k, which, tol, max_hvp, max_basis, size)
-    start = None if v0 is None else _check_start(v0, size, like, max_basis)
+    start = None if v0 is None else _check_start(v0, size, options, max_basis)
     result, _ = _solve(
         op,
         k=k,
@@ -155,6 +162,7 @@ class EigenTracker:
         check_count("max_interval", max_interval, 1, None, "")
         if not rest >= 0:
             raise ValueError(f"rest must be >= 0, got {rest!r}")
+        self._k = k
         self._settings = {"k": k, "which": which, "tol": tol, "max_hvp": max_hvp, "max_basis": max_basis}
         self._audit_every = audit_every
         self._max_interval = max_interval
@@ -186,15 +194,15 @@ class EigenTracker:
             ConvergenceWarning: not every pair converged; the result says which and why.
         """
         old = None if self.result is None else self.result.vectors
-        op, size, like = _resolve(H, n, dtype, device, old if n is None else None)
-        check_count("k", len(self.identities), 1, size, "the size of H")
-        if old is not None and (len(old), old.dtype, old.device) != (size, like.dtype, like.device):
+        op, size, options = _resolve(H, n, dtype, device, old if n is None else None)
+        check_count("k", self._k, 1, size, "the size of H")
+        if old is not None and (len(old), old.dtype, old.device) != (size, options.dtype, options.device):
             raise ValueError(
                 f"H must be of the size, dtype and device of the last update's, {len(old)}, {old.dtype} on"
-                f" {old.device}; got {size}, {like.dtype} on {like.device}: use a new tracker"
+                f" {old.device}; got {size}, {options.dtype} on {options.device}: use a new tracker"
             )
-        if self.result is not None and math.isnan(self.result.values[0].item()):
-            old = None  # the last update got no product at all
+        if self._found_nothing():
+            old = None
         audited = audit or old is None or self._since_audit + 1 >= self._audit_every
         result, origins = _solve(
             op,
@@ -212,6 +220,11 @@ class EigenTracker:
         self.result = result
         _warn_unless_converged(result, "EigenTracker.update")
         return result
+
+    def _found_nothing(self) -> bool:
+        """Whether the last update got no finite product at all."""
+        result = self.result
+        return result is not None and result.status == "non-finite product" and math.isnan(result.values[0].item())
 
     def due(self, steps_since_update: int) -> bool:
         """Whether it is time for an update: after every step while the leading eigenvalue moves by more than ``rest``
@@ -295,15 +308,15 @@ def _resolve(
     dtype: torch.dtype | None,
     device: torch.device | str | None,
     v0: Tensor | None,
-) -> tuple[_C.SymmetricOperator, int, Tensor]:
-    """The C++ operator, its size, and an empty tensor with its dtype and device."""
+) -> tuple[_C.SymmetricOperator, int, Options]:
+    """The C++ operator, its size, and where and in what it computes."""
     if isinstance(H, CurvatureOperator):
         for name, given, own in (("n", n, H.shape[0]), ("dtype", dtype, H.dtype)):
             if given is not None and given != own:
                 raise ValueError(f"{name} is known from H to be {own}, got {given}: leave it out")
         if device is not None and torch.empty(0, device=device).device != H.device:
             raise ValueError(f"device is known from H to be {H.device}, got {device}: leave it out")
-        return H._op, H.shape[0], torch.empty(0, dtype=H.dtype, device=H.device)
+        return H._op, H.shape[0], Options(H.dtype, H.device)
     if not callable(H):
         raise TypeError(f"H must be a HessianOperator or a callable v -> H v, got {type(H).__name__}")
     if v0 is not None and not isinstance(v0, Tensor):
@@ -317,17 +330,17 @@ def _resolve(
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
     like = torch.empty(0, dtype=dtype, device=device or (v0.device if v0 is not None else "cpu"))
-    return _C.PythonOperator(H, n, like), n, like
+    return _C.PythonOperator(H, n, like), n, Options(like.dtype, like.device)
 
 
-def _check_start(v0: Tensor, size: int, like: Tensor, max_basis: int) -> Tensor:
+def _check_start(v0: Tensor, size: int, options: Options, max_basis: int) -> Tensor:
     """v0 as rows."""
     if not isinstance(v0, Tensor):
         raise TypeError(f"v0 must be a torch.Tensor, got {type(v0).__name__}")
     if v0.dim() not in (1, 2) or v0.shape[0] != size:
         raise ValueError(f"v0 must have shape ({size},) or ({size}, m), got {tuple(v0.shape)}")
-    if v0.dtype != like.dtype or v0.device != like.device:
-        raise ValueError(f"v0 must be {like.dtype} on {like.device}, got {v0.dtype} on {v0.device}")
+    if (v0.dtype, v0.device) != options:
+        raise ValueError(f"v0 must be {options.dtype} on {options.device}, got {v0.dtype} on {v0.device}")
     if v0.dim() == 2 and v0.shape[1] > max_basis:
         raise ValueError(f"v0 must have at most max_basis = {max_basis} columns, got {v0.shape[1]}")
     if not bool(torch.isfinite(v0).all()):

@@ -112,7 +112,8 @@ def dynamic_cross_entropy(
         logits: (N, C), (N, C, d1, ...) or (C,); (E, N, C) with an ensemble oscillation. float32, float64, float16 or
             bfloat16, any strides.
         target: Class indices, int64, int32 or uint8: logits' shape without its class dimension; (E, N), or (N,) for
-            all members of an ensemble.
+            all members of an ensemble. No class probabilities: Γ_y and what a mean divides by belong to one class
+            a sample.
         oscillation: Γ; C classes.
         step: The optimisation step s: an int, or an int64 tensor () on the logits' device, or (E,) for an ensemble.
             A tensor is read where it lies: no synchronisation, and a replayed CUDA graph sees its current value.
@@ -172,7 +173,7 @@ def loss_and_gradient(
             return plain
     arguments = _arguments(logits, target, oscillation, step, *options)
     loss, gradient, _, normalizer = _ops.cross_entropy_with_gradient(*arguments)
-    if gradient.is_cuda:
+    if gradient.is_cuda and reduction == "mean":  # sums are divided by nothing
         _ops.rescale_(gradient, torch.ones(normalizer.shape[:-1], device=gradient.device), normalizer)
     return loss, gradient
 

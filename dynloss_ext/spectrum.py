@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dynloss_ext import _C
-from dynloss_ext.eigen import Operator, _resolve, check_count
+from dynloss_ext.eigen import Operator, Options, _resolve, check_count
 
 __all__ = ["Estimate", "SpectralDensity", "spectral_density", "trace"]
 
@@ -46,8 +46,8 @@ class SpectralDensity:
     num_hvp: int
 
 
-def _rademacher(size: tuple[int, ...], like: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randint(2, size, generator=generator).mul_(2).sub_(1).to(like)
+def _rademacher(size: tuple[int, ...], options: Options, generator: torch.Generator) -> Tensor:
+    return torch.randint(2, size, generator=generator).mul_(2).sub_(1).to(options.device, options.dtype)
 
 
 def _quadrature(diagonal: list[float], off_diagonal: list[float], length: int) -> tuple[Tensor, Tensor]:
@@ -95,7 +95,7 @@ def spectral_density(
     Raises:
         TypeError, ValueError: naming the argument. RuntimeError: a product is not finite.
     """
-    op, size, like = _resolve(H, n, dtype, device, None)
+    op, size, options = _resolve(H, n, dtype, device, None)
     check_count("num_steps", num_steps, 1, None, "")
     check_count("num_probes", num_probes, 1, None, "")
     check_count("grid_size", grid_size, 2, None, "")
@@ -106,7 +106,7 @@ def spectral_density(
     num_hvp = 0
     quadratures = []
     for _ in range(num_probes):
-        diagonal, off_diagonal = _C.tridiagonalize(op, _rademacher((size,), like, generator), length)
+        diagonal, off_diagonal = _C.tridiagonalize(op, _rademacher((size,), options, generator), length)
         num_hvp += len(diagonal)
         quadratures.append(_quadrature(diagonal, off_diagonal, length))
     nodes, weights = (torch.stack(part) for part in zip(*quadratures, strict=True))
@@ -158,7 +158,7 @@ def trace(
     """
     if method not in ("hutch++", "hutchinson"):
         raise ValueError(f"method must be 'hutch++' or 'hutchinson', got {method!r}")
-    op, size, like = _resolve(H, n, dtype, device, None)
+    op, size, options = _resolve(H, n, dtype, device, None)
     check_count("num_probes", num_probes, 6 if method == "hutch++" else 2, None, "")
     generator = torch.Generator().manual_seed(seed)
 
@@ -169,16 +169,16 @@ def trace(
         return result
 
     exact = 0.0
-    basis = like.new_zeros(size, 0)
+    basis = torch.zeros(size, 0, dtype=options.dtype, device=options.device)
     num_residual = num_probes
     if method == "hutch++":
         third = min(num_probes // 3, size)
-        basis = torch.linalg.qr(product(_rademacher((size, third), like, generator)))[0]
+        basis = torch.linalg.qr(product(_rademacher((size, third), options, generator)))[0]
         exact = float((basis * product(basis)).sum(dtype=torch.float64))
         num_residual = num_probes - 2 * third
         if third == size:
             return Estimate(exact, 0.0)
-    probes = _rademacher((size, num_residual), like, generator)
+    probes = _rademacher((size, num_residual), options, generator)
     probes = probes - basis @ (basis.T @ probes)
     samples = (probes * product(probes)).sum(0, dtype=torch.float64)
     return Estimate(exact + float(samples.mean()), float(_standard_error(samples)))

@@ -301,6 +301,32 @@ def test_bad_arguments(options, error, match):
         eigsh(arguments.pop("H"), arguments.pop("k"), **arguments)
 
 
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda product: torch.stack([product, product], dim=1)[:, 0],
+        lambda product: torch._neg_view(-product),
+        lambda product: product.requires_grad_(),
+    ],
+    ids=["strided", "negative view", "requires grad"],
+)
+def test_products_in_any_form(form):
+    operator = Known([9.0, 4.0, 1.0, 0.5, 0.25, 0.1, 0.0])
+    result = eigsh(lambda v: form(operator(v)), 2, n=7, dtype=torch.float64)
+    check(operator, result, 2)
+
+
+def test_zero_products():
+    """A constant is a form of its own (one number, expanded, or a symbolic zero)."""
+    for form in (
+        lambda v: torch.zeros(1, dtype=v.dtype).expand(5),
+        lambda v: torch._efficientzerotensor(5, dtype=v.dtype),
+    ):
+        result = eigsh(form, 2, n=5, dtype=torch.float64)
+        assert result.values.tolist() == [0.0, 0.0]
+        assert result.converged.all()
+
+
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 def test_long_vectors_and_a_small_basis(dtype, rtol):
     """Longer than what is done in one piece, and a basis that restarts often."""

@@ -1,11 +1,13 @@
 #include "binding.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/tensor.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <algorithm>
 #include <chrono>
 #include <memory>
 #include <optional>
@@ -80,10 +82,11 @@ py::tuple run_eigsh(SymmetricOperator& op, int64_t k, const std::string& which, 
                              .poll = SignalCheck()};
   EigshResult result = without_gil([&] { return eigsh(op, options, v0.value_or(at::Tensor())); });
   const at::AutoDispatchBelowADInplaceOrView below;
+  const at::Tensor converged = at::empty({k}, at::kBool);
+  std::copy(result.converged.begin(), result.converged.end(), converged.mutable_data_ptr<bool>());
   return py::make_tuple(at::tensor(result.values, at::kDouble), std::move(result.vectors),
-                        at::tensor(result.residuals, at::kDouble), result.num_products,
-                        at::tensor(result.converged).to(at::kBool), std::move(result.status),
-                        std::move(result.origins));
+                        at::tensor(result.residuals, at::kDouble), result.num_products, converged,
+                        std::move(result.status), std::move(result.origins));
 }
 
 std::pair<std::vector<double>, std::vector<double>> run_tridiagonalize(SymmetricOperator& op,

@@ -49,8 +49,7 @@ class Solver {
         capacity_(std::min(options.max_basis, length_)),
         epsilon_(op.options().dtype() == at::kFloat ? std::numeric_limits<float>::epsilon()
                                                     : std::numeric_limits<double>::epsilon()),
-        basis_(capacity_, length_, op.options()),
-        generator_(at::detail::createCPUGenerator(options.seed)) {}
+        basis_(capacity_, length_, op.options()) {}
 
   EigshResult run() {
     std::string status = solve();
@@ -74,7 +73,7 @@ class Solver {
         // A second product before looking again; in a Krylov space this is the direction of every residual.
         if (far && step == Step::kDone && basis_.size() < capacity_) step = expand_krylov();
       } else if (const std::optional<int64_t> lost = lost_start()) {
-        step = expand([&] { return basis_.propose(start_.select(0, *lost), start_norms_[*lost]); });
+        step = expand([&] { return basis_.propose(Rows(start_, *lost, 1), start_norms_[*lost]); });
       } else if (!options_.audit || basis_.size() == length_) {
         return "converged";
       } else {
@@ -103,9 +102,8 @@ class Solver {
       weights.push_back(norm > 0.0 ? (1.0 + 0.5 * static_cast<double>(i)) / norm : 0.0);
       if (norm > 0.0) unseen_.push_back(i);
     }
-    const at::Tensor x = unseen_.empty()
-                             ? random_vector()
-                             : combinations(to_device(weights, start_.size(0), start_), start_).select(0, 0);
+    const at::Tensor x =
+        unseen_.empty() ? random_vector() : combinations(to_device(weights, start_.size(0), start_), start_);
     return expand([&] { return basis_.propose(x, norms(x).front()); });
   }
 
@@ -220,16 +218,16 @@ class Solver {
     for (int64_t i = 1; i < options_.count; ++i) {
       if (excess(i) > excess(worst)) worst = i;
     }
-    const double* begin = &ritz_.vectors[worst * basis_.size()];
-    at::Tensor residual = basis_.residual({begin, begin + basis_.size()}, ritz_.values[worst]);
+    std::optional<Rows> residual = basis_.residual(worst);
     return expand([&] {
-      const double norm = basis_.propose_orthogonal(residual, residual_norms_[worst]);
+      const double norm = basis_.propose_orthogonal(*residual, residual_norms_[worst]);
       residual.reset();  // the product that follows needs the memory
       return norm;
     });
   }
 
   at::Tensor random_vector() {
+    if (!generator_) generator_ = at::detail::createCPUGenerator(options_.seed);
     return at::randn({length_}, generator_, op_.options().device(at::kCPU)).to(op_.options());
   }
 
@@ -365,7 +363,7 @@ class Solver {
   const int64_t capacity_;
   const double epsilon_;
   RitzBasis basis_;
-  at::Generator generator_;
+  std::optional<at::Generator> generator_;  // made when needed: seeding takes microseconds
 
   std::vector<double> start_norms_;
   std::vector<int64_t> unseen_;         // start vectors other than 0 that were not yet looked for

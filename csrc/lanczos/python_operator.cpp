@@ -1,6 +1,8 @@
 #include "python_operator.h"
 
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/_is_zerotensor.h>
+#include <ATen/ops/empty_like.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <string>
@@ -30,7 +32,9 @@ at::Tensor PythonOperator::apply(const at::Tensor& v) {
                           c10::str(product.sizes()) + ", " + c10::toString(product.scalar_type()) + " on " +
                           product.device().str());
   }
-  return product;
+  // In plain memory, where an expanded tensor and torch's symbolic zeros are not.
+  const bool plain = product.is_contiguous() && !product._is_zerotensor() && !product.is_neg();
+  return plain ? product : at::empty_like(v).copy_(product);
 }
 
 }  // namespace dynloss

@@ -36,14 +36,13 @@ RitzBasis::RitzBasis(int64_t capacity, int64_t length, const at::TensorOptions& 
       length_(length),
       epsilon_(options.dtype() == at::kFloat ? std::numeric_limits<float>::epsilon()
                                              : std::numeric_limits<double>::epsilon()),
-      rows_(at::empty({capacity, 2, length}, options)) {}
+      rows_(at::empty({2 * capacity, length}, options)) {}
 
-double RitzBasis::propose(const at::Tensor& x, double norm) {
-  const BelowAutograd below;
+double RitzBasis::propose(const Rows& x, double norm) {
+  const Rows v = vectors(), slot = candidate_row();
   if (size_ == 0) {
-    candidate().copy_(x);
+    copy(slot, x);
   } else {
-    const at::Tensor v = vectors(), slot = candidate();
     subtract_combination(slot, x, inner_products(v, x), v);
     subtract_combination(slot, slot, inner_products(v, slot), v);
   }
@@ -51,23 +50,22 @@ double RitzBasis::propose(const at::Tensor& x, double norm) {
 }
 
 double RitzBasis::propose_product() {
-  if (!product_overlaps_.defined()) return propose(product_, product_norm_);
-  const BelowAutograd below;
-  const at::Tensor v = vectors(), slot = candidate();
-  subtract_combination(slot, product_, product_overlaps_, v);
+  const Rows product(rows_, 2 * newest_ + 1, 1);
+  if (!product_overlaps_.defined()) return propose(product, product_norm_);
+  const Rows v = vectors(), slot = candidate_row();
+  subtract_combination(slot, product, product_overlaps_, v);
   subtract_combination(slot, slot, inner_products(v, slot), v);
   return normalise(product_norm_);
 }
 
-double RitzBasis::propose_orthogonal(const at::Tensor& x, double norm) {
-  const BelowAutograd below;
-  const at::Tensor v = vectors();
-  subtract_combination(candidate(), x, inner_products(v, x), v);
+double RitzBasis::propose_orthogonal(const Rows& x, double norm) {
+  const Rows v = vectors();
+  subtract_combination(candidate_row(), x, inner_products(v, x), v);
   return normalise(norm);
 }
 
 double RitzBasis::normalise(double norm) {
-  const at::Tensor slot = candidate();
+  const Rows slot = candidate_row();
   const double remainder = norms(slot).front();
   // Below this what is left of x is rounding. (Also false for a norm that is not finite.)
   if (!(remainder > 100.0 * epsilon_ * norm)) return 0.0;
@@ -75,18 +73,14 @@ double RitzBasis::normalise(double norm) {
   return remainder;
 }
 
-std::vector<double> RitzBasis::overlaps(const at::Tensor& x) const {
-  const BelowAutograd below;
-  return to_host(inner_products(x, vectors()));
-}
+std::vector<double> RitzBasis::overlaps(const Rows& x) const { return to_host(inner_products(x, vectors())); }
 
 bool RitzBasis::accept(const at::Tensor& product) {
   const BelowAutograd below;
   const int64_t m = size_;
-  const at::Tensor newest = pair(m);
-  newest.select(0, 1).copy_(product);
+  copy(Rows(rows_, 2 * m + 1, 1), product);
   // Entry (i, a, b) is the inner product of {v_i, H v_i}[a] with {v, H v}[b].
-  const at::Tensor gram = inner_products(rows_.narrow(0, 0, m + 1).view({2 * (m + 1), length_}), newest);
+  const at::Tensor gram = inner_products(Rows(rows_, 0, 2 * (m + 1)), Rows(rows_, 2 * m, 2));
   const std::vector<double> inner = to_host(gram);
   const auto vector_product = [&](int64_t i) { return inner[4 * i + 1]; };
   const auto product_vector = [&](int64_t i) { return inner[4 * i + 2]; };
@@ -102,8 +96,8 @@ bool RitzBasis::accept(const at::Tensor& product) {
     asymmetry_ = std::max(asymmetry_, std::abs(vector_product(i) - product_vector(i)));
   }
   grown[m * (m + 1) + m] = vector_product(m);
-  product_ = newest.select(0, 1);
-  product_overlaps_ = gram.view({m + 1, 2, 2}).select(1, 0).select(1, 1);
+  newest_ = m;
+  product_overlaps_ = gram.as_strided({m + 1}, {4}, 1);
   product_norm_ = std::sqrt(inner[4 * m + 3]);
   projection_ = std::move(grown);
   ++size_;
@@ -115,7 +109,7 @@ void RitzBasis::restart(const std::vector<double>& coefficients, const std::vect
   const auto keep = static_cast<int64_t>(values.size());
   product_overlaps_.reset();
   const at::Tensor factors = to_device(coefficients, size_, rows_);
-  for (const at::Tensor& columns : blocks(rows_.narrow(0, 0, size_).view({size_, 2 * length_}), keep)) {
+  for (const at::Tensor& columns : blocks(rows_.narrow(0, 0, 2 * size_).view({size_, 2 * length_}), keep)) {
     columns.narrow(0, 0, keep).copy_(combinations(factors, columns));
   }
   size_ = keep;
@@ -124,40 +118,35 @@ void RitzBasis::restart(const std::vector<double>& coefficients, const std::vect
 }
 
 at::Tensor RitzBasis::combine(const std::vector<double>& coefficients) const {
-  const BelowAutograd below;
   return combinations(to_device(coefficients, size_, rows_), vectors());
 }
 
 std::vector<double> RitzBasis::residual_norms(const std::vector<double>& coefficients,
-                                              const std::vector<double>& values) const {
+                                              const std::vector<double>& values) {
   const BelowAutograd below;
-  const at::Tensor factors = residual_factors(coefficients, values);
-  const at::Tensor rows = rows_.narrow(0, 0, size_).view({2 * size_, length_});
+  residuals_.reset();
+  std::vector<double> paired(2 * coefficients.size());  // of v_j and of H v_j
+  for (size_t i = 0; i < coefficients.size(); ++i) {
+    paired[2 * i] = -values[i / size_] * coefficients[i];
+    paired[2 * i + 1] = coefficients[i];
+  }
+  residual_factors_ = to_device(paired, 2 * size_, rows_);
+  const at::Tensor rows = rows_.narrow(0, 0, 2 * size_);
   std::vector<at::Tensor> parts;
   for (const at::Tensor& columns : blocks(rows, static_cast<int64_t>(values.size()))) {
-    const at::Tensor part = combinations(factors, columns);
-    if (columns.size(1) == length_) return norms(part);
+    const at::Tensor part = combinations(residual_factors_, columns);
+    if (columns.size(1) == length_) {
+      residuals_ = part;
+      return norms(part);
+    }
     parts.push_back(at::linalg_vector_norm(part, 2, 1));
   }
   return to_host(at::linalg_vector_norm(at::stack(parts), 2, 0));
 }
 
-at::Tensor RitzBasis::residual(const std::vector<double>& coefficients, double value) const {
-  const BelowAutograd below;
-  const at::Tensor rows = rows_.narrow(0, 0, size_).view({2 * size_, length_});
-  return combinations(residual_factors(coefficients, {value}), rows).select(0, 0);
-}
-
-// Of v_j and of H v_j.
-at::Tensor RitzBasis::residual_factors(const std::vector<double>& coefficients,
-                                       const std::vector<double>& values) const {
-  std::vector<double> paired(2 * coefficients.size());
-  for (size_t i = 0; i < coefficients.size(); ++i) {
-    paired[2 * i] = -values[i / size_] * coefficients[i];
-    paired[2 * i + 1] = coefficients[i];
-  }
-  // Not the memory of `paired` itself.
-  return to_device(paired, 2 * size_, rows_).clone();
+Rows RitzBasis::residual(int64_t i) const {
+  if (residuals_.defined()) return Rows(residuals_, i, 1);
+  return combinations(Rows(residual_factors_, i, 1), Rows(rows_, 0, 2 * size_));
 }
 
 }  // namespace dynloss

@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "row_algebra.h"
+
 namespace dynloss {
 
 // An orthonormal basis V (one vector per row), its products W = H V, and the projection T = V Wᵀ.
@@ -21,15 +23,15 @@ class RitzBasis {
   // Makes the part of x orthogonal to the basis, normalised, the candidate for the next basis vector
   // (classical Gram-Schmidt, twice). Returns that part's norm; 0, and no candidate, where x, of the given
   // norm, lies in the basis to rounding.
-  double propose(const at::Tensor& x, double norm);
+  double propose(const Rows& x, double norm);
   // The same for the product taken in last, whose overlaps with the basis are known already.
   double propose_product();
   // The same for what is orthogonal to the basis but for rounding, as a Ritz pair's residual is: in one pass.
-  double propose_orthogonal(const at::Tensor& x, double norm);
-  at::Tensor candidate() const { return pair(size_).select(0, 0); }
+  double propose_orthogonal(const Rows& x, double norm);
+  at::Tensor candidate() const { return candidate_row().vector(); }
 
   // x_i · v_j of the rows of x, shape (rows, size()), on the host.
-  std::vector<double> overlaps(const at::Tensor& x) const;
+  std::vector<double> overlaps(const Rows& x) const;
 
   // Takes in the candidate together with its product; false, and nothing taken in, where the product is not
   // finite.
@@ -41,10 +43,11 @@ class RitzBasis {
   // Σ_j coefficients[i, j] v_j, shape (rows, length).
   at::Tensor combine(const std::vector<double>& coefficients) const;
 
-  // Norms of the residuals H y - θ y of the Ritz pairs; and one such residual, shape (length,).
+  // Norms of the residuals H y - θ y of Ritz pairs; and afterwards, on the same basis, the residual of the
+  // i-th.
   std::vector<double> residual_norms(const std::vector<double>& coefficients,
-                                     const std::vector<double>& values) const;
-  at::Tensor residual(const std::vector<double>& coefficients, double value) const;
+                                     const std::vector<double>& values);
+  Rows residual(int64_t i) const;
 
   // T[i, j] = v_i · H v_j, row-major (size, size); symmetric up to the operator's own asymmetry.
   const std::vector<double>& projection() const { return projection_; }
@@ -53,23 +56,24 @@ class RitzBasis {
   double asymmetry() const { return asymmetry_; }
 
  private:
-  at::Tensor pair(int64_t row) const { return rows_.select(0, row); }
-  at::Tensor vectors() const { return rows_.narrow(0, 0, size_).select(1, 0); }
+  Rows vectors() const { return {rows_, 0, size_, 2}; }
+  Rows candidate_row() const { return {rows_, 2 * size_, 1}; }
   double normalise(double norm);
-  at::Tensor residual_factors(const std::vector<double>& coefficients,
-                              const std::vector<double>& values) const;
 
   int64_t capacity_;
   int64_t length_;
   int64_t size_ = 0;
   double epsilon_;
-  at::Tensor rows_;  // (capacity, 2, length): v_j beside w_j, so that one GEMM reaches both
+  at::Tensor rows_;  // (2 * capacity, length): v_j before w_j, so that one GEMM reaches both
   std::vector<double> projection_;
   double asymmetry_ = 0.0;
 
-  at::Tensor product_;           // the one taken in last,
+  int64_t newest_ = 0;           // where the product taken in last is,
   at::Tensor product_overlaps_;  // v_i · product, undefined after a restart,
   double product_norm_ = 0.0;    // and its norm
+
+  at::Tensor residual_factors_;  // of the pairs last asked for: of v_j and H v_j by turns
+  at::Tensor residuals_;         // themselves, where they are short
 };
 
 }  // namespace dynloss
