@@ -168,7 +168,12 @@ def test_recovers_from_a_product_that_was_not_finite():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         assert tracker.update(lambda v: v * float("nan")).status == "non-finite product"
-    assert tracker.update(lambda v: base * v).values[0] == pytest.approx(5.0, rel=1e-4)
+    lost = tracker.identities.tolist()
+    recovered = tracker.update(lambda v: base * v)
+    assert recovered.values[0] == pytest.approx(5.0, rel=1e-4)
+    first = EigenTracker(2, seed=2).update(lambda v: base * v, n=60, dtype=torch.float64)
+    assert recovered.num_hvp == first.num_hvp  # from scratch, with its audit
+    assert tracker.identities.tolist() == lost
 
 
 def test_schedule():

@@ -50,10 +50,8 @@ double RitzBasis::propose(const Rows& x, double norm) {
 }
 
 double RitzBasis::propose_product() {
-  const Rows product(rows_, 2 * newest_ + 1, 1);
-  if (!product_overlaps_.defined()) return propose(product, product_norm_);
   const Rows v = vectors(), slot = candidate_row();
-  subtract_combination(slot, product, product_overlaps_, v);
+  subtract_combination(slot, Rows(rows_, 2 * size_ - 1, 1), product_overlaps_, v);
   subtract_combination(slot, slot, inner_products(v, slot), v);
   return normalise(product_norm_);
 }
@@ -96,7 +94,6 @@ bool RitzBasis::accept(const at::Tensor& product) {
     asymmetry_ = std::max(asymmetry_, std::abs(vector_product(i) - product_vector(i)));
   }
   grown[m * (m + 1) + m] = vector_product(m);
-  newest_ = m;
   product_overlaps_ = gram.as_strided({m + 1}, {4}, 1);
   product_norm_ = std::sqrt(inner[4 * m + 3]);
   projection_ = std::move(grown);
@@ -107,7 +104,6 @@ bool RitzBasis::accept(const at::Tensor& product) {
 void RitzBasis::restart(const std::vector<double>& coefficients, const std::vector<double>& values) {
   const BelowAutograd below;
   const auto keep = static_cast<int64_t>(values.size());
-  product_overlaps_.reset();
   const at::Tensor factors = to_device(coefficients, size_, rows_);
   for (const at::Tensor& columns : blocks(rows_.narrow(0, 0, 2 * size_).view({size_, 2 * length_}), keep)) {
     columns.narrow(0, 0, keep).copy_(combinations(factors, columns));
@@ -124,7 +120,6 @@ at::Tensor RitzBasis::combine(const std::vector<double>& coefficients) const {
 std::vector<double> RitzBasis::residual_norms(const std::vector<double>& coefficients,
                                               const std::vector<double>& values) {
   const BelowAutograd below;
-  residuals_.reset();
   std::vector<double> paired(2 * coefficients.size());  // of v_j and of H v_j
   for (size_t i = 0; i < coefficients.size(); ++i) {
     paired[2 * i] = -values[i / size_] * coefficients[i];

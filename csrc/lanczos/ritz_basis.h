@@ -24,7 +24,8 @@ class RitzBasis {
   // (classical Gram-Schmidt, twice). Returns that part's norm; 0, and no candidate, where x, of the given
   // norm, lies in the basis to rounding.
   double propose(const Rows& x, double norm);
-  // The same for the product taken in last, whose overlaps with the basis are known already.
+  // The same for the product taken in last, whose overlaps with the basis are known already; not after a
+  // restart.
   double propose_product();
   // The same for what is orthogonal to the basis but for rounding, as a Ritz pair's residual is: in one pass.
   double propose_orthogonal(const Rows& x, double norm);
@@ -68,8 +69,7 @@ class RitzBasis {
   std::vector<double> projection_;
   double asymmetry_ = 0.0;
 
-  int64_t newest_ = 0;           // where the product taken in last is,
-  at::Tensor product_overlaps_;  // v_i · product, undefined after a restart,
+  at::Tensor product_overlaps_;  // v_i · w for the product w taken in last,
   double product_norm_ = 0.0;    // and its norm
 
   at::Tensor residual_factors_;  // of the pairs last asked for: of v_j and H v_j by turns
