@@ -9,6 +9,7 @@ from torch.func import functional_call, functionalize, grad, hessian, jacfwd, ja
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from dynloss_ext import Oscillation, dynamic_cross_entropy, loss_and_gradient
+from dynloss_ext.loss import _arguments
 
 EVERY_PROBLEM = pytest.mark.parametrize("name", PROBLEMS)
 EVERY_OPTION = pytest.mark.parametrize("options", OPTIONS, ids=describe)
@@ -85,6 +86,25 @@ def test_gradcheck_in_every_mode(name, options):
     gradgradcheck(loss, problem.leaf(), check_fwd_over_rev=True, check_rev_over_rev=True, check_batched_grad=True)
     gradcheck(gradient, problem.leaf(), check_forward_ad=True)
     gradgradcheck(gradient, problem.leaf(), check_fwd_over_rev=True)
+
+
+@SOME_OPTIONS
+@SOME_PROBLEMS
+def test_gradcheck_of_every_derivative_in_all_it_depends_on(name, options):
+    """In the output's gradient too, which an outer function that is not linear brings in, and in the directions."""
+    problem, ops = small(PROBLEMS[name]), torch.ops.dynloss
+    x, smoothing = problem.leaf(), options.get("label_smoothing", 0.0)
+    choices = options.get("reduction", "mean"), options.get("normalization", "samples"), -100, smoothing
+    loss, *resolved = ops.cross_entropy(
+        *_arguments(problem.logits, problem.target, problem.oscillation, problem.step, *choices)
+    )
+    resolved = [problem.target, *resolved, -100, smoothing]
+    u, v = (torch.randn_like(x, requires_grad=True) for _ in range(2))
+    g = torch.randn_like(loss, requires_grad=True)
+    modes = {"check_forward_ad": True, "check_batched_grad": True}
+    gradcheck(lambda g, x: ops.cross_entropy_gradient(g, x, *resolved), (g, x), **modes)
+    gradcheck(lambda v, g, x: ops.cross_entropy_hessian(v, g, x, *resolved), (v, g, x), **modes)
+    gradcheck(lambda u, v, g: ops.cross_entropy_third(u, v, g, x.detach(), *resolved), (u, v, g), **modes)
 
 
 def test_cached_gradient_is_rejected_by_the_suite():
