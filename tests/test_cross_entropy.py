@@ -477,20 +477,48 @@ def test_same_bits_on_every_run_and_for_every_number_of_threads():
     assert len(digests) == 1
 
 
+def output_of(script, **variables):
+    """The lines that a new process prints."""
+    return subprocess.run(
+        [sys.executable, "-c", f"import torch\n{script}"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **variables},
+        cwd=Path(dynloss_ext.__file__).parent.parent,  # elsewhere a source folder could hide the package
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    ).stdout.splitlines()
+
+
 def test_instruction_sets_agree_and_are_deterministic_each():
     results = {}
     for capability in ("default", "avx2", "avx512"):
         script = f"for threads in (1, 2):\n torch.set_num_threads(threads)\n exec({BITS!r})\n print(digest.hexdigest())"
-        output = subprocess.run(
-            [sys.executable, "-c", f"import torch\n{script}\nprint(*values)"],
-            env={**os.environ, "DYNLOSS_CPU_CAPABILITY": capability, "PYTHONPATH": os.pathsep.join(sys.path)},
-            cwd=Path(dynloss_ext.__file__).parent.parent,  # elsewhere a source folder could hide the package
-            check=True,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        ).stdout.splitlines()
+        output = output_of(f"{script}\nprint(*values)", DYNLOSS_CPU_CAPABILITY=capability)
         assert output[0] == output[1], capability
         results[capability] = torch.tensor([float(v) for v in output[2].split()], dtype=torch.float64)
     for capability in ("avx2", "avx512"):
         torch.testing.assert_close(results[capability], results["default"], rtol=2e-5, atol=0)
+
+
+THREADS = """
+import os
+import numpy as np
+from dynloss_ext import Oscillation, dynamic_cross_entropy
+
+torch.set_num_threads(2)
+for rows in (2, 300, 1_000_000):
+    logits = torch.from_numpy(np.zeros((rows, 3))).requires_grad_()  # torch.zeros would start threads
+    target = torch.from_numpy(np.zeros(rows, dtype=np.int64))
+    if rows == 2:  # starts the profiler's thread and whatever else torch starts once
+        dynamic_cross_entropy(logits, target, Oscillation(3, 70.0, 5000), 7).backward()
+    before = len(os.listdir("/proc/self/task"))
+    dynamic_cross_entropy(logits, target, Oscillation(3, 70.0, 5000), 7).backward()
+    print(len(os.listdir("/proc/self/task")) - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts threads in /proc")
+def test_a_small_problem_starts_no_threads():
+    """300 rows take less time than a second thread needs to wake up; a million are shared out."""
+    assert output_of(THREADS) == ["0", "0", "1"]
