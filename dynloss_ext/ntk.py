@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 
+from dynloss_ext._arguments import check_count
+
 __all__ = ["ntk_eigenvalues"]
 
 
@@ -30,43 +32,64 @@ def ntk_eigenvalues(model: nn.Module, inputs: Tensor, k: int = 1, *, outputs: st
         (k,) float64 eigenvalues, descending, on the device of the model's outputs.
 
     Raises:
-        ValueError: k out of range, unknown `outputs`, no parameter that requires grad, outputs that are not
-            (N, C), or a model in training mode whose BatchNorm or dropout makes an output depend on more than its
-            own input.
+        TypeError, ValueError: naming the argument; among others, a model that is random (dropout in training mode) or
+            whose BatchNorm takes its statistics from the batch.
+        RuntimeError: a gradient is not finite.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(inputs, Tensor):
+        raise TypeError(f"inputs must be a torch.Tensor, got {type(inputs).__name__}")
+    if inputs.dim() == 0 or len(inputs) == 0:
+        raise ValueError(f"inputs must hold at least one sample, (N, ...), got shape {tuple(inputs.shape)}")
     if outputs not in ("mean", "full"):
-        raise ValueError(f"outputs: got {outputs!r}, expected 'mean' or 'full'")
-    if not isinstance(inputs, Tensor) or inputs.dim() == 0 or len(inputs) == 0:
-        raise ValueError("inputs: expected a tensor of at least one sample, (N, ...)")
+        raise ValueError(f"outputs must be 'mean' or 'full', got {outputs!r}")
     params = {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
     if not params:
-        raise ValueError("model: none of its parameters requires grad")
+        raise ValueError("model must have a parameter that requires grad, got none")
     _refuse_coupled_samples(model)
     with torch.no_grad():
-        shape = model(inputs).shape
+        batch = model(inputs)
+    if not isinstance(batch, Tensor):
+        raise TypeError(f"model must return a torch.Tensor, got {type(batch).__name__}")
+    shape = batch.shape
     if len(shape) != 2 or shape[0] != len(inputs):
-        raise ValueError(f"model: outputs have shape {tuple(shape)}, expected ({len(inputs)}, C)")
+        raise ValueError(f"model must return shape ({len(inputs)}, C), got {tuple(shape)}")
     size = shape[0] if outputs == "mean" else shape.numel()
-    if not 1 <= k <= size:
-        raise ValueError(f"k: got {k}, expected 1 to {size}")
+    k = check_count("k", k, 1, size, "the size of the kernel")
 
     def outputs_of_one(values: dict[str, Tensor], sample: Tensor) -> Tensor:
         result: Tensor = functional_call(model, values, (sample.unsqueeze(0),))
         return result.squeeze(0)
 
-    jacobians = vmap(jacrev(outputs_of_one), in_dims=(None, 0))(params, inputs.detach())
+    try:
+        jacobians = vmap(jacrev(outputs_of_one), in_dims=(None, 0))(params, inputs.detach())
+    except RuntimeError as error:
+        if "randomness" not in str(error):
+            raise
+        raise ValueError("model must not be random, but it draws random numbers, such as for dropout") from error
     jacobian = torch.cat([part.flatten(2) for part in jacobians.values()], dim=2)  # (N, C, P)
+    if not bool(jacobian.isfinite().all()):
+        raise RuntimeError("a gradient of the outputs is not finite")
     if outputs == "mean":
-        rows = jacobian.flatten(1) / shape[1] ** 0.5
+        rows = jacobian.flatten(1).double() / shape[1] ** 0.5
     else:
-        rows = jacobian.flatten(0, 1)
-    values: Tensor = torch.linalg.eigvalsh(rows.double() @ rows.double().t())
+        rows = jacobian.flatten(0, 1).double()
+    values: Tensor = torch.linalg.eigvalsh(rows @ rows.t())
     return values.flip(0)[:k]
 
 
 def _refuse_coupled_samples(model: nn.Module) -> None:
-    kinds = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
+    """Refuses layers that draw random numbers, change their state or mix the samples of a batch."""
+    batch_norm, instance_norm = nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm
     for name, module in model.named_modules():
-        if isinstance(module, kinds) and module.training:
-            kind = type(module).__name__
-            raise ValueError(f"model: {name or 'it'} is a {kind} in training mode; call model.eval() first")
+        layer = f"{name or 'it'} is a {type(module).__name__}"
+        random = isinstance(module, nn.modules.dropout._DropoutNd)
+        stateful = isinstance(module, batch_norm) or (isinstance(module, instance_norm) and module.track_running_stats)
+        if module.training and (random or stateful):
+            raise ValueError(f"model must treat each sample by itself, but {layer} in training mode: call model.eval()")
+        if isinstance(module, batch_norm) and module.running_mean is None:
+            raise ValueError(
+                f"model must treat each sample by itself, but {layer} without running statistics: it takes them from"
+                " the batch in any mode"
+            )

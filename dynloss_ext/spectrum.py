@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from dynloss_ext import _C
-from dynloss_ext.eigen import Operator, Options, _resolve, check_count
+from dynloss_ext._arguments import check_count, check_number, check_seed
+from dynloss_ext.eigen import Operator, Options, _resolve
 
 __all__ = ["Estimate", "SpectralDensity", "spectral_density", "trace"]
 
@@ -46,15 +47,22 @@ class SpectralDensity:
     num_hvp: int
 
 
-def _rademacher(size: tuple[int, ...], options: Options, generator: torch.Generator) -> Tensor:
-    return torch.randint(2, size, generator=generator).mul_(2).sub_(1).to(options.device, options.dtype)
+def _generator(seed: int) -> torch.Generator:
+    """On the CPU whatever the device, so that a seed stands for the same probes everywhere."""
+    return torch.Generator(device="cpu").manual_seed(check_seed(seed))
+
+
+def _rademacher(size: int, options: Options, generator: torch.Generator) -> Tensor:
+    """(size,) of ±1; one byte each until they are on the device."""
+    signs = torch.randint(2, (size,), generator=generator, dtype=torch.int8, device="cpu").mul_(2).sub_(1)
+    return signs.to(options.device).to(options.dtype)
 
 
 def _quadrature(diagonal: list[float], off_diagonal: list[float], length: int) -> tuple[Tensor, Tensor]:
     """Nodes and weights (length,) of a tridiagonal matrix, padded with weight 0."""
-    matrix = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
+    matrix = torch.diag(torch.tensor(diagonal, dtype=torch.float64, device="cpu"))
     if off_diagonal:
-        side = torch.tensor(off_diagonal, dtype=torch.float64)
+        side = torch.tensor(off_diagonal, dtype=torch.float64, device="cpu")
         matrix = matrix + torch.diag(side, 1) + torch.diag(side, -1)
     nodes, vectors = torch.linalg.eigh(matrix)
     missing = length - len(nodes)
@@ -62,8 +70,33 @@ def _quadrature(diagonal: list[float], off_diagonal: list[float], length: int) -
 
 
 def _standard_error(samples: Tensor) -> Tensor:
-    """Of the mean over the first dimension."""
-    return samples.std(0) / math.sqrt(samples.shape[0])
+    """Of the mean over the first dimension; scaled, since the squares of what is finite may overflow."""
+    scale = samples.abs().amax().clamp_min(torch.finfo(samples.dtype).tiny)
+    return (samples / scale).std(0) * (scale / math.sqrt(samples.shape[0]))
+
+
+def _dots(rows: Tensor, v: Tensor) -> Tensor:
+    """rows @ v in float64, by blocks: in float32 a sum over 10⁷ entries is off by up to 1e-3, a copy doubles memory."""
+    block = 2**21 // (len(rows) + 1)
+    total = torch.zeros(len(rows), dtype=torch.float64, device=v.device)
+    for start in range(0, len(v), block):
+        part = slice(start, start + block)
+        total += rows[:, part].double() @ v[part].double()
+    return total
+
+
+def _project_out(basis: Tensor, v: Tensor) -> Tensor:
+    """v without its part in the span of the rows of basis, which are orthonormal."""
+    return v - _dots(basis, v).to(v.dtype) @ basis
+
+
+def _unit_residual(basis: Tensor, v: Tensor) -> Tensor | None:
+    """What `_project_out` leaves of v, of length 1; None where that is mere rounding."""
+    limits = torch.finfo(v.dtype)
+    v = v / torch.linalg.vector_norm(v, math.inf).clamp_min(limits.tiny)  # its squares might overflow
+    residual = _project_out(basis, _project_out(basis, v))
+    before, after = (float(_dots(x[None], x)) ** 0.5 for x in (v, residual))
+    return residual / after if after > 10 * limits.eps * before else None
 
 
 def spectral_density(
@@ -96,24 +129,24 @@ def spectral_density(
         TypeError, ValueError: naming the argument. RuntimeError: a product is not finite.
     """
     op, size, options = _resolve(H, n, dtype, device, None)
-    check_count("num_steps", num_steps, 1, None, "")
-    check_count("num_probes", num_probes, 1, None, "")
-    check_count("grid_size", grid_size, 2, None, "")
-    if bandwidth is not None and not (math.isfinite(bandwidth) and bandwidth > 0):
-        raise ValueError(f"bandwidth must be finite and > 0, got {bandwidth}")
-    generator = torch.Generator().manual_seed(seed)
+    num_steps = check_count("num_steps", num_steps, 1)
+    num_probes = check_count("num_probes", num_probes, 1)
+    grid_size = check_count("grid_size", grid_size, 2)
+    if bandwidth is not None:
+        bandwidth = check_number("bandwidth", bandwidth, 0, open_low=True)
+    generator = _generator(seed)
     length = min(num_steps, size)
     num_hvp = 0
     quadratures = []
     for _ in range(num_probes):
-        diagonal, off_diagonal = _C.tridiagonalize(op, _rademacher((size,), options, generator), length)
+        diagonal, off_diagonal = _C.tridiagonalize(op, _rademacher(size, options, generator), length)
         num_hvp += len(diagonal)
         quadratures.append(_quadrature(diagonal, off_diagonal, length))
     nodes, weights = (torch.stack(part) for part in zip(*quadratures, strict=True))
     low, high = float(nodes.min()), float(nodes.max())
     if bandwidth is None:
         bandwidth = (high - low) / 100 or max(abs(high), 1.0) / 100
-    grid = torch.linspace(low - 5 * bandwidth, high + 5 * bandwidth, grid_size, dtype=torch.float64)
+    grid = torch.linspace(low - 5 * bandwidth, high + 5 * bandwidth, grid_size, dtype=torch.float64, device="cpu")
     distance = (grid[:, None, None] - nodes) / bandwidth
     gaussians = torch.exp(-0.5 * distance**2) / (bandwidth * math.sqrt(2 * math.pi))
     per_probe = (gaussians * weights).sum(-1).T
@@ -142,7 +175,8 @@ def trace(
 
     ``"hutchinson"`` averages zᵀHz. ``"hutch++"`` (Meyer, Musco, Musco, Woodruff, SOSA 2021, Algorithm 1) takes the
     trace on the range of H applied to a third of the probes exactly, spends a third on that, and averages over the
-    rest only what is orthogonal to it: far less variance where few eigenvalues are large.
+    rest only what is orthogonal to it: far less variance where few eigenvalues are large. Memory is num_probes // 3
+    vectors of length P for Hutch++ and none for Hutchinson, besides a few that come and go.
 
     Args:
         H: As for :func:`spectral_density`.
@@ -159,26 +193,29 @@ def trace(
     if method not in ("hutch++", "hutchinson"):
         raise ValueError(f"method must be 'hutch++' or 'hutchinson', got {method!r}")
     op, size, options = _resolve(H, n, dtype, device, None)
-    check_count("num_probes", num_probes, 6 if method == "hutch++" else 2, None, "")
-    generator = torch.Generator().manual_seed(seed)
+    num_probes = check_count("num_probes", num_probes, 6 if method == "hutch++" else 2)
+    generator = _generator(seed)
 
-    def product(block: Tensor) -> Tensor:
-        result = torch.stack([op.apply(column.contiguous()) for column in block.unbind(1)], 1)
+    def product(v: Tensor) -> Tensor:
+        result = op.apply(v)
         if not bool(result.isfinite().all()):
             raise RuntimeError("a product with the operator is not finite")
         return result
 
-    exact = 0.0
-    basis = torch.zeros(size, 0, dtype=options.dtype, device=options.device)
-    num_residual = num_probes
-    if method == "hutch++":
-        third = min(num_probes // 3, size)
-        basis = torch.linalg.qr(product(_rademacher((size, third), options, generator)))[0]
-        exact = float((basis * product(basis)).sum(dtype=torch.float64))
-        num_residual = num_probes - 2 * third
-        if third == size:
-            return Estimate(exact, 0.0)
-    probes = _rademacher((size, num_residual), options, generator)
-    probes = probes - basis @ (basis.T @ probes)
-    samples = (probes * product(probes)).sum(0, dtype=torch.float64)
-    return Estimate(exact + float(samples.mean()), float(_standard_error(samples)))
+    third = min(num_probes // 3, size) if method == "hutch++" else 0
+    basis = torch.empty(third, size, dtype=options.dtype, device=options.device)
+    for i in range(third):
+        v = product(_rademacher(size, options, generator))
+        while (row := _unit_residual(basis[:i], v)) is None:  # the basis holds the whole range: any direction will do
+            v = torch.randn(size, generator=generator, dtype=torch.float64, device="cpu")
+            v = v.to(options.device, options.dtype)
+        basis[i] = row
+    exact = sum(float(_dots(row[None], product(row))) for row in basis)
+    if third == size:
+        return Estimate(exact, 0.0)
+    samples = []
+    for _ in range(num_probes - 2 * third):
+        v = _project_out(basis, _rademacher(size, options, generator))
+        samples.append(_dots(v[None], product(v)))
+    per_probe = torch.cat(samples)
+    return Estimate(exact + float(per_probe.mean()), float(_standard_error(per_probe)))

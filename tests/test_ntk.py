@@ -62,24 +62,84 @@ def test_float32_model_gives_float64_values_and_is_left_alone(model, inputs):
 
 
 def test_bad_arguments_are_named(model, inputs):
-    for options, message in [
-        ({"k": 6}, "k: got 6, expected 1 to 5"),
-        ({"k": 0}, "k: got 0"),
-        ({"k": 16, "outputs": "full"}, "k: got 16, expected 1 to 15"),
-        ({"outputs": "sum"}, "outputs: got 'sum'"),
+    for options, error, message in [
+        ({"k": 6}, ValueError, "k must be between 1 and 5, the size of the kernel, got 6"),
+        ({"k": 0}, ValueError, "k must be between 1 and 5, .* got 0"),
+        ({"k": 1.5}, TypeError, "k must be an int, got float"),
+        ({"k": 16, "outputs": "full"}, ValueError, "k must be between 1 and 15, .* got 16"),
+        ({"outputs": "sum"}, ValueError, "outputs must be 'mean' or 'full', got 'sum'"),
     ]:
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(error, match=message):
             ntk_eigenvalues(model, inputs, **options)
-    with pytest.raises(ValueError, match="inputs"):
+    with pytest.raises(ValueError, match=r"inputs must hold at least one sample, .* got shape \(0, 4\)"):
         ntk_eigenvalues(model, inputs[:0])
-    with pytest.raises(ValueError, match="outputs have shape"):
+    with pytest.raises(TypeError, match=r"inputs must be a torch\.Tensor, got list"):
+        ntk_eigenvalues(model, inputs.tolist())
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got function"):
+        ntk_eigenvalues(lambda x: x, inputs)
+    with pytest.raises(ValueError, match=r"model must return shape \(5, C\), got \(15,\)"):
         ntk_eigenvalues(nn.Sequential(model, nn.Flatten(0)), inputs)
-    with pytest.raises(ValueError, match="requires grad"):
+    with pytest.raises(TypeError, match=r"model must return a torch\.Tensor, got tuple"):
+        ntk_eigenvalues(Then(model, lambda x: (x, x)), inputs)
+    with pytest.raises(ValueError, match="model must have a parameter that requires grad"):
         ntk_eigenvalues(model.requires_grad_(False), inputs)
 
 
+class Then(nn.Module):
+    """A model and a function of its outputs."""
+
+    def __init__(self, model, function):
+        super().__init__()
+        self.model, self.function = model, function
+
+    def forward(self, x):
+        return self.function(self.model(x))
+
+
 def test_batch_norm_and_dropout_need_eval_mode(inputs):
-    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Dropout()).double()
-    with pytest.raises(ValueError, match="BatchNorm1d in training mode"):
-        ntk_eigenvalues(model, inputs)
-    assert ntk_eigenvalues(model.eval(), inputs).shape == (1,)
+    for layer in (nn.BatchNorm1d(3), nn.Dropout()):
+        model = nn.Sequential(nn.Linear(4, 3), layer).double()
+        with pytest.raises(ValueError, match=f"model must .* 1 is a {type(layer).__name__} in training mode"):
+            ntk_eigenvalues(model, inputs)
+        assert ntk_eigenvalues(model.eval(), inputs).shape == (1,)
+
+
+def test_batch_norm_without_running_statistics_is_refused_in_any_mode(inputs):
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3, track_running_stats=False)).double()
+    for mode in (True, False):
+        with pytest.raises(ValueError, match=r"model must .* 1 is a BatchNorm1d"):
+            ntk_eigenvalues(model.train(mode), inputs)
+
+
+def test_instance_norm_is_refused_only_where_it_updates_its_statistics():
+    images = torch.randn(3, 2, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for track in (True, False):
+        norm = nn.InstanceNorm2d(2, affine=True, track_running_stats=track)
+        model = nn.Sequential(norm, nn.Flatten(), nn.Linear(32, 2)).double()
+        if track:
+            with pytest.raises(ValueError, match=r"model must .* 0 is a InstanceNorm2d in training mode"):
+                ntk_eigenvalues(model, images)
+            assert norm.num_batches_tracked == 0
+            model.eval()
+        expected = torch.linalg.eigvalsh(kernel := sum(r @ r.T for r in jacobian_rows(model, images).unbind(1)) / 2)
+        torch.testing.assert_close(ntk_eigenvalues(model, images, len(kernel)), expected.flip(0))
+
+
+def test_random_models_are_refused(model, inputs):
+    for function in (nn.functional.dropout, lambda x: x + torch.randn(3, dtype=x.dtype)):
+        with pytest.raises(ValueError, match="model must not be random"):
+            ntk_eigenvalues(Then(model, function), inputs)
+
+
+def test_gradients_that_are_not_finite_are_an_error(model, inputs):
+    with pytest.raises(RuntimeError, match="a gradient of the outputs is not finite"):
+        ntk_eigenvalues(model, inputs * torch.nan)
+
+
+def test_half_precision_loses_nothing_after_the_gradients(inputs):
+    # The gradient of a linear layer is its input and 1, exactly.
+    inputs = inputs.bfloat16()
+    rows = torch.cat([inputs.double(), torch.ones(5, 1, dtype=torch.float64)], 1)
+    expected = torch.linalg.eigvalsh(rows @ rows.T).flip(0)
+    values = ntk_eigenvalues(nn.Linear(4, 3).bfloat16(), inputs, 5)
+    torch.testing.assert_close(values, expected, rtol=1e-12, atol=1e-12)

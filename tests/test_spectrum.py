@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dynloss_ext import HessianOperator, spectral_density, trace
+from dynloss_ext.spectrum import Estimate, SpectralDensity
 
 
 def symmetric(eigenvalues: torch.Tensor, seed: int = 0) -> torch.Tensor:
@@ -80,17 +81,116 @@ def test_density_of_a_hessian_and_one_probe() -> None:
     assert result.stderr.isnan().all()
 
 
+@pytest.fixture(scope="module")
+def small() -> torch.Tensor:
+    return symmetric(torch.tensor([9.0, 4.0, *torch.linspace(-1, 2, 18).tolist()]))
+
+
+def assert_errors_match_the_spread(values: torch.Tensor, errors: torch.Tensor) -> None:
+    """Of independent estimates, along the first dimension."""
+    torch.testing.assert_close(errors.square().mean(0).sqrt(), values.std(0), rtol=0.15, atol=0)
+
+
 @pytest.mark.parametrize("method", ["hutchinson", "hutch++"])
-def test_trace_is_within_its_standard_error(bulk_and_outliers: torch.Tensor, method: str) -> None:
-    matrix = symmetric(bulk_and_outliers)
-    H, settings = arguments(matrix)
-    deviations = []
-    for seed in range(40):
-        estimate = trace(H, method=method, num_probes=24, seed=seed, **settings)
-        deviations.append((estimate.value - float(matrix.trace())) / estimate.stderr)
-    scores = torch.tensor(deviations)
-    assert abs(float(scores.mean())) < 0.8
-    assert 0.5 < float(scores.std()) < 2
+def test_the_standard_error_of_the_trace_is_the_spread_over_seeds(small: torch.Tensor, method: str) -> None:
+    H, settings = arguments(small)
+    estimates = [trace(H, method=method, num_probes=12, seed=seed, **settings) for seed in range(800)]
+    values, errors = torch.tensor([[e.value, e.stderr] for e in estimates], dtype=torch.float64).unbind(1)
+    assert_errors_match_the_spread(values, errors)
+    assert float(values.mean()) == pytest.approx(float(small.trace()), abs=4 * float(values.std()) / math.sqrt(800))
+
+
+def test_the_standard_error_of_the_density_is_its_spread_over_seeds(small: torch.Tensor) -> None:
+    H, settings = arguments(small)
+    # With as many steps as eigenvalues the nodes, and so the grid, are the same for every seed.
+    results = [
+        spectral_density(H, num_steps=20, num_probes=5, bandwidth=0.3, grid_size=12, seed=seed, **settings)
+        for seed in range(500)
+    ]
+    torch.testing.assert_close(results[0].grid, results[-1].grid)
+    values, errors = (torch.stack([getattr(r, name) for r in results]) for name in ("density", "stderr"))
+    peaks = values.mean(0) > 1e-3
+    assert int(peaks.sum()) >= 5
+    assert_errors_match_the_spread(values[:, peaks], errors[:, peaks])
+
+
+@pytest.mark.parametrize("scale", [1e-250, 1e-160, 1e160, 1e250])
+def test_what_is_finite_in_the_products_stays_finite(small: torch.Tensor, scale: float) -> None:
+    H, settings = arguments(small)
+    for method in ("hutchinson", "hutch++"):
+        estimate = trace(H, method=method, num_probes=12, **settings)
+        scaled = trace(lambda v: H(v) * scale, method=method, num_probes=12, **settings)
+        assert scaled.value == pytest.approx(estimate.value * scale, rel=1e-9, abs=0)
+        assert scaled.stderr == pytest.approx(estimate.stderr * scale, rel=1e-9, abs=0)
+
+
+@pytest.mark.parametrize("scale", [1e-100, 1e100])
+def test_density_scales_with_the_operator(small: torch.Tensor, scale: float) -> None:
+    H, settings = arguments(small)
+    density = spectral_density(H, num_steps=10, num_probes=4, **settings)
+    scaled = spectral_density(lambda v: H(v) * scale, num_steps=10, num_probes=4, **settings)
+    for name, power in (("grid", 1), ("density", -1), ("stderr", -1)):
+        torch.testing.assert_close(getattr(scaled, name) / scale**power, getattr(density, name))
+
+
+def test_trace_of_a_long_float32_vector_loses_no_digits() -> None:
+    n = 3_000_000
+
+    def H(v: torch.Tensor) -> torch.Tensor:  # the projector on (1, 1, ...)
+        return v.double().mean().float().expand(n)
+
+    estimate = trace(H, num_probes=6, n=n, dtype=torch.float32)
+    assert estimate.value == pytest.approx(1, abs=2e-6)
+    assert estimate.stderr < 1e-10
+
+
+def test_trace_leaves_nothing_of_the_basis_in_the_probes() -> None:
+    n = 3_000_000
+    parallel = []
+
+    def H(v: torch.Tensor) -> torch.Tensor:
+        mean = v.double().mean()
+        parallel.append(abs(float(mean)) * math.sqrt(n))
+        return mean.float().expand(n)
+
+    trace(H, num_probes=6, n=n, dtype=torch.float32)
+    assert max(parallel[-2:]) < 1e-6
+
+
+def test_memory_of_the_trace() -> None:
+    n = 1_000_000
+
+    def peak(method: str) -> float:
+        """In vectors of length n."""
+        with torch.profiler.profile(profile_memory=True) as profile:
+            trace(lambda v: 2 * v, method=method, num_probes=60, n=n, dtype=torch.float32)
+        events = profile.profiler.kineto_results.events()
+        changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
+        held, most = 0, 0
+        for _, change in sorted(changes, key=lambda change: change[0]):
+            held += change
+            most = max(most, held)
+        return most / (4 * n)
+
+    assert peak("hutchinson") < 9
+    assert peak("hutch++") < 20 + 11
+
+
+def test_a_default_device_does_not_matter(small: torch.Tensor) -> None:
+    H, settings = arguments(small)
+    settings.pop("device")
+
+    def everything() -> tuple[SpectralDensity, list[Estimate]]:
+        density = spectral_density(H, num_steps=6, num_probes=3, **settings)
+        # The products of the second one span nothing, so that its basis comes from elsewhere.
+        return density, [trace(H, **settings), trace(lambda v: 0 * v, **settings)]
+
+    density, estimates = everything()
+    with torch.device("meta"):
+        other_density, other_estimates = everything()
+    assert other_estimates == estimates
+    for name in ("grid", "density", "stderr", "nodes", "weights"):
+        assert torch.equal(getattr(other_density, name), getattr(density, name))
 
 
 def test_hutchpp_varies_less_than_hutchinson_where_few_eigenvalues_are_large(bulk_and_outliers: torch.Tensor) -> None:
@@ -104,12 +204,38 @@ def test_hutchpp_varies_less_than_hutchinson_where_few_eigenvalues_are_large(bul
     assert spread["hutch++"] < 0.5 * spread["hutchinson"]
 
 
-def test_hutchpp_is_exact_where_its_range_is_everything() -> None:
-    matrix = symmetric(torch.tensor([3.0, -1.0, 4.0]))
-    H, settings = arguments(matrix)
-    estimate = trace(H, num_probes=9, **settings)
-    assert estimate.value == pytest.approx(6.0)
-    assert estimate.stderr == 0
+@pytest.mark.parametrize("eigenvalues", [[3.0, -1.0, 4.0], [2.0, 2.0, 2.0], [0.0, 0.0, 6.0], [0.0, 0.0, 0.0], [6.0]])
+def test_hutchpp_is_exact_where_its_range_is_everything(eigenvalues: list[float]) -> None:
+    H, settings = arguments(symmetric(torch.tensor(eigenvalues)))
+    for seed in range(20):
+        estimate = trace(H, num_probes=9, seed=seed, **settings)
+        assert estimate.value == pytest.approx(sum(eigenvalues), abs=1e-14)
+        assert estimate.stderr == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_hutchpp_is_exact_where_products_are_almost_parallel(dtype: torch.dtype) -> None:
+    # After one projection the basis is orthogonal only as far as a product differs from those before.
+    eigenvalues = 10.0 ** torch.arange(0, 12, dtype=dtype)
+    for seed in range(20):
+        estimate = trace(lambda v: eigenvalues * v, num_probes=36, seed=seed, n=12, dtype=dtype)
+        assert estimate.value == pytest.approx(float(eigenvalues.sum()), rel=20 * torch.finfo(dtype).eps)
+
+
+def test_hutchpp_is_exact_on_a_range_smaller_than_its_basis() -> None:
+    H, settings = arguments(symmetric(torch.tensor([5.0, -2.0] + [0.0] * 48)))
+    estimate = trace(H, num_probes=30, **settings)
+    assert estimate.value == pytest.approx(3, abs=1e-12)
+    assert estimate.stderr < 1e-12
+
+
+@pytest.mark.parametrize("method", ["hutchinson", "hutch++"])
+@pytest.mark.parametrize("num_probes", [6, 7, 8, 30])
+def test_trace_spends_its_probes(small: torch.Tensor, method: str, num_probes: int) -> None:
+    H, settings = arguments(small)
+    products = []
+    trace(lambda v: (products.append(v), H(v))[1], method=method, num_probes=num_probes, **settings)
+    assert len(products) == num_probes
 
 
 def test_random_state_is_left_alone() -> None:
@@ -125,7 +251,10 @@ def test_random_state_is_left_alone() -> None:
     [
         ({"num_steps": 0}, "num_steps must be >= 1, got 0"),
         ({"num_probes": 1.5}, "num_probes must be an int, got float"),
-        ({"bandwidth": -1.0}, "bandwidth must be finite and > 0, got -1.0"),
+        ({"bandwidth": -1.0}, r"bandwidth must be a number in \(0, inf\), got -1.0"),
+        ({"bandwidth": 0}, r"bandwidth must be a number in \(0, inf\), got 0"),
+        ({"bandwidth": "a"}, r"bandwidth must be a number in \(0, inf\), got 'a'"),
+        ({"seed": 1.5}, "seed must be an int, got float"),
         ({"grid_size": 1}, "grid_size must be >= 2, got 1"),
     ],
 )
@@ -141,6 +270,8 @@ def test_trace_refuses_bad_input() -> None:
         trace(H, method="exact", **settings)
     with pytest.raises(ValueError, match="num_probes must be >= 6, got 3"):
         trace(H, num_probes=3, **settings)
+    with pytest.raises(TypeError, match="seed must be an int, got str"):
+        trace(H, seed="a", **settings)
 
 
 def test_a_product_that_is_not_finite_is_an_error() -> None:
