@@ -47,7 +47,9 @@ class GaussNewtonOperator(SymmetricOperator):
     ) -> None: ...
 
 class PythonOperator(SymmetricOperator):
-    def __init__(self, product: Callable[[Tensor], Tensor], size: int, like: Tensor) -> None: ...
+    def __init__(
+        self, product: Callable[[Tensor], Tensor], size: int, like: Tensor, symmetric: bool = False
+    ) -> None: ...
 
 def eigsh(
     op: SymmetricOperator,
@@ -60,7 +62,7 @@ def eigsh(
     max_basis: int,
     seed: int,
     audit: bool,
-) -> tuple[Tensor, Tensor, Tensor, int, Tensor, str, list[int]]:
-    """values, vectors (k, P), residuals, number of products, converged, status, origins."""
+) -> tuple[Tensor, Tensor, Tensor, int, Tensor, str, float, list[int]]:
+    """values, vectors (k, P), residuals, number of products, converged, status, probability of a miss, origins."""
 
 def tridiagonalize(op: SymmetricOperator, start: Tensor, steps: int) -> tuple[list[float], list[float]]: ...

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dynloss_ext import _C
+from dynloss_ext._arguments import check_count, check_number, check_seed
 from dynloss_ext.hessian import CurvatureOperator
 
 __all__ = ["ConvergenceWarning", "EigenResult", "EigenTracker", "eigsh"]
@@ -40,9 +41,14 @@ class EigenResult:
         residuals: (k,) float64 on the CPU, ‖H v − λ v‖. Some eigenvalue lies within this of the value, and
             for a gap g to the other eigenvalues the error is at most about residual² / g.
         num_hvp: products spent.
-        converged: (k,) bool, whether the residual is within tolerance and the audit found nothing beyond.
-        status: "converged", "max_hvp", "noise floor" (the operator's rounding noise does not let the residual
-            fall further) or "non-finite product".
+        converged: (k,) bool, whether the residual is within tolerance and the audit, where one was due, was
+            completed.
+        status: "converged", "max_hvp", "noise floor" (the noise of the operator's products, seen in their
+            asymmetry, does not let the residual fall further) or "non-finite product".
+        miss_probability: with which the audit would have overlooked an eigenvector beyond the returned ones, if
+            there is one that the other products did not show; it stops below 0.08, or after 24 products where
+            the spectrum is too crowded for that, or fewer where ``max_basis`` leaves it no room. NaN where no
+            audit was due.
     """
 
     values: Tensor
@@ -51,6 +57,7 @@ class EigenResult:
     num_hvp: int
     converged: Tensor
     status: str
+    miss_probability: float
 
 
 def eigsh(
@@ -60,7 +67,7 @@ def eigsh(
     which: str = "LA",
     tol: float = 1e-3,
     v0: Tensor | None = None,
-    max_hvp: int | None = None,
+    max_hvp: int = 1000,
     max_basis: int = 24,
     seed: int = 0,
     n: int | None = None,
@@ -71,7 +78,7 @@ def eigsh(
 
     A pair counts as converged when ‖H v − θ v‖ ≤ max(tol·|θ|, ε^(2/3)·max|θ|). Before convergence is claimed, the
     complement of the basis is searched from a random vector, since a Krylov space does not show a second
-    eigenvector of the same eigenvalue.
+    eigenvector of the same eigenvalue; the result's ``miss_probability`` says how well.
 
     Peak memory beyond the model is at most (2 · max_basis + max(3, k + 2)) · P numbers: the basis and its products; the
     recorded gradient; a product in two forms or, at the end, the k vectors. To that add what one product alone
@@ -84,7 +91,7 @@ def eigsh(
         which: "LA" largest, "SA" smallest, "LM" largest in magnitude.
         tol: relative tolerance of the residuals, >= 0.
         v0: (P,) or (P, m): where to start, such as the vectors of a similar problem; random otherwise.
-        max_hvp: most products to spend; 1000 by default.
+        max_hvp: most products to spend, at least k.
         max_basis: most basis vectors to hold, the knob of memory: see below.
         seed: of the random vectors; the global random state is neither read nor changed.
         n: P, for a callable.
@@ -92,26 +99,15 @@ def eigsh(
         device: of the vectors, for a callable; of ``v0`` or the CPU otherwise.
 
     Raises:
-        TypeError, ValueError: an argument is wrong, or H turns out not to be symmetric.
+        TypeError, ValueError: an argument is wrong, or a callable H turns out not to be symmetric.
 
     Warns:
         ConvergenceWarning: not every pair converged; ``status`` says why.
     """
     op, size, options = _resolve(H, n, dtype, device, v0)
-    max_hvp = 1000 if max_hvp is None else max_hvp
-    _check_settings(k, which, tol, max_hvp, max_basis, size)
+    settings = _check_settings(k, which, tol, max_hvp, max_basis, size)
     start = None if v0 is None else _check_start(v0, size, options, max_basis)
-    result, _ = _solve(
-        op,
-        k=k,
-        which=which,
-        tol=tol,
-        v0=start,
-        max_hvp=max_hvp,
-        max_basis=max_basis,
-        seed=seed % 2**64,
-        audit=True,
-    )
+    result, _ = _solve(op, **settings, v0=start, seed=check_seed(seed), audit=True)
     _warn_unless_converged(result, "eigsh")
     return result
 
@@ -129,7 +125,7 @@ class EigenTracker:
         tol: relative tolerance of the residuals, as in `eigsh`.
         audit_every: updates from one audit to the next; 1 audits every update.
         max_basis: most basis vectors to hold, the knob of memory: as for `eigsh`, plus k · P for the last vectors.
-        max_hvp: most products to spend on one update; 1000 by default.
+        max_hvp: most products to spend on one update, at least k.
         max_interval: `due` lets up to this many steps pass without an update while the eigenvalues rest.
         rest: relative change of the leading eigenvalue from update to update that still counts as rest.
         seed: of the random vectors.
@@ -151,28 +147,23 @@ class EigenTracker:
         tol: float = 1e-3,
         audit_every: int = 20,
         max_basis: int = 24,
-        max_hvp: int | None = None,
+        max_hvp: int = 1000,
         max_interval: int = 1,
         rest: float = 0.01,
         seed: int = 0,
     ) -> None:
-        max_hvp = 1000 if max_hvp is None else max_hvp
-        _check_settings(k, which, tol, max_hvp, max_basis, None)
-        check_count("audit_every", audit_every, 1, None, "")
-        check_count("max_interval", max_interval, 1, None, "")
-        if not rest >= 0:
-            raise ValueError(f"rest must be >= 0, got {rest!r}")
-        self._k = k
-        self._settings = {"k": k, "which": which, "tol": tol, "max_hvp": max_hvp, "max_basis": max_basis}
-        self._audit_every = audit_every
-        self._max_interval = max_interval
-        self._rest = rest
-        self._seed = seed % 2**63
+        self._settings = _check_settings(k, which, tol, max_hvp, max_basis, None)
+        self._schedule: dict[str, Any] = {
+            "audit_every": check_count("audit_every", audit_every, 1),
+            "max_interval": check_count("max_interval", max_interval, 1),
+            "rest": check_number("rest", rest, 0),
+        }
+        self._seed = check_seed(seed) % 2**63
         self.result: EigenResult | None = None
-        self.identities = torch.arange(k)
+        self.identities = torch.arange(k, device="cpu")
         self.num_updates = 0
         self.num_hvp = 0
-        self._next_identity = k
+        self._next_identity = int(k)
         self._since_audit = 0
         self._interval = 1
 
@@ -195,7 +186,7 @@ class EigenTracker:
         """
         old = None if self.result is None else self.result.vectors
         op, size, options = _resolve(H, n, dtype, device, old if n is None else None)
-        check_count("k", self._k, 1, size, "the size of H")
+        check_count("k", self._settings["k"], 1, size, "the size of H")
         if old is not None and (len(old), old.dtype, old.device) != (size, options.dtype, options.device):
             raise ValueError(
                 f"H must be of the size, dtype and device of the last update's, {len(old)}, {old.dtype} on"
@@ -203,7 +194,7 @@ class EigenTracker:
             )
         if self._found_nothing():
             old = None
-        audited = audit or old is None or self._since_audit + 1 >= self._audit_every
+        audited = audit or old is None or self._since_audit + 1 >= self._schedule["audit_every"]
         result, origins = _solve(
             op,
             **self._settings,
@@ -213,7 +204,7 @@ class EigenTracker:
         )
         if old is not None:
             self._identify(origins)
-        self._schedule(result)
+        self._adapt(result)
         self._since_audit = 0 if audited and result.status == "converged" else self._since_audit + 1
         self.num_updates += 1
         self.num_hvp += result.num_hvp
@@ -231,13 +222,19 @@ class EigenTracker:
         from update to update; while it rests, after 2, 4, ... up to ``max_interval`` steps."""
         return self.result is None or steps_since_update >= self._interval
 
-    def _schedule(self, result: EigenResult) -> None:
-        if self.result is None or self._max_interval == 1:
+    def _adapt(self, result: EigenResult) -> None:
+        """Makes the interval between updates longer while the leading eigenvalue rests."""
+        if self.result is None:
             return
-        lead = 0 if self._settings["which"] != "SA" else -1
-        before, now = self.result.values[lead].item(), result.values[lead].item()
-        resting = abs(now - before) <= self._rest * max(abs(now), abs(before))
-        self._interval = min(2 * self._interval, self._max_interval) if resting else 1
+        before, now = self._leading(self.result), self._leading(result)
+        resting = abs(now - before) <= self._schedule["rest"] * max(abs(now), abs(before))
+        self._interval = min(2 * self._interval, self._schedule["max_interval"]) if resting else 1
+
+    def _leading(self, result: EigenResult) -> float:
+        """The eigenvalue that is wanted most."""
+        first, last = result.values[0].item(), result.values[-1].item()
+        which = self._settings["which"]
+        return last if which == "SA" or (which == "LM" and abs(last) > abs(first)) else first
 
     def _identify(self, origins: list[int]) -> None:
         """Hands identities on from the old eigenvectors to the new ones that are their continuations."""
@@ -247,25 +244,29 @@ class EigenTracker:
         for origin in origins:
             identities.append(old[origin] if origin >= 0 else self._next_identity)
             self._next_identity += origin < 0
-        self.identities = torch.tensor(identities)
+        self.identities = torch.tensor(identities, device="cpu")
 
     def state_dict(self) -> dict[str, Any]:
         """Everything an interrupted run needs to go on with the same numbers; loadable with ``weights_only``."""
         result = None if self.result is None else {f.name: getattr(self.result, f.name) for f in fields(self.result)}
         counters = {name: getattr(self, name) for name in self._COUNTERS}
-        return {"settings": dict(self._settings), "result": result, "identities": self.identities.clone(), **counters}
+        settings = self._settings | self._schedule
+        return {"settings": settings, "result": result, "identities": self.identities.clone(), **counters}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes over a `state_dict`.
 
         Raises:
-            ValueError: it comes from a tracker with other settings.
+            TypeError, ValueError: it is no such state, or comes from a tracker with other settings.
         """
+        if not isinstance(state, Mapping):
+            raise TypeError(f"state must be a dict from state_dict, got {type(state).__name__}")
         missing = {"settings", "result", "identities", *self._COUNTERS} - state.keys()
         if missing:
             raise ValueError(f"state lacks {sorted(missing)}")
-        if dict(state["settings"]) != self._settings:
-            raise ValueError(f"state is of a tracker with {dict(state['settings'])}, this one has {self._settings}")
+        settings = self._settings | self._schedule
+        if dict(state["settings"]) != settings:
+            raise ValueError(f"state is of a tracker with {dict(state['settings'])}, this one has {settings}")
         self.result = None if state["result"] is None else EigenResult(**state["result"])
         self.identities = state["identities"].clone()
         for name in self._COUNTERS:
@@ -274,29 +275,33 @@ class EigenTracker:
     _COUNTERS = ("num_updates", "num_hvp", "_next_identity", "_since_audit", "_interval", "_seed")
 
 
-def _check_settings(k: int, which: str, tol: float, max_hvp: int, max_basis: int, size: int | None) -> None:
-    """Refuses settings of the driver that cannot work; size is P where it is known."""
-    check_count("k", k, 1, size, "the size of H")
+def _check_settings(k: int, which: str, tol: float, max_hvp: int, max_basis: int, size: int | None) -> dict[str, Any]:
+    """The settings of the driver, if they can work; size is P where it is known."""
+    k = check_count("k", k, 1, size, "the size of H")
     if which not in ("LA", "SA", "LM"):
         raise ValueError(f'which must be "LA", "SA" or "LM", got {which!r}')
-    if not 0 <= tol < 1:
-        raise ValueError(f"tol must be in [0, 1), got {tol!r}")
-    check_count("max_hvp", max_hvp, k, None, "")
-    check_count("max_basis", max_basis, k + 2 if size is None else min(size, k + 2), None, "")
+    return {
+        "k": k,
+        "which": which,
+        "tol": check_number("tol", tol, 0, 1),
+        "max_hvp": check_count("max_hvp", max_hvp, k),
+        "max_basis": check_count("max_basis", max_basis, k + 2 if size is None else min(size, k + 2)),
+    }
 
 
 def _solve(op: _C.SymmetricOperator, **settings: Any) -> tuple[EigenResult, list[int]]:
     """The result, and the column of v0 that each eigenvector overlaps with, or -1."""
-    values, rows, residuals, num_hvp, converged, status, origins = _C.eigsh(op, **settings)
-    return EigenResult(values, rows.T, residuals, num_hvp, converged, status), origins
+    values, rows, residuals, num_hvp, converged, status, miss_probability, origins = _C.eigsh(op, **settings)
+    return EigenResult(values, rows.T, residuals, num_hvp, converged, status, miss_probability), origins
 
 
 def _warn_unless_converged(result: EigenResult, name: str) -> None:
     if result.status == "converged":
         return
+    # The same words every time: Python shows a warning once for each place and text.
     warnings.warn(
-        f"{name} stopped by {result.status} after {result.num_hvp} products with {int(result.converged.sum())} of"
-        f" {len(result.values)} eigenpairs converged; residuals {[f'{r:.1e}' for r in result.residuals.tolist()]}",
+        f"{name} stopped by {result.status} before all of its {len(result.values)} eigenpairs converged;"
+        " see residuals and converged of the result",
         ConvergenceWarning,
         stacklevel=3,
     )
@@ -324,8 +329,10 @@ def _resolve(
     if n is None:
         if v0 is None:
             raise ValueError("n must be given with a callable H: the length of its vectors")
+        if v0.dim() == 0:
+            raise ValueError("v0 must have shape (P,) or (P, m), got ()")
         n = v0.shape[0]
-    check_count("n", n, 1, None, "")
+    n = check_count("n", n, 1)
     dtype = dtype or (v0.dtype if v0 is not None else torch.get_default_dtype())
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
@@ -345,14 +352,4 @@ def _check_start(v0: Tensor, size: int, options: Options, max_basis: int) -> Ten
         raise ValueError(f"v0 must have at most max_basis = {max_basis} columns, got {v0.shape[1]}")
     if not bool(torch.isfinite(v0).all()):
         raise ValueError("v0 must be finite")
-    rows = v0.detach().reshape(size, -1).T.contiguous()
-    return rows
-
-
-def check_count(name: str, value: int, low: int, high: int | None, high_name: str) -> None:
-    """Refuses what is not an int within bounds."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < low or (high is not None and value > high):
-        bounds = f">= {low}" if high is None else f"between {low} and {high}, {high_name}"
-        raise ValueError(f"{name} must be {bounds}, got {value}")
+    return v0.detach().reshape(size, -1).T.contiguous()

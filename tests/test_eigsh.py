@@ -88,6 +88,34 @@ def test_copies_are_found_from_every_start(n, seed, tol):
     check(operator, operator.solve(3, tol=tol, seed=seed), 3, rtol=tol**2)
 
 
+@pytest.mark.parametrize("max_basis", [4, 5, 8, 24])
+def test_copies_in_a_crowd_are_missed_no_more_often_than_is_said(max_basis):
+    """The second 7 has nothing of itself in the Krylov space of the start; the bulk begins at 4."""
+    missed, said = 0, 0.0
+    spectrum = torch.tensor([7.0, 7.0, 5.0, *np.linspace(-1, 4, 300)], dtype=torch.float64)
+    for seed in range(60):
+        result = eigsh(lambda v: spectrum * v, 2, n=303, dtype=torch.float64, seed=seed, max_basis=max_basis)
+        assert result.status == "converged"
+        assert 0 < result.miss_probability < 0.08
+        said += result.miss_probability
+        missed += abs(result.values[1].item() - 7.0) > 1e-2
+    assert missed <= said
+    assert missed < 5
+
+
+def test_an_audit_that_the_crowd_outlasts_says_so():
+    """At the edge of a bulk, 24 products cannot tell what lies a thousandth beyond the third value."""
+    diagonal = torch.linspace(-1, 1, 20_000, dtype=torch.float64)
+    assert eigsh(lambda v: diagonal * v, 3, n=20_000, dtype=torch.float64).miss_probability > 0.3
+    diagonal[-3:] += torch.tensor([1.0, 2.0, 3.0])
+    assert eigsh(lambda v: diagonal * v, 3, n=20_000, dtype=torch.float64).miss_probability < 0.08
+
+
+def test_the_whole_space_leaves_nothing_to_miss():
+    assert Known(np.linspace(-3, 4, 12)).solve(12).miss_probability == 0
+    assert Known([3.0, -1.0]).solve(1).miss_probability == 0
+
+
 def test_vector_missing_from_the_start_is_found():
     """Two exact eigenvectors are the start: they converge at once, and the larger one is orthogonal to both."""
     operator = Known([9.0, 5.0, 4.0, *np.linspace(0, 1, 200)])
@@ -159,7 +187,7 @@ def test_repeatable_and_global_rng_untouched():
 
 def test_budget_is_kept_and_said():
     operator = Known(SPECTRA["wide"])
-    with pytest.warns(ConvergenceWarning, match="max_hvp after 6 products"):
+    with pytest.warns(ConvergenceWarning, match="eigsh stopped by max_hvp"):
         result = operator.solve(3, which="SA", tol=1e-9, max_hvp=6)
     assert result.num_hvp == operator.calls == 6
     assert not result.converged.any()
@@ -298,6 +326,9 @@ def test_bad_products(answer, error, match):
         ({"v0": torch.ones(9)}, ValueError, "v0 must be torch.float64"),
         ({"v0": torch.full((9,), math.nan, dtype=torch.float64)}, ValueError, "v0 must be finite"),
         ({"v0": torch.ones(9, 7, dtype=torch.float64), "max_basis": 6}, ValueError, "at most max_basis"),
+        ({"v0": torch.tensor(1.0, dtype=torch.float64), "n": None}, ValueError, r"v0 must have shape .*got \(\)"),
+        ({"seed": 1.5}, TypeError, "seed must be an int"),
+        ({"tol": "x"}, TypeError, "tol must be a number"),
         ({"H": 3}, TypeError, "H must be"),
     ],
     ids=str,
@@ -353,3 +384,115 @@ def test_long_vectors_and_a_small_basis(dtype, rtol):
         y = result.vectors[:, i]
         assert float((reflect(spectrum * reflect(y)) - result.values[i] * y).norm()) < 1.5 * float(residual) + 1e-5
         assert float(y.norm()) == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale"),
+    [(torch.float32, s) for s in (1e-37, 1e-22, 1e22, 1e37)]
+    + [(torch.float64, s) for s in (1e-300, 1e-160, 1e160, 1e300)],
+)
+def test_squares_that_leave_the_range_of_the_dtype(dtype, scale):
+    diagonal = torch.linspace(-0.5, 1, 100, dtype=dtype)
+    plain = eigsh(lambda v: diagonal * v, 3, n=100, dtype=dtype, tol=1e-3)
+    scaled = eigsh(lambda v: diagonal * scale * v, 3, n=100, dtype=dtype, tol=1e-3)
+    assert scaled.status == "converged"
+    assert torch.allclose(scaled.values / scale, plain.values, rtol=1e-6)
+    assert torch.allclose(scaled.residuals / scale, plain.residuals, rtol=1e-2)
+
+
+def test_products_that_grow_out_of_the_range_on_the_way():
+    """The start is an eigenvector of a value that the others exceed by 200 decades."""
+    diagonal = torch.tensor([1e-200, *np.linspace(0.1, 1, 60)], dtype=torch.float64)
+    start = torch.eye(61, 1, dtype=torch.float64)
+    result = eigsh(lambda v: diagonal * v, 2, v0=start, tol=1e-8)
+    assert torch.allclose(result.values, diagonal[-2:].flip(0), rtol=1e-8)
+
+
+def test_float32_of_many_parameters():
+    """A sum of millions of float32 products, added up in float32, is off by 1e-4, and the basis not orthonormal."""
+    n = 3_000_000
+    diagonal = torch.cat([torch.tensor([9.0, 7.0, 5.0]), torch.linspace(-1, 2, n - 3)])
+    result = eigsh(lambda v: diagonal * v, 3, n=n, dtype=torch.float32, max_basis=12)
+    assert result.status == "converged"
+    assert torch.allclose(result.values, torch.tensor([9.0, 7.0, 5.0], dtype=torch.float64), rtol=5e-6)
+    V = result.vectors.double()
+    assert torch.allclose(V.T @ V, torch.eye(3, dtype=torch.float64), atol=1e-6)
+    true_residuals = torch.linalg.norm(diagonal.double()[:, None] * V - V * result.values, dim=0)
+    assert torch.allclose(result.residuals, true_residuals, rtol=0.1, atol=1e-5)
+
+
+def test_the_number_of_threads_changes_nothing():
+    """Processes of a group that have different ones must come to the same decisions."""
+    diagonal = torch.linspace(-1, 1, 200_000) ** 3
+    threads = torch.get_num_threads()
+    results = []
+    for count in (1, 2, 5):
+        torch.set_num_threads(count)
+        results.append(eigsh(lambda v: diagonal * v, 3, n=len(diagonal), tol=1e-2, max_basis=12))
+    torch.set_num_threads(threads)
+    for result in results[1:]:
+        assert torch.equal(result.values, results[0].values)
+        assert torch.equal(result.vectors, results[0].vectors)
+
+
+@pytest.mark.parametrize("n", [600, 20_000, 100_000])
+def test_autocast_does_not_reach_the_driver(n):
+    diagonal = torch.linspace(-1, 1, n) ** 5
+    plain = eigsh(lambda v: diagonal * v, 2, n=n, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = eigsh(lambda v: diagonal * v, 2, n=n, dtype=torch.float32)
+    assert torch.equal(inside.values, plain.values)
+    assert inside.vectors.dtype == torch.float32
+
+
+def saturated(factor, dtype):
+    """A network that fits its data so well that the Hessian sinks into the rounding of its products."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(60, 2, generator=generator)
+    y = (x[:, 0] > 0).long()
+    x[:, 0] += 4.0 * y - 2.0
+    params = [torch.randn(shape, generator=generator) * 0.5 for shape in ((2, 20), (20,), (20, 2), (2,))]
+    params = [p.requires_grad_() for p in params]
+
+    def loss(p, scale):
+        return torch.nn.functional.cross_entropy((torch.tanh(x.to(p[0].dtype) @ p[0] + p[1]) @ p[2] + p[3]) * scale, y)
+
+    for _ in range(300):
+        for p, g in zip(params, torch.autograd.grad(loss(params, 1.0), params), strict=True):
+            p.data -= 0.5 * g
+    params = [p.detach().to(dtype).requires_grad_() for p in params]
+    return HessianOperator(loss(params, factor), params)
+
+
+@pytest.mark.parametrize("which", ["LA", "SA", "LM"])
+@pytest.mark.parametrize(("factor", "dtype"), [(3.0, torch.float32), (8.0, torch.float32), (20.0, torch.float64)])
+def test_a_hessian_below_its_rounding_ends_at_the_noise_floor(factor, dtype, which):
+    """It is symmetric, whatever its products look like: no error, no thousand products."""
+    with pytest.warns(ConvergenceWarning, match="noise floor"):
+        result = eigsh(saturated(factor, dtype), 3, which=which)
+    assert result.status == "noise floor"
+    assert not result.converged.all()
+    assert result.num_hvp < 200
+
+
+def test_no_floor_is_seen_where_convergence_is_slow():
+    """Eight products without much progress, in float32, far above what rounding explains."""
+    diagonal = torch.cat([torch.tensor([100.0, 1.0, 0.99]), torch.linspace(-0.5, 0.98, 199_997)])
+    result = eigsh(lambda v: diagonal * v, 3, n=200_000, tol=1e-4)
+    assert result.status == "converged"
+    assert result.values[2].item() == pytest.approx(0.99, abs=1e-3)
+
+
+def test_nothing_has_converged_before_its_audit():
+    operator = Known([9.0, 5.0, *np.linspace(-1, 1, 100)])
+
+    last = operator.solve(2, tol=1e-2).num_hvp
+
+    def fails_late(v):
+        return operator(v) if operator.calls < 2 * last - 1 else torch.full_like(v, math.nan)
+
+    with pytest.warns(ConvergenceWarning, match="non-finite product"):
+        result = eigsh(fails_late, 2, n=102, dtype=torch.float64, tol=1e-2)
+    assert result.residuals[0] < 1e-2 * 9
+    assert not result.converged.any()
+    assert math.isnan(result.miss_probability)

@@ -1,6 +1,8 @@
 """EigenTracker along sequences of operators."""
 
 import io
+import itertools
+import math
 import warnings
 
 import numpy as np
@@ -125,37 +127,127 @@ def test_smallest_and_magnitude():
             assert torch.allclose(result.values, expected, rtol=1e-9)
 
 
+@pytest.mark.parametrize("max_basis", [5, 8, 24])
+def test_a_newcomer_in_a_crowd_is_found_by_an_audit(max_basis):
+    """Whatever memory there is: the audit keeps no basis of its own."""
+    base = torch.tensor([7.0, 6.5, 6.0, *np.linspace(-1, 5.8, 300)], dtype=torch.float64)
+    with_newcomer = base.clone()
+    with_newcomer[50] = 6.8
+    missed, said = 0, 0.0
+    for seed in range(30):
+        tracker = EigenTracker(3, seed=seed, max_basis=max_basis)
+        tracker.update(lambda v: base * v, n=303, dtype=torch.float64)
+        tracker.result.vectors.copy_(torch.eye(303, 3))
+        result = tracker.update(lambda v: with_newcomer * v, audit=True)
+        missed += abs(result.values[1].item() - 6.8) > 1e-2
+        said += result.miss_probability
+    assert missed <= 2
+    assert said < 30 * 0.08
+
+
+def test_only_audits_say_what_may_be_missing():
+    base = torch.linspace(0, 9, 50, dtype=torch.float64)
+    tracker = EigenTracker(2, audit_every=3)
+    said = [tracker.update(lambda v: base * v, n=50, dtype=torch.float64).miss_probability for _ in range(6)]
+    assert [not math.isnan(p) for p in said] == [True, False, False, True, False, False]
+
+
+def test_an_audit_that_did_not_converge_is_made_up_for():
+    base = torch.cat([torch.tensor([9.0, 6.0, 5.0]), torch.linspace(0, 1, 97)]).double()
+    tracker = EigenTracker(3, audit_every=4)
+    audited = []
+    for i in range(9):
+        broken = i == 4
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            calls = itertools.count()
+            result = tracker.update(
+                lambda v, broken=broken, calls=calls: base * v * (math.nan if broken and next(calls) == 4 else 1),
+                n=100,
+                dtype=torch.float64,
+            )
+        audited.append(not math.isnan(result.miss_probability))
+    assert audited == [True, False, False, False, False, True, False, False, False]
+
+
 def test_state_dict_goes_on_with_the_same_numbers():
+    """With everything in it that a tracker counts: a newcomer among the vectors, a long interval, another seed."""
     at = rotating()
     times = np.linspace(0, 1, 10)
+    newcomer = torch.zeros(120, dtype=torch.float64)
+    newcomer[7] = 30.0
 
     def run(tracker, part):
-        return [tracker.update(at(t)[0].__matmul__, n=120, dtype=torch.float64) for t in part]
+        results = []
+        for t in part:
+            matrix = at(t)[0] + (torch.diag(newcomer) if t > 0.2 else 0)
+            results.append(tracker.update(matrix.__matmul__, n=120, dtype=torch.float64, audit=0.2 < t < 0.3))
+        return results
 
-    whole = EigenTracker(3, audit_every=3)
+    def make(seed):
+        return EigenTracker(3, audit_every=3, seed=seed, max_interval=8, rest=0.2)
+
+    whole, first, second = make(5), make(5), make(6)
     expected = run(whole, times)
-    first, second = EigenTracker(3, audit_every=3), EigenTracker(3, audit_every=3)
     run(first, times[:5])
+    assert max(first.identities) > 2
     buffer = io.BytesIO()
     torch.save(first.state_dict(), buffer)
     buffer.seek(0)
     second.load_state_dict(torch.load(buffer, weights_only=True))
+    assert [second.due(i) for i in range(9)] == [first.due(i) for i in range(9)]
+    assert not second.due(1)
     for a, b in zip(run(second, times[5:]), expected[5:], strict=True):
         assert torch.equal(a.values, b.values)
         assert a.num_hvp == b.num_hvp
+        assert a.miss_probability == b.miss_probability or math.isnan(b.miss_probability)
     assert torch.equal(second.identities, whole.identities)
     assert second.num_hvp == whole.num_hvp
+    assert second.num_updates == whole.num_updates
+    # A vector that is new after the restart gets the number that it gets without one.
+    for tracker in (whole, second):
+        tracker.update(lambda v: torch.linspace(-1, 1, 120, dtype=torch.float64) * v, audit=True)
+    assert torch.equal(second.identities, whole.identities)
+
+
+@pytest.mark.parametrize("other", [{"k": 2}, {"tol": 0.1}, {"audit_every": 7}, {"max_interval": 4}, {"rest": 0.5}])
+def test_state_of_another_tracker_is_refused(other):
     with pytest.raises(ValueError, match="state is of a tracker"):
-        EigenTracker(2).load_state_dict(first.state_dict())
-    with pytest.raises(ValueError, match="lacks"):
-        EigenTracker(3).load_state_dict({"settings": {}})
+        EigenTracker(**other).load_state_dict(EigenTracker().state_dict())
+
+
+@pytest.mark.parametrize(
+    ("state", "error", "match"), [({"settings": {}}, ValueError, "lacks"), (None, TypeError, "state must")]
+)
+def test_what_is_no_state_is_refused(state, error, match):
+    with pytest.raises(error, match=match):
+        EigenTracker(3).load_state_dict(state)
+
+
+def test_default_device_does_not_matter():
+    base = torch.linspace(0, 9, 50, dtype=torch.float64)
+    with torch.device("meta"):
+        tracker = EigenTracker(2)
+        result = tracker.update(lambda v: base * v, n=50, dtype=torch.float64, device="cpu")
+        tracker.update(lambda v: -base * v)
+    assert result.values.device.type == tracker.identities.device.type == "cpu"
+
+
+def test_the_warning_is_shown_once():
+    at = rotating()
+    tracker = EigenTracker(3, tol=1e-10, max_hvp=7)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default", ConvergenceWarning)
+        for t in (0.0, 0.1, 0.2):
+            tracker.update(at(t)[0].__matmul__, n=120, dtype=torch.float64)
+    assert len(caught) == 1
 
 
 def test_budget_per_update():
     at = rotating()
     tracker = EigenTracker(3, tol=1e-10, max_hvp=7)
     for t in (0.0, 0.1, 0.2):
-        with pytest.warns(ConvergenceWarning, match=r"EigenTracker.update stopped by max_hvp after 7 products"):
+        with pytest.warns(ConvergenceWarning, match="EigenTracker.update stopped by max_hvp"):
             result = tracker.update(at(t)[0].__matmul__, n=120, dtype=torch.float64)
         assert result.num_hvp == 7
     assert not result.converged.all()
@@ -176,13 +268,15 @@ def test_recovers_from_a_product_that_was_not_finite():
     assert tracker.identities.tolist() == lost
 
 
-def test_schedule():
-    base = torch.cat([torch.tensor([9.0, 6.0]), torch.linspace(0, 1, 60)]).double()
-    tracker = EigenTracker(2, max_interval=8, rest=0.01)
+@pytest.mark.parametrize(("which", "lead"), [("LA", 9.0), ("SA", -9.0), ("LM", -9.0), ("LM", 9.0)])
+def test_schedule(which, lead):
+    """The eigenvalue that is wanted most sets the pace; the other end of the spectrum rests."""
+    tracker = EigenTracker(2, which=which, max_interval=8, rest=0.01)
     assert tracker.due(0)
     intervals = []
     for scale in (1, 1, 1, 1, 1, 2, 2):
-        tracker.update(lambda v, scale=scale: scale * base * v, n=62, dtype=torch.float64)
+        base = torch.cat([torch.tensor([scale * lead, 4.0, -4.0]), torch.linspace(-1, 1, 60)]).double()
+        tracker.update(lambda v, base=base: base * v, n=63, dtype=torch.float64)
         intervals.append(next(i for i in range(1, 99) if tracker.due(i)))
     assert intervals == [1, 2, 4, 8, 8, 1, 2]
 
@@ -198,10 +292,13 @@ def test_schedule():
         ({"max_hvp": 2}, "max_hvp must be"),
         ({"max_interval": 0}, "max_interval must be"),
         ({"rest": -1.0}, "rest must be"),
+        ({"rest": "a"}, "rest must be a number"),
+        ({"seed": 1.5}, "seed must be an int"),
+        ({"tol": "x"}, "tol must be a number"),
     ],
 )
 def test_bad_arguments(options, match):
-    with pytest.raises(ValueError, match=match):
+    with pytest.raises((ValueError, TypeError), match=match):
         EigenTracker(**options)
 
 

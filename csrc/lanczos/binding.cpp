@@ -86,7 +86,7 @@ py::tuple run_eigsh(SymmetricOperator& op, int64_t k, const std::string& which, 
   std::copy(result.converged.begin(), result.converged.end(), converged.mutable_data_ptr<bool>());
   return py::make_tuple(at::tensor(result.values, at::kDouble), std::move(result.vectors),
                         at::tensor(result.residuals, at::kDouble), result.num_products, converged,
-                        std::move(result.status), std::move(result.origins));
+                        std::move(result.status), result.miss_probability, std::move(result.origins));
 }
 
 std::pair<std::vector<double>, std::vector<double>> run_tridiagonalize(SymmetricOperator& op,
@@ -119,10 +119,10 @@ void bind_lanczos(py::module_& module) {
            py::arg("outputs"), py::arg("output_gradient"), py::arg("dummy"), py::arg("pullback"),
            py::arg("parameters"));
   py::class_<PythonOperator, SymmetricOperator, std::shared_ptr<PythonOperator>>(module, "PythonOperator")
-      .def(py::init([](py::function product, int64_t size, const at::Tensor& like) {
-             return std::make_shared<PythonOperator>(std::move(product), size, like.options());
+      .def(py::init([](py::function product, int64_t size, const at::Tensor& like, bool symmetric) {
+             return std::make_shared<PythonOperator>(std::move(product), size, like.options(), symmetric);
            }),
-           py::arg("product"), py::arg("size"), py::arg("like"));
+           py::arg("product"), py::arg("size"), py::arg("like"), py::arg("symmetric") = false);
   module.def("eigsh", &run_eigsh, py::arg("op"), py::kw_only(), py::arg("k"), py::arg("which"),
              py::arg("tol"), py::arg("v0"), py::arg("max_hvp"), py::arg("max_basis"), py::arg("seed"),
              py::arg("audit"));

@@ -4,6 +4,7 @@
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/randn.h>
 #include <ATen/ops/zeros.h>
+#include <c10/util/Exception.h>
 
 #include <algorithm>
 #include <cmath>
@@ -22,12 +23,14 @@ namespace {
 
 // Ritz vectors kept at a restart beyond the wanted ones.
 constexpr int64_t kExtraKept = 3;
-// An audit ends when a missed eigenvector would need |z| below this, z standard normal, to have escaped: 8 %.
-constexpr double kAuditLevel = 0.1;
-constexpr int64_t kMaxAuditProducts = 8;
-// The noise floor: products without progress, and how far above the measured noise a residual may stand.
+// An audit ends when an eigenvector that it should have shown would have gone unnoticed with this
+// probability, or after so many products.
+constexpr double kMissProbability = 0.08;
+constexpr int64_t kMaxAuditProducts = 24;
+// The noise floor: so many products without progress at least, and how far above the noise of a product a
+// residual may then stand, for each of them: the longer it stands still, the less the noise has to explain.
 constexpr int64_t kStagnation = 8;
-constexpr double kNoiseFactor = 10.0;
+constexpr double kNoisePerProduct = 0.25;
 
 // Residuals this far above what is allowed (one product gains a factor of 2 to 5) are not looked at every
 // product.
@@ -66,29 +69,23 @@ class Solver {
         continue;
       }
       project();
-      if (!all_converged()) {
-        if (at_noise_floor()) return "noise floor";
+      const bool settled = all_converged() || at_noise_floor();
+      if (!settled) {
         const bool far = worst_excess() > kFar;
         step = expand_by_residual();
         // A second product before looking again; in a Krylov space this is the direction of every residual.
         if (far && step == Step::kDone && basis_.size() < capacity_) step = expand_krylov();
       } else if (const std::optional<int64_t> lost = lost_start()) {
         step = expand([&] { return basis_.propose(Rows(start_, *lost, 1), start_norms_[*lost]); });
-      } else if (!options_.audit || basis_.size() == length_) {
-        return "converged";
-      } else {
-        const std::vector<double> before(ritz_.values.begin(), ritz_.values.begin() + options_.count);
+      } else if (options_.audit && !audited_) {
         step = audit();
-        if (step != Step::kDone) break;
-        project();
-        if (all_converged() && !overtaken(before)) return "converged";
-        best_ = std::numeric_limits<double>::infinity();
+      } else {
+        return all_converged() ? "converged" : "noise floor";
       }
     }
     if (basis_.size() > 0) project();
-    if (step == Step::kNonFinite) return "non-finite product";
-    unaudited_ = options_.audit;
-    return "max_hvp";
+    audited_ = false;
+    return step == Step::kNonFinite ? "non-finite product" : "max_hvp";
   }
 
   // The Krylov space of one vector made of all the old ones: every product then works for every wanted pair,
@@ -122,35 +119,35 @@ class Solver {
     return std::nullopt;
   }
 
-  // One product, with the candidate of the basis.
-  Step multiply() {
+  Step multiply(const at::Tensor& v, at::Tensor& product) {
     if (num_products_ >= options_.max_products) return Step::kBudget;
     if (options_.poll) options_.poll();
     ++num_products_;
-    return basis_.accept(op_.apply(basis_.candidate())) ? Step::kDone : Step::kNonFinite;
+    product = op_.apply(v);
+    return Step::kDone;
   }
 
   // One product with what is new in a proposal; with a random direction where nothing is.
   template <typename Propose>
   Step expand(Propose propose) {
     make_room(1);
-    if (propose() == 0.0) propose_random();
-    return multiply();
+    for (double length = propose(); length == 0.0;) {
+      const at::Tensor x = random_vector();
+      length = basis_.propose(x, norms(x).front());
+    }
+    at::Tensor product;
+    if (const Step step = multiply(basis_.candidate(), product); step != Step::kDone) return step;
+    return basis_.accept(product) ? Step::kDone : Step::kNonFinite;
   }
 
   Step expand_krylov() {
     return expand([&] { return basis_.propose_product(); });
   }
 
-  void propose_random() {
-    for (at::Tensor x = random_vector(); basis_.propose(x, norms(x).front()) == 0.0; x = random_vector()) {
-    }
-  }
-
   void make_room(int64_t columns) {
     if (basis_.size() + columns <= capacity_) return;
     project();
-    const int64_t keep = std::min({options_.count + kExtraKept, basis_.size(), capacity_ - 1});
+    const int64_t keep = std::min({options_.count + kExtraKept, basis_.size(), capacity_ - columns});
     basis_.restart(leading(keep), {ritz_.values.begin(), ritz_.values.begin() + keep});
   }
 
@@ -220,7 +217,7 @@ class Solver {
     }
     std::optional<Rows> residual = basis_.residual(worst);
     return expand([&] {
-      const double norm = basis_.propose_orthogonal(*residual, residual_norms_[worst]);
+      const double norm = basis_.propose(*residual, residual_norms_[worst]);
       residual.reset();  // the product that follows needs the memory
       return norm;
     });
@@ -234,44 +231,70 @@ class Solver {
   // A Krylov space cannot see a second eigenvector of the same eigenvalue, nor one that its start is
   // orthogonal to. So look into the complement of the basis from a random vector x, until ‖p(H) x‖ for the
   // best polynomial with p(θ_k) = 1 is so small that an eigenvector with a value beyond θ_k could hide only
-  // if x had almost none of it.
+  // if x had almost none of it: its component is a normal number over the root of the dimension. What comes
+  // up beyond θ_k is taken into the basis.
   Step audit() {
-    make_room(std::min<int64_t>(4, capacity_ - options_.count));
+    audited_ = true;
+    miss_probability_ = 0.0;
+    if (basis_.size() == length_) return Step::kDone;
+    if (capacity_ < length_) make_room(RitzBasis::kProbeColumns);
     project();
+    const int64_t complement = length_ - basis_.size();
     const double last_wanted = ritz_.values[options_.count - 1];
     const double edge = options_.which == Which::kMagnitude ? std::abs(last_wanted) : last_wanted;
-    const double margin = limit(last_wanted);
-    const auto complement = static_cast<double>(length_ - basis_.size());
-    std::vector<double> alpha, beta;
-    propose_random();
+    const double margin = std::max(limit(last_wanted), residual_norms_[options_.count - 1]);
+    const double root = std::sqrt(static_cast<double>(complement));
+    basis_.start_probe(random_vector());
+    alpha_.clear();
+    beta_.clear();
     do {
-      if (const Step step = multiply(); step != Step::kDone) return step;
-      alpha.push_back(basis_.projection().back());
-      if (static_cast<int64_t>(alpha.size()) == kMaxAuditProducts || basis_.size() == capacity_) break;
-      beta.push_back(basis_.propose_product());
+      if (const Step step = probe(); step != Step::kDone) return step;
       double hidden = 0.0;
       if (options_.which != Which::kSmallest) {
-        hidden = shifted_minres_residual(alpha, beta, edge + margin);
+        hidden = shifted_minres_residual(alpha_, beta_, edge + margin);
       }
       if (options_.which != Which::kLargest) {
         const double lower = options_.which == Which::kMagnitude ? -edge : edge;
-        hidden = std::max(hidden, shifted_minres_residual(alpha, beta, lower - margin));
+        hidden = std::max(hidden, shifted_minres_residual(alpha_, beta_, lower - margin));
       }
-      if (hidden * std::sqrt(complement) < kAuditLevel) break;
-    } while (beta.back() > 0.0);
+      miss_probability_ = std::erf(hidden * root * std::sqrt(0.5));
+    } while (miss_probability_ >= kMissProbability && num_probed() < std::min(kMaxAuditProducts, complement));
+    const EigenPairs pairs = tridiagonal_eigen(alpha_, beta_);
+    const auto found = std::max_element(pairs.values.begin(), pairs.values.end(),
+                                        [&](double a, double b) { return key(a) < key(b); });
+    if (key(*found) <= key(last_wanted) + margin) return Step::kDone;
+    return take_in(&pairs.vectors[(found - pairs.values.begin()) * num_probed()]);
+  }
+
+  // One step of the Lanczos process in the complement of the basis.
+  Step probe() {
+    at::Tensor product;
+    if (const Step step = multiply(basis_.probe(), product); step != Step::kDone) return step;
+    const auto [diagonal, off_diagonal] = basis_.advance_probe(product);
+    if (!std::isfinite(diagonal) || !std::isfinite(off_diagonal)) return Step::kNonFinite;
+    alpha_.push_back(diagonal);
+    beta_.push_back(off_diagonal);
     return Step::kDone;
   }
 
-  // Whether an audit brought up something beyond what was thought to be the wanted end.
-  bool overtaken(const std::vector<double>& before) const {
-    for (int64_t i = 0; i < options_.count; ++i) {
-      if (key(ritz_.values[i]) - key(before[i]) > limit(before[i])) return true;
+  int64_t num_probed() const { return static_cast<int64_t>(alpha_.size()); }
+
+  // The Ritz vector with the given coefficients, for which the process runs a second time: it keeps no
+  // vectors.
+  Step take_in(const double* coefficients) {
+    const int64_t steps = num_probed();
+    basis_.restart_probe();
+    for (int64_t j = 0; j < steps; ++j) {
+      basis_.collect_probe(coefficients[j]);
+      if (j + 1 == steps) break;
+      if (const Step step = probe(); step != Step::kDone) return step;
     }
-    return false;
+    audited_ = false;
+    best_ = std::numeric_limits<double>::infinity();
+    return expand([&] { return basis_.propose(basis_.collected(), 1.0); });
   }
 
-  // Residuals that stopped falling, at a height that the operator's own noise explains. The noise of a
-  // product is seen in the asymmetry of the projection, one component of it at a time.
+  // Residuals that stopped falling, at a height that the operator's own noise explains.
   bool at_noise_floor() {
     const double worst = worst_excess();
     double height = 0.0;
@@ -283,16 +306,19 @@ class Solver {
       best_ = worst;
       best_at_ = num_products_;
     }
-    const double noise = basis_.asymmetry() * std::sqrt(static_cast<double>(length_));
-    return num_products_ - best_at_ >= kStagnation && std::isfinite(worst) && height <= kNoiseFactor * noise;
+    const int64_t stalled = num_products_ - best_at_;
+    return stalled >= kStagnation && std::isfinite(worst) &&
+           height <= kNoisePerProduct * static_cast<double>(stalled) * basis_.noise();
   }
 
+  // What is symmetric by construction differs from that by rounding, which for the Hessian of a loss near
+  // zero may be larger than the Hessian.
   void check_symmetric() const {
     const double allowed = std::max(options_.tolerance, 100.0 * std::sqrt(epsilon_)) * scale_;
-    if (basis_.asymmetry() <= allowed) return;
-    throw std::invalid_argument("H is not symmetric: u · H v and v · H u differ by " +
-                                std::to_string(basis_.asymmetry()) +
-                                " for unit vectors, where |H| is about " + std::to_string(scale_));
+    if (op_.symmetric_by_construction() || basis_.asymmetry() <= allowed) return;
+    throw std::invalid_argument(c10::str("H is not symmetric: u · H v and v · H u differ by ",
+                                         basis_.asymmetry() / basis_.unit(),
+                                         " for unit vectors, where |H| is about ", scale_ / basis_.unit()));
   }
 
   EigshResult result(std::string status) const {
@@ -309,9 +335,9 @@ class Solver {
     std::vector<double> coefficients;
     for (int64_t i = 0; i < found; ++i) {
       const int64_t pair = order[i];
-      out.values[i] = ritz_.values[pair];
-      out.residuals[i] = residual_norms_[pair];
-      out.converged[i] = excess(pair) == 0.0 && !unaudited_;
+      out.values[i] = ritz_.values[pair] / basis_.unit();
+      out.residuals[i] = residual_norms_[pair] / basis_.unit();
+      out.converged[i] = excess(pair) == 0.0 && (!options_.audit || audited_);
       const double* begin = &ritz_.vectors[pair * basis_.size()];
       coefficients.insert(coefficients.end(), begin, begin + basis_.size());
     }
@@ -322,6 +348,7 @@ class Solver {
       out.vectors.narrow(0, 0, found).copy_(basis_.combine(coefficients));
     }
     out.num_products = num_products_;
+    out.miss_probability = audited_ ? miss_probability_ : nan;
     out.status = std::move(status);
     return out;
   }
@@ -371,7 +398,9 @@ class Solver {
   std::vector<double> residual_norms_;  // of the wanted pairs
   double scale_ = 0.0;                  // max |θ|: a lower bound of ‖H‖
   int64_t num_products_ = 0;
-  bool unaudited_ = false;
+  std::vector<double> alpha_, beta_;  // the Lanczos matrix of the last audit
+  bool audited_ = false;
+  double miss_probability_ = 0.0;
   double best_ = std::numeric_limits<double>::infinity();
   int64_t best_at_ = 0;
 };

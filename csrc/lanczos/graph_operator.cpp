@@ -42,7 +42,7 @@ GaussNewtonOperator::GaussNewtonOperator(at::Tensor outputs, at::Tensor output_g
       output_gradient_(std::move(output_gradient)),
       dummy_(std::move(dummy)) {
   for (size_t i = 0; i < pullback.size(); ++i) {
-    if (pullback[i].defined()) {
+    if (pullback[i].defined() && pullback[i].requires_grad()) {
       pullback_.push_back(pullback[i]);
       pullback_parameters_.push_back(i);
     }
@@ -52,7 +52,8 @@ GaussNewtonOperator::GaussNewtonOperator(at::Tensor outputs, at::Tensor output_g
 at::Tensor GaussNewtonOperator::apply(const at::Tensor& v) {
   parameters_.check_unchanged();
   const at::Tensor zero = at::zeros({size()}, options());
-  if (!output_gradient_.requires_grad()) return zero;  // the loss is linear in the outputs
+  // The loss is linear in the outputs, or these do not depend on the parameters but by steps.
+  if (!output_gradient_.requires_grad() || pullback_.empty()) return zero;
   const at::Tensor forward =
       pull_back(pullback_, {dummy_}, parameters_.parts(v, pullback_parameters_)).front();  // J v
   if (!forward.defined()) return zero;

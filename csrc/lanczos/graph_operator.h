@@ -19,6 +19,7 @@ class GraphOperator final : public SymmetricOperator {
   int64_t size() const override { return parameters_.size(); }
   at::TensorOptions options() const override { return parameters_.options(); }
   at::Tensor apply(const at::Tensor& v) override;
+  bool symmetric_by_construction() const override { return true; }
 
  private:
   FlatParameters parameters_;
@@ -39,6 +40,7 @@ class GaussNewtonOperator final : public SymmetricOperator {
   int64_t size() const override { return parameters_.size(); }
   at::TensorOptions options() const override { return parameters_.options(); }
   at::Tensor apply(const at::Tensor& v) override;
+  bool symmetric_by_construction() const override { return true; }
 
  private:
   FlatParameters parameters_;

@@ -17,6 +17,9 @@ class SymmetricOperator {
 
   // H v for a contiguous v of shape (size(),). The result may alias nothing that the operator keeps.
   virtual at::Tensor apply(const at::Tensor& v) = 0;
+
+  // Whether u · H v and v · H u can differ by nothing but rounding.
+  virtual bool symmetric_by_construction() const { return false; }
 };
 
 }  // namespace dynloss

@@ -130,6 +130,16 @@ EigenPairs symmetric_eigen(const std::vector<double>& matrix, int64_t size) {
   return pairs;
 }
 
+EigenPairs tridiagonal_eigen(const std::vector<double>& alpha, const std::vector<double>& beta) {
+  const auto size = static_cast<int64_t>(alpha.size());
+  std::vector<double> matrix(size * size);
+  for (int64_t i = 0; i < size; ++i) {
+    matrix[i * size + i] = alpha[i];
+    if (i + 1 < size) matrix[i * size + i + 1] = matrix[(i + 1) * size + i] = beta[i];
+  }
+  return symmetric_eigen(matrix, size);
+}
+
 double shifted_minres_residual(const std::vector<double>& alpha, const std::vector<double>& beta,
                                double shift) {
   // QR of the (q + 1, q) tridiagonal by Givens rotations; each rotation multiplies the residual by |sin|. The

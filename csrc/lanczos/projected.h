@@ -19,6 +19,10 @@ struct EigenPairs {
 // the few columns of a warm start a call of LAPACK through ATen would cost a fifth of a product.
 EigenPairs symmetric_eigen(const std::vector<double>& matrix, int64_t size);
 
+// The same of a tridiagonal matrix with diagonal alpha[0..q) and off-diagonal beta[0..q - 1); more of beta is
+// not looked at.
+EigenPairs tridiagonal_eigen(const std::vector<double>& alpha, const std::vector<double>& beta);
+
 // min ‖p(T) e₁‖ over polynomials p of degree q with p(shift) = 1, for the Lanczos matrix with diagonal
 // alpha[0..q) and off-diagonal beta[0..q) (beta[q - 1] is the norm of the last, unused direction). This is
 // the relative residual of MINRES for (T - shift I) x = e₁.

@@ -12,8 +12,13 @@ namespace py = pybind11;
 
 namespace dynloss {
 
-PythonOperator::PythonOperator(py::function product, int64_t size, const at::TensorOptions& options)
-    : product_(std::move(product)), size_(size), options_(options), grad_mode_(at::GradMode::is_enabled()) {}
+PythonOperator::PythonOperator(py::function product, int64_t size, const at::TensorOptions& options,
+                               bool symmetric)
+    : product_(std::move(product)),
+      size_(size),
+      options_(options),
+      grad_mode_(at::GradMode::is_enabled()),
+      symmetric_(symmetric) {}
 
 at::Tensor PythonOperator::apply(const at::Tensor& v) {
   const py::gil_scoped_acquire gil;

@@ -12,17 +12,19 @@ namespace dynloss {
 // operator; what it raises passes through unchanged.
 class PythonOperator final : public SymmetricOperator {
  public:
-  PythonOperator(pybind11::function product, int64_t size, const at::TensorOptions& options);
+  PythonOperator(pybind11::function product, int64_t size, const at::TensorOptions& options, bool symmetric);
 
   int64_t size() const override { return size_; }
   at::TensorOptions options() const override { return options_; }
   at::Tensor apply(const at::Tensor& v) override;
+  bool symmetric_by_construction() const override { return symmetric_; }
 
  private:
   pybind11::function product_;
   int64_t size_;
   at::TensorOptions options_;
   bool grad_mode_;
+  bool symmetric_;
 };
 
 }  // namespace dynloss

@@ -1,12 +1,16 @@
 #include "row_algebra.h"
 
+#include <ATen/Context.h>
 #include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <ATen/autocast_mode.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/addmv.h>
+#include <ATen/ops/bmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linalg_vector_norm.h>
 #include <ATen/ops/mm.h>
-#include <ATen/ops/mv.h>
+#include <ATen/ops/stack.h>
 
 #include <algorithm>
 #include <cmath>
@@ -21,10 +25,19 @@
 namespace dynloss {
 namespace {
 
-using BelowAutograd = at::AutoDispatchBelowADInplaceOrView;
+// Beneath autograd and autocast, and without TF32: the accuracy of these sums is that of the eigenvalues.
+class Plainly {
+  at::AutoDispatchBelowADInplaceOrView below_;
+  c10::impl::ExcludeDispatchKeyGuard no_autocast_{c10::autocast_dispatch_keyset};
+  at::NoTF32Guard no_tf32_;
+};
 
-// Numbers in a block of rows that plain loops are quicker for: what fits into the second cache.
-constexpr int64_t kSmall = 1 << 16;
+// Columns that are summed in the dtype of the rows; the sums of such blocks are added in double precision, in
+// an order that depends on no number of threads. Forty rows of a block fit into the second cache.
+constexpr int64_t kBlock = 4096;
+constexpr int64_t kDeviceBlock = 1 << 16;
+// Numbers that are worth a thread.
+constexpr int64_t kGrain = 1 << 16;
 
 // A quarter of the sum at a time: one addition would wait for the last.
 #define DEFINE_LOOPS(T)                                                                 \
@@ -47,118 +60,255 @@ DEFINE_LOOPS(float)
 DEFINE_LOOPS(double)
 #undef DEFINE_LOOPS
 
+// work(first column, columns, number of the block) for every block of columns; `rows` of each are touched.
+template <typename Work>
+void for_blocks(int64_t length, int64_t rows, Work work) {
+  const int64_t count = (length + kBlock - 1) / kBlock;
+  const int64_t grain = std::max<int64_t>(1, kGrain / (kBlock * rows));
+  at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) {
+      work(block * kBlock, std::min(kBlock, length - block * kBlock), block);
+    }
+  });
+}
+
+// sum(i, j, first column, columns), added up over the blocks, as a (count_a, count_b) matrix.
+template <typename Sum>
+void add_blocks(int64_t length, int64_t count_a, int64_t count_b, double* out, Sum sum) {
+  const int64_t entries = count_a * count_b;
+  std::fill_n(out, entries, 0.0);
+  const auto add = [&](int64_t first, int64_t columns, double* to) {
+    for (int64_t i = 0; i < count_a; ++i) {
+      for (int64_t j = 0; j < count_b; ++j) *to++ += static_cast<double>(sum(i, j, first, columns));
+    }
+  };
+  if (length <= kBlock) return add(0, length, out);
+  std::vector<double> partial((length + kBlock - 1) / kBlock * entries);
+  for_blocks(length, count_a + count_b, [&](int64_t first, int64_t columns, int64_t block) {
+    add(first, columns, &partial[block * entries]);
+  });
+  for (size_t i = 0; i < partial.size(); ++i) out[i % entries] += partial[i];
+}
+
+// The columns of rows on a device, some at a time, such that `count` rows as short as a block are small
+// beside one row: another set of whole rows would be the largest thing in memory.
+std::vector<at::Tensor> device_blocks(const at::Tensor& rows, int64_t count) {
+  const int64_t length = rows.size(1);
+  const int64_t width = std::max<int64_t>(length / (8 * count), 16384);
+  std::vector<at::Tensor> columns;
+  for (int64_t first = 0; first < length; first += width) {
+    columns.push_back(rows.narrow(1, first, std::min(width, length - first)));
+  }
+  return columns;
+}
+
+// to[i, :] = coefficients · rows for some columns, where the rows of `to` are `stride` apart.
+template <typename T>
+void combine_columns(T* to, int64_t stride, const Rows& coefficients, const Rows& rows, int64_t first,
+                     int64_t columns) {
+  for (int64_t i = 0; i < coefficients.count(); ++i, to += stride) {
+    const T* weights = coefficients.row<T>(i);
+    std::fill_n(to, columns, T(0));
+    for (int64_t j = 0; j < rows.count(); ++j) add_scaled(to, weights[j], rows.row<T>(j) + first, columns);
+  }
+}
+
+at::Tensor inner_products_on_device(const at::Tensor& a, const at::Tensor& b) {
+  const int64_t length = a.size(1);
+  if (a.scalar_type() == at::kDouble || length <= kDeviceBlock) return at::mm(a, b.t()).to(at::kDouble);
+  const int64_t blocks = length / kDeviceBlock, rest = length % kDeviceBlock;
+  const auto blocked = [&](const at::Tensor& x) {  // (blocks, rows, columns of a block)
+    return x.as_strided({blocks, x.size(0), kDeviceBlock}, {kDeviceBlock, x.stride(0), 1},
+                        x.storage_offset());
+  };
+  const at::Tensor sum = at::bmm(blocked(a), blocked(b).transpose(1, 2)).sum(0, false, at::kDouble);
+  if (rest == 0) return sum;
+  return sum.add_(at::mm(a.narrow(1, length - rest, rest), b.narrow(1, length - rest, rest).t()));
+}
+
 }  // namespace
 
-bool Rows::small() const { return matrix_.is_cpu() && count_ * length() <= kSmall; }
+bool Rows::on_host() const { return matrix_.is_cpu(); }
 
 at::Tensor Rows::tensor() const {
-  const BelowAutograd below;
+  const Plainly plainly;
   if (matrix_.dim() == 1) return matrix_.unsqueeze(0);
   return matrix_.slice(0, first_, first_ + (count_ - 1) * step_ + 1, step_);
 }
 
 at::Tensor Rows::vector() const {
-  const BelowAutograd below;
+  const Plainly plainly;
   return matrix_.dim() == 1 ? matrix_ : matrix_.select(0, first_);
 }
 
 at::Tensor inner_products(const Rows& a, const Rows& b) {
-  const BelowAutograd below;
+  const Plainly plainly;
   const bool single = b.count() == 1;
-  if (!a.small()) return single ? at::mv(a.tensor(), b.vector()) : at::mm(a.tensor(), b.tensor().t());
-  const at::Tensor out = single ? at::empty({a.count()}, a.matrix().options())
-                                : at::empty({a.count(), b.count()}, a.matrix().options());
-  AT_DISPATCH_FLOATING_TYPES(out.scalar_type(), "inner_products", [&] {
-    auto* entry = out.mutable_data_ptr<scalar_t>();
-    for (int64_t i = 0; i < a.count(); ++i) {
-      for (int64_t j = 0; j < b.count(); ++j) {
-        *entry++ = dot(a.row<scalar_t>(i), b.row<scalar_t>(j), a.length());
-      }
-    }
+  if (!a.on_host()) {
+    const at::Tensor out = inner_products_on_device(a.tensor(), b.tensor());
+    return single ? out.view({a.count()}) : out;
+  }
+  const auto options = at::TensorOptions(at::kDouble);
+  const at::Tensor out =
+      single ? at::empty({a.count()}, options) : at::empty({a.count(), b.count()}, options);
+  AT_DISPATCH_FLOATING_TYPES(a.matrix().scalar_type(), "inner_products", [&] {
+    add_blocks(a.length(), a.count(), b.count(), out.mutable_data_ptr<double>(),
+               [&](int64_t i, int64_t j, int64_t first, int64_t columns) {
+                 return dot(a.row<scalar_t>(i) + first, b.row<scalar_t>(j) + first, columns);
+               });
   });
   return out;
 }
 
 at::Tensor combinations(const Rows& coefficients, const Rows& rows) {
-  const BelowAutograd below;
-  if (!rows.small()) return at::mm(coefficients.tensor(), rows.tensor());
+  const Plainly plainly;
+  if (!rows.on_host()) return at::mm(coefficients.tensor(), rows.tensor());
   const int64_t length = rows.length();
   const at::Tensor out = at::empty({coefficients.count(), length}, rows.matrix().options());
   AT_DISPATCH_FLOATING_TYPES(out.scalar_type(), "combinations", [&] {
-    auto* to = out.mutable_data_ptr<scalar_t>();
-    std::fill_n(to, out.numel(), scalar_t(0));
-    for (int64_t i = 0; i < coefficients.count(); ++i, to += length) {
-      const auto* weights = coefficients.row<scalar_t>(i);
-      for (int64_t j = 0; j < rows.count(); ++j) add_scaled(to, weights[j], rows.row<scalar_t>(j), length);
-    }
+    auto* begin = out.mutable_data_ptr<scalar_t>();
+    for_blocks(length, rows.count(), [&](int64_t first, int64_t columns, int64_t) {
+      combine_columns(begin + first, length, coefficients, rows, first, columns);
+    });
   });
   return out;
 }
 
-void subtract_combination(const Rows& out, const Rows& x, const at::Tensor& coefficients, const Rows& rows) {
-  const BelowAutograd below;
-  if (!rows.small()) {
-    at::Tensor to = out.vector();
-    at::addmv_out(to, x.vector(), rows.tensor().t(), coefficients, 1, -1);
+std::vector<double> combination_norms(const Rows& coefficients, const Rows& rows) {
+  const Plainly plainly;
+  const int64_t count = coefficients.count();
+  if (!rows.on_host()) {
+    std::vector<at::Tensor> parts;
+    for (const at::Tensor& columns : device_blocks(rows.tensor(), count)) {
+      parts.push_back(at::linalg_vector_norm(at::mm(coefficients.tensor(), columns), 2, 1));
+    }
+    return to_host(at::linalg_vector_norm(at::stack(parts), 2, 0));
+  }
+  const int64_t blocks = (rows.length() + kBlock - 1) / kBlock;
+  std::vector<double> squares(blocks * count);
+  AT_DISPATCH_FLOATING_TYPES(rows.matrix().scalar_type(), "combination_norms", [&] {
+    for_blocks(rows.length(), rows.count(), [&](int64_t first, int64_t columns, int64_t block) {
+      std::vector<scalar_t> combined(count * columns);
+      combine_columns(combined.data(), columns, coefficients, rows, first, columns);
+      for (int64_t i = 0; i < count; ++i) {
+        const scalar_t* row = &combined[i * columns];
+        squares[block * count + i] = static_cast<double>(dot(row, row, columns));
+      }
+    });
+  });
+  std::vector<double> out(count);
+  for (size_t i = 0; i < squares.size(); ++i) out[i % count] += squares[i];
+  for (double& value : out) value = std::sqrt(value);
+  return out;
+}
+
+void replace_by_combinations(const at::Tensor& rows, const Rows& coefficients) {
+  const Plainly plainly;
+  const int64_t count = coefficients.count();
+  if (!rows.is_cpu()) {
+    for (const at::Tensor& columns : device_blocks(rows, count)) {
+      columns.narrow(0, 0, count).copy_(at::mm(coefficients.tensor(), columns));
+    }
     return;
   }
-  copy(out, x);
-  AT_DISPATCH_FLOATING_TYPES(coefficients.scalar_type(), "subtract_combination", [&] {
-    const auto* weights = coefficients.const_data_ptr<scalar_t>();
+  const Rows all(rows);
+  AT_DISPATCH_FLOATING_TYPES(rows.scalar_type(), "replace_by_combinations", [&] {
+    for_blocks(all.length(), all.count(), [&](int64_t first, int64_t columns, int64_t) {
+      std::vector<scalar_t> combined(count * columns);
+      combine_columns(combined.data(), columns, coefficients, all, first, columns);
+      for (int64_t i = 0; i < count; ++i) {
+        std::copy_n(&combined[i * columns], columns, all.row<scalar_t>(i) + first);
+      }
+    });
+  });
+}
+
+void subtract_combination(const Rows& out, const Rows& x, const at::Tensor& coefficients, const Rows& rows) {
+  const Plainly plainly;
+  if (!rows.on_host()) {
+    at::Tensor to = out.vector();
+    at::addmv_out(to, x.vector(), rows.tensor().t(), coefficients.to(to.scalar_type()), 1, -1);
+    return;
+  }
+  AT_DISPATCH_FLOATING_TYPES(rows.matrix().scalar_type(), "subtract_combination", [&] {
+    const auto* weights = coefficients.const_data_ptr<double>();
     const int64_t step = coefficients.stride(0);
-    for (int64_t j = 0; j < rows.count(); ++j) {
-      add_scaled(out.row<scalar_t>(0), -weights[j * step], rows.row<scalar_t>(j), rows.length());
-    }
+    const auto* from = x.row<scalar_t>(0);
+    auto* to = out.row<scalar_t>(0);
+    for_blocks(rows.length(), rows.count(), [&](int64_t first, int64_t columns, int64_t) {
+      if (from != to) std::copy_n(from + first, columns, to + first);
+      for (int64_t j = 0; j < rows.count(); ++j) {
+        add_scaled(to + first, static_cast<scalar_t>(-weights[j * step]), rows.row<scalar_t>(j) + first,
+                   columns);
+      }
+    });
   });
 }
 
 void copy(const Rows& out, const Rows& x) {
-  if (!out.small()) {
+  if (!out.on_host()) {
+    const Plainly plainly;
     out.vector().copy_(x.vector());
     return;
   }
   AT_DISPATCH_FLOATING_TYPES(x.matrix().scalar_type(), "copy", [&] {
     const auto* from = x.row<scalar_t>(0);
     auto* to = out.row<scalar_t>(0);
-    if (from != to) std::copy_n(from, x.length(), to);
+    if (from == to) return;
+    for_blocks(x.length(), 1, [&](int64_t first, int64_t columns, int64_t) {
+      std::copy_n(from + first, columns, to + first);
+    });
   });
 }
 
 void scale(const Rows& x, double factor) {
-  const BelowAutograd below;
-  if (!x.small()) {
+  if (!x.on_host()) {
+    const Plainly plainly;
     x.vector().mul_(factor);
     return;
   }
   AT_DISPATCH_FLOATING_TYPES(x.matrix().scalar_type(), "scale", [&] {
     auto* entries = x.row<scalar_t>(0);
-    for (int64_t i = 0; i < x.length(); ++i) entries[i] *= static_cast<scalar_t>(factor);
+    for_blocks(x.length(), 1, [&](int64_t first, int64_t columns, int64_t) {
+      for (int64_t i = first; i < first + columns; ++i) entries[i] *= static_cast<scalar_t>(factor);
+    });
   });
 }
 
 std::vector<double> norms(const Rows& x) {
-  const BelowAutograd below;
-  if (!x.small()) return to_host(at::linalg_vector_norm(x.tensor(), 2, -1));
-  std::vector<double> out;
+  if (!x.on_host()) {
+    const Plainly plainly;
+    return to_host(at::linalg_vector_norm(x.tensor(), 2, -1));
+  }
+  std::vector<double> out(x.count());
   AT_DISPATCH_FLOATING_TYPES(x.matrix().scalar_type(), "norms", [&] {
-    for (int64_t i = 0; i < x.count(); ++i) {
-      const auto* row = x.row<scalar_t>(i);
-      out.push_back(std::sqrt(static_cast<double>(dot(row, row, x.length()))));
-    }
+    add_blocks(x.length(), x.count(), 1, out.data(), [&](int64_t i, int64_t, int64_t first, int64_t columns) {
+      const auto* row = x.row<scalar_t>(i) + first;
+      return dot(row, row, columns);
+    });
   });
+  for (double& value : out) value = std::sqrt(value);
   return out;
 }
 
+double normalising_power_of_two(const Rows& x) {
+  const Plainly plainly;
+  const double largest = to_host(at::linalg_vector_norm(x.vector(), INFINITY)).front();
+  if (largest == 0.0 || !std::isfinite(largest)) return largest;
+  const int limit = x.matrix().scalar_type() == at::kDouble ? 1020 : 120;
+  return std::ldexp(1.0, std::clamp(-std::ilogb(largest), -limit, limit));
+}
+
 std::vector<double> to_host(const at::Tensor& values) {
-  const BelowAutograd below;
   const bool direct = values.is_cpu() && values.scalar_type() == at::kDouble && values.is_contiguous();
+  const Plainly plainly;
   const at::Tensor host = direct ? values : values.to(at::kCPU, at::kDouble).contiguous();
   const double* begin = host.const_data_ptr<double>();
   return {begin, begin + host.numel()};
 }
 
 at::Tensor to_device(const std::vector<double>& values, int64_t columns, const at::Tensor& like) {
-  const BelowAutograd below;
+  const Plainly plainly;
   const auto rows = static_cast<int64_t>(values.size()) / columns;
   const at::Tensor host = at::empty({rows, columns}, at::TensorOptions(at::kDouble));
   std::copy(values.begin(), values.end(), host.mutable_data_ptr<double>());
