@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from dynloss_ext import _C
-from dynloss_ext._batches import BatchSums, check_loss, repeatable
+from dynloss_ext._batches import BatchSums, check_loss, check_params, repeatable
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 __all__ = ["CurvatureOperator", "GaussNewtonOperator", "HessianOperator"]
+
+Made = TypeVar("Made", bound="CurvatureOperator")
 
 
 class CurvatureOperator:
@@ -26,18 +28,37 @@ class CurvatureOperator:
         device: likewise.
     """
 
-    def __init__(self, op: _C.SymmetricOperator, like: Tensor) -> None:
-        self._op = op
-        self.shape = (op.size, op.size)
+    def __init__(self, source: _C.SymmetricOperator | BatchSums, like: Tensor) -> None:
+        self._source = source
+        self.shape = (source.size, source.size)
         self.dtype = like.dtype
         self.device = like.device
 
+    @classmethod
+    def _of(cls: type[Made], source: _C.SymmetricOperator | BatchSums, like: Tensor) -> Made:
+        made = cls.__new__(cls)
+        CurvatureOperator.__init__(made, source, like)
+        return made
+
+    @property
+    def _op(self) -> _C.SymmetricOperator:
+        """What the driver calls."""
+        source = self._source
+        if not isinstance(source, BatchSums):
+            return source
+        # Not kept: the garbage collector does not see through the C++ object to a closure that holds this operator.
+        return _C.PythonOperator(source.product, source.size, source.like, symmetric=True)
+
     def __matmul__(self, v: Tensor) -> Tensor:
-        """H v for v of shape (P,), or for every column of v of shape (P, k)."""
+        """H v for v of shape (P,), or for every column of v of shape (P, k).
+
+        Nothing is recorded for autograd: the product is a constant, also where v or a parameter requires grad.
+        """
         _check_vector(v, self)
+        op, v = self._op, v.detach()
         if v.dim() == 1:
-            return self._op.apply(v.detach().contiguous())
-        columns = [self._op.apply(column.contiguous()) for column in v.detach().unbind(1)]
+            return op.apply(v.contiguous())
+        columns = [op.apply(column.contiguous()) for column in v.unbind(1)]
         return torch.stack(columns, dim=1) if columns else torch.empty_like(v)
 
     def to_dense(self) -> Tensor:
@@ -46,14 +67,23 @@ class CurvatureOperator:
 
     def as_scipy(self) -> Any:
         """A `scipy.sparse.linalg.LinearOperator` on NumPy vectors, which travel to the device and back."""
+        import numpy as np
         from scipy.sparse.linalg import LinearOperator
 
-        def product(x: Any) -> Any:
-            v = torch.as_tensor(x, dtype=self.dtype, device=self.device)
-            return (self @ (v.reshape(-1) if v.numel() == self.shape[0] else v)).cpu().numpy()
-
         name = str(self.dtype).removeprefix("torch.")
-        return LinearOperator(self.shape, matvec=product, rmatvec=product, matmat=product, dtype=name)
+
+        def product(x: Any) -> Any:
+            if np.iscomplexobj(x):
+                raise TypeError(f"x must be real, got {x.dtype}")
+            v = torch.from_numpy(np.array(x, dtype=name, order="C")).to(self.device)
+            return (self @ v).cpu().numpy()
+
+        def vector_product(x: Any) -> Any:
+            return product(x.reshape(-1))
+
+        return LinearOperator(
+            self.shape, matvec=vector_product, rmatvec=vector_product, matmat=product, rmatmat=product, dtype=name
+        )
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(shape={self.shape}, dtype={self.dtype}, device={self.device})"
@@ -68,6 +98,7 @@ class HessianOperator(CurvatureOperator):
     Args:
         loss: 0-d tensor with its graph, or a closure without arguments that returns one. A closure is called twice
             and must return the same value both times: the Hessian of a random function (dropout) is not defined.
+            The buffers of its modules and torch's random state stay as they were.
         params: the parameters, in the order in which they make up the flat vector of length P; tensors of one
             dtype (float32 or float64) on one device that require grad. A part of them gives that block of the
             Hessian; see `layers` for many blocks of one backward pass.
@@ -83,17 +114,14 @@ class HessianOperator(CurvatureOperator):
             step that uses these pays for no backward pass of its own. Empty for `from_batches`.
     """
 
+    gradients: tuple[Tensor | None, ...] = ()
+
     def __init__(self, loss: Tensor | Callable[[], Tensor], params: Iterable[Tensor]) -> None:
         checked = check_params(params)
-        self.gradients = _record_gradients(_evaluate(loss), checked)
+        self.gradients = _record_gradients(_evaluate(loss, checked[0].device), checked)
+        if _all_none(self.gradients):
+            raise ValueError("loss does not depend on any of params")
         super().__init__(_C.GraphOperator(self.gradients, checked), checked[0])
-
-    @classmethod
-    def _of(cls, op: _C.SymmetricOperator, like: Tensor, gradients: tuple[Tensor | None, ...]) -> HessianOperator:
-        made = cls.__new__(cls)
-        CurvatureOperator.__init__(made, op, like)
-        made.gradients = gradients
-        return made
 
     @classmethod
     def layers(
@@ -104,13 +132,21 @@ class HessianOperator(CurvatureOperator):
         ``HessianOperator.layers(loss, {name: [p] for name, p in model.named_parameters()})`` gives the spectra of
         single tensors. Groups must not overlap; arguments and errors are those of `HessianOperator`.
         """
-        checked = {name: check_params(params) for name, params in groups.items()}
-        everything = check_params([p for params in checked.values() for p in params])
-        gradients = iter(_record_gradients(_evaluate(loss), everything))
+        if not isinstance(groups, Mapping):
+            raise TypeError(f"groups must be a mapping from names to params, got {type(groups).__name__}")
+        if not groups:
+            raise ValueError("groups must hold at least one group, got none")
+        checked = {name: check_params(params, f"groups[{name!r}]") for name, params in groups.items()}
+        everything = check_params([p for params in checked.values() for p in params], "all groups together")
+        recorded = _record_gradients(_evaluate(loss, everything[0].device), everything)
+        if _all_none(recorded):
+            raise ValueError("loss does not depend on any of the params in groups")
+        gradients = iter(recorded)
         blocks = {}
         for name, params in checked.items():
             own = tuple(next(gradients) for _ in params)
-            blocks[name] = cls._of(_C.GraphOperator(own, params), params[0], own)
+            blocks[name] = cls._of(_C.GraphOperator(own, params), params[0])
+            blocks[name].gradients = own
         return blocks
 
     @classmethod
@@ -125,7 +161,8 @@ class HessianOperator(CurvatureOperator):
         """The Hessian of Σ loss_sum / Σ weight_sum over batches, exactly, however ragged or weighted they are.
 
         Only one batch's graph lives at a time: small batches bound the memory, at the price of one forward and
-        backward pass per batch and product.
+        backward pass per batch and product. The model's mode and buffers and torch's random state stay as they were;
+        every pass starts from another random state.
 
         Args:
             closure: batch -> (loss_sum, weight_sum): the *sum* of the batch's losses, 0-d with its graph, and what
@@ -133,18 +170,19 @@ class HessianOperator(CurvatureOperator):
             params: as in `HessianOperator`.
             batches: iterated over once per product, so not an iterator; each pass must give the same batches.
             process_group: whose processes hold shards of the data (`torch.distributed.group.WORLD` for all); each
-                passes its own batches and the same params, and all must make the same calls. One all-reduce
+                passes its own batches, or none, and the same params, and all must make the same calls. One all-reduce
                 per product; a process that fails makes the others raise instead of waiting for it.
 
         Raises:
             ValueError: the closure is random, or uses BatchNorm in train mode on more than one batch: there the
-                loss of all samples is not a sum over batches.
+                loss of all samples is not a sum over batches; no batch depends on params; the weights do not add up
+                to a finite positive number; params differ between processes. By a product: the losses of this pass
+                over the batches add up to something else than before.
+            RuntimeError: by a product: a parameter was changed in place, another process failed, or v differs between
+                processes.
         """
-        checked = check_params(params)
-        sums = BatchSums(closure, checked, batches, process_group)
-        size = sum(p.numel() for p in checked)
-        like = torch.empty(0, dtype=checked[0].dtype, device=checked[0].device)
-        return cls._of(_C.PythonOperator(sums.product, size, like), like, ())
+        sums = BatchSums(_hessian, ("loss_sum",), closure, params, batches, process_group)
+        return cls._of(sums, sums.like)
 
 
 class GaussNewtonOperator(CurvatureOperator):
@@ -161,42 +199,49 @@ class GaussNewtonOperator(CurvatureOperator):
 
     def __init__(self, loss: Tensor, outputs: Tensor, params: Iterable[Tensor]) -> None:
         checked = check_params(params)
-        if not isinstance(outputs, Tensor) or not outputs.requires_grad:
-            raise ValueError("outputs must be a tensor with its graph")
-        (gradient,) = _record_gradients(check_loss(loss), [outputs], of="outputs")
-        dummy = torch.zeros_like(outputs, requires_grad=True)
-        with torch.enable_grad():
-            pullback = torch.autograd.grad(outputs, checked, dummy, create_graph=True, allow_unused=True)
-        if all(g is None for g in pullback):
+        op = _gauss_newton(checked, check_loss(loss), outputs)
+        if op is None:
             raise ValueError("outputs do not depend on any of params")
-        op = _C.GaussNewtonOperator(outputs, cast(Tensor, gradient), dummy, pullback, checked)
         super().__init__(op, checked[0])
 
+    @classmethod
+    def from_batches(
+        cls,
+        closure: Callable[[Any], tuple[Tensor, Tensor, Tensor | float]],
+        params: Iterable[Tensor],
+        batches: Iterable[Any],
+        *,
+        process_group: ProcessGroup | None = None,
+    ) -> GaussNewtonOperator:
+        """The Gauss-Newton matrix of Σ loss_sum / Σ weight_sum over batches, exactly.
 
-def check_params(params: Iterable[Tensor]) -> list[Tensor]:
-    """The parameters as a list, or an error that says what is wrong with which."""
-    if isinstance(params, Tensor):
-        raise TypeError("params must be an iterable of tensors, got one tensor: pass [tensor]")
-    checked = list(params)
-    if not checked:
-        raise ValueError("params must hold at least one tensor, got none")
-    for i, p in enumerate(checked):
-        if not isinstance(p, Tensor):
-            raise TypeError(f"params[{i}] must be a torch.Tensor, got {type(p).__name__}")
-        if p.dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"params[{i}] must be float32 or float64, got {p.dtype}")
-        if p.dtype != checked[0].dtype or p.device != checked[0].device:
-            raise ValueError(
-                f"params must share one dtype and device: params[0] is {checked[0].dtype} on {checked[0].device}, "
-                f"params[{i}] is {p.dtype} on {p.device}"
-            )
-        if not p.requires_grad:
-            raise ValueError(f"params[{i}] of shape {tuple(p.shape)} does not require grad")
-    if len({id(p) for p in checked}) < len(checked):
-        raise ValueError("params holds the same tensor twice")
-    if sum(p.numel() for p in checked) == 0:
-        raise ValueError("params hold no element at all")
-    return checked
+        Args:
+            closure: batch -> (loss_sum, outputs, weight_sum): as in `HessianOperator.from_batches`, with the outputs
+                from which this loss_sum is computed.
+            params, batches, process_group: as there, and so are the errors.
+        """
+        sums = BatchSums(_gauss_newton, ("loss_sum", "outputs"), closure, params, batches, process_group)
+        return cls._of(sums, sums.like)
+
+
+def _hessian(params: Sequence[Tensor], loss: Tensor) -> _C.GraphOperator | None:
+    """None where the loss does not depend on params."""
+    gradients = _record_gradients(loss, params)
+    return None if _all_none(gradients) else _C.GraphOperator(gradients, params)
+
+
+def _gauss_newton(params: Sequence[Tensor], loss: Tensor, outputs: Tensor) -> _C.GaussNewtonOperator | None:
+    """None where the outputs do not depend on params."""
+    if not isinstance(outputs, Tensor):
+        raise TypeError(f"outputs must be a torch.Tensor, got {type(outputs).__name__}")
+    if not outputs.requires_grad:
+        raise ValueError("outputs must be a tensor with its graph, got one that does not require grad")
+    (gradient,) = _record_gradients(loss, [outputs])
+    if gradient is None:
+        raise ValueError("loss does not depend on outputs")
+    dummy = torch.zeros_like(outputs, requires_grad=True)
+    pullback = _record_gradients(outputs, params, dummy)
+    return None if _all_none(pullback) else _C.GaussNewtonOperator(outputs, gradient, dummy, pullback, params)
 
 
 def _check_vector(v: Tensor, op: CurvatureOperator) -> None:
@@ -209,16 +254,26 @@ def _check_vector(v: Tensor, op: CurvatureOperator) -> None:
         raise ValueError(f"v must be {op.dtype} on {op.device}, got {v.dtype} on {v.device}")
 
 
-def _record_gradients(loss: Tensor, params: Sequence[Tensor], of: str = "any of params") -> tuple[Tensor | None, ...]:
-    """The first backward pass, recorded so that it can be differentiated again."""
+def _record_gradients(of: Tensor, params: Sequence[Tensor], seed: Tensor | None = None) -> tuple[Tensor | None, ...]:
+    """A first backward pass, recorded so that it can be differentiated again."""
     with torch.enable_grad():
-        gradients = torch.autograd.grad(loss, list(params), create_graph=True, allow_unused=True)
-    if all(g is None for g in gradients):
-        raise ValueError(f"loss does not depend on {of}")
+        gradients = torch.autograd.grad(of, list(params), seed, create_graph=True, allow_unused=True)
+    for p, gradient in zip(params, gradients, strict=True):
+        if gradient is not None and gradient.layout != torch.strided:
+            raise ValueError(
+                f"params must have dense gradients, got a {gradient.layout} one for the tensor of shape"
+                f" {tuple(p.shape)}: build nn.Embedding with sparse=False"
+            )
     return gradients
 
 
-def _evaluate(loss: Tensor | Callable[[], Tensor]) -> Tensor:
-    if isinstance(loss, Tensor) or not callable(loss):
+def _all_none(gradients: Iterable[Tensor | None]) -> bool:
+    return all(g is None for g in gradients)
+
+
+def _evaluate(loss: Tensor | Callable[[], Tensor], device: torch.device) -> Tensor:
+    if isinstance(loss, Tensor):
         return check_loss(loss)
-    return repeatable(loss, check_loss)
+    if not callable(loss):
+        raise TypeError(f"loss must be a 0-d torch.Tensor or a closure returning one, got {type(loss).__name__}")
+    return repeatable(loss, check_loss, device)

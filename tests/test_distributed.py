@@ -4,6 +4,7 @@ import os
 import socket
 import traceback
 from datetime import timedelta
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn import functional as F
 
-from dynloss_ext import HessianOperator, eigsh
+from dynloss_ext import GaussNewtonOperator, HessianOperator, eigsh
+from dynloss_ext._batches import all_alike, fingerprint
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
 
@@ -82,6 +84,124 @@ def one_fails_at_the_start(rank, world_size):
     return HessianOperator.from_batches(failing, params, shard(rank, world_size), process_group=dist.group.WORLD).shape
 
 
+def outcomes(*calls):
+    """What each call raises, or None; the processes stay in step whatever happens."""
+    answers = []
+    for call in calls:
+        try:
+            call()
+            answers.append(None)
+        except Exception as error:
+            answers.append(f"{type(error).__name__}: {error}")
+    return answers
+
+
+def operator(rank, world_size, **changes):
+    closure, params = problem()
+    arguments = {"closure": closure, "params": params, "batches": shard(rank, world_size)} | changes
+    return HessianOperator.from_batches(**arguments, process_group=dist.group.WORLD)
+
+
+def one_is_called_wrongly(rank, world_size):
+    _, params = problem()
+    wrong = [
+        {"closure": 3},
+        {"batches": iter([])},
+        {"params": 3},
+        {"params": [params[0].detach()]},
+        {"params": (p for p in [])},
+    ]
+    return outcomes(*[partial(operator, rank, world_size, **(change if rank == 1 else {})) for change in wrong])
+
+
+def params_differ(rank, world_size):
+    def build(change):
+        closure, params = problem()
+        given = list(params)
+        if rank == 1:
+            change(given)
+        return operator(rank, world_size, closure=closure, params=given)
+
+    @torch.no_grad()
+    def by_one_bit(params):
+        params[2].view(-1)[3] = torch.nextafter(params[2].view(-1)[3], params[2].new_tensor(torch.inf))
+
+    @torch.no_grad()
+    def exchanged(params):
+        params[1].copy_(params[1].flip(0))
+
+    changes = (lambda params: params.pop(), by_one_bit, exchanged, lambda params: None)
+    return outcomes(*[partial(build, change) for change in changes])
+
+
+def products_go_wrong(rank, world_size):
+    calls = []
+
+    def stale():
+        closure, params = problem()
+        H = operator(rank, world_size, closure=closure, params=params)
+        if rank == 1:
+            with torch.no_grad():
+                params[0].add_(1)
+        H @ torch.ones(H.shape[0], dtype=torch.float64)
+
+    def other_vector():
+        H = operator(rank, world_size)
+        v = torch.ones(H.shape[0], dtype=torch.float64)
+        v[7] += 1e-15 * rank
+        H @ v
+
+    def random():
+        closure, params = problem()
+
+        def noisy(indices):
+            calls.append(1)
+            loss, weight = closure(indices)
+            return loss * (1 + 0.1 * (rank == 1 and len(calls) > 2)), weight
+
+        H = operator(rank, world_size, closure=noisy, params=params)
+        H @ torch.ones(H.shape[0], dtype=torch.float64)
+
+    return outcomes(stale, other_vector, random, partial(operator, rank, world_size))
+
+
+def unequal_shards(rank, world_size):
+    """A process without batches, one whose batches do not depend on params, and nobody who has any."""
+    closure, params = problem()
+    everything = [torch.arange(SAMPLES)]
+    empty = operator(rank, world_size, batches=everything if rank else [])
+    v = torch.linspace(-1, 1, empty.shape[0], dtype=torch.float64)
+    constant = torch.ones((), dtype=torch.float64, requires_grad=True)
+    independent = operator(
+        rank, world_size, closure=closure if rank else lambda _: (constant * 2, 0), params=params, batches=everything
+    )
+    failures = outcomes(
+        partial(operator, rank, world_size, batches=[]),
+        partial(operator, rank, world_size, closure=lambda _: (constant * 2, 1), params=params, batches=everything),
+        partial(operator, rank, world_size, closure=lambda _: (closure(_)[0], -9.0 if rank else 0.5), params=params),
+    )
+    return (empty @ v).tolist(), (independent @ v).tolist(), failures
+
+
+def gauss_newton(rank, world_size):
+    closure, params = gauss_newton_problem()
+    G = GaussNewtonOperator.from_batches(closure, params, shard(rank, world_size), process_group=dist.group.WORLD)
+    return G.to_dense().tolist()
+
+
+def gauss_newton_problem():
+    """In float32, whose message carries the same small integers exactly."""
+    _, params = problem()
+    X = torch.randn(SAMPLES, 2, generator=torch.Generator().manual_seed(0))
+    params = [p.detach().float().requires_grad_() for p in params]
+
+    def closure(indices):
+        z = torch.tanh(X[indices] @ params[0] + params[1]) @ params[2] + params[3]
+        return F.cross_entropy(z, indices % 3, reduction="sum"), z, len(indices)
+
+    return closure, params
+
+
 def run(work, rank, world_size, port, answers):
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
@@ -129,3 +249,70 @@ def test_a_failure_ends_all(work, culprit):
     for rank, answer in spread(work, 2).items():
         expected = "KeyError: 'my own failure'" if rank == culprit else "1 other process(es) of the group failed"
         assert expected in answer
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_wrong_arguments_of_one_process_end_all(world_size):
+    answers = spread(one_is_called_wrongly, world_size)
+    expected = ["closure must be callable", "batches must be", "params must be", "require grad", "at least one tensor"]
+    for rank, messages in answers.items():
+        for message, own in zip(messages, expected, strict=True):
+            assert (own if rank == 1 else "1 other process(es) of the group failed") in message
+
+
+def test_params_that_differ_are_refused_by_all():
+    for messages in spread(params_differ, 2).values():
+        for message in messages[:3]:
+            assert message.startswith("ValueError: params must be the same in all processes of process_group")
+        assert messages[3:] == [None]
+
+
+def test_products_that_go_wrong_end_all():
+    for rank, (stale, vector, random, good) in spread(products_go_wrong, 2).items():
+        assert ("changed in place" if rank == 1 else "1 other process(es) of the group failed") in stale
+        assert vector.startswith("RuntimeError: v must be the same in all processes of process_group")
+        assert random.startswith("ValueError: every pass over batches must give the same losses")
+        assert "(differing in 1 of 2 processes)" in random
+        assert good is None
+
+
+def test_unequal_shards():
+    closure, params = problem()
+    H = HessianOperator.from_batches(closure, params, [torch.arange(SAMPLES)])
+    expected = H @ torch.linspace(-1, 1, H.shape[0], dtype=torch.float64)
+    for *products, failures in spread(unequal_shards, 2).values():
+        for product in products:
+            assert torch.allclose(torch.tensor(product, dtype=torch.float64), expected, rtol=1e-12, atol=1e-15)
+        for message, part in zip(failures, ["at least one batch", "in any batch", "more than 0, got -"], strict=True):
+            assert message.startswith("ValueError")
+            assert part in message
+
+
+def test_gauss_newton_of_one_process():
+    closure, params = gauss_newton_problem()
+    alone = GaussNewtonOperator.from_batches(closure, params, [torch.arange(SAMPLES)]).to_dense()
+    for dense in spread(gauss_newton, 2).values():
+        assert torch.allclose(torch.tensor(dense), alone, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_fingerprints_tell_sums_of_equals_from_all_others(dtype):
+    x = torch.randn(5000, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    own = fingerprint([x, x[:7]])
+    ulp = torch.nextafter(x, torch.full_like(x, torch.inf)) - x
+    others = [[x + ulp * (torch.arange(5000) == i), x[:7]] for i in (0, 4999)]
+    others += [[x[:7], x], [x.view(50, 100), x[:7]], [x.flip(0), x[:7]], [x]]
+    up_and_down = x.clone()
+    up_and_down[3], up_and_down[4] = x[3] + ulp[3], x[4] - ulp[4]
+    for other in [*others, [up_and_down, x[:7]]]:
+        for equals in (1, 2, 4095):
+            sums = (equals * own + fingerprint(other)).to(torch.float32).tolist()
+            assert not all_alike(sums, equals + 1)
+    assert all_alike((4096 * own).to(torch.float32).tolist(), 4096)
+    assert torch.equal(fingerprint([x.view(50, 100).T, x * 0]), fingerprint([x.view(50, 100).T.clone(), -x * 0]))
+
+
+def test_fingerprints_in_pieces(monkeypatch):
+    monkeypatch.setattr("dynloss_ext._batches.CHUNK", 16)
+    x = torch.arange(40, dtype=torch.float64)
+    assert not torch.equal(fingerprint([x]), fingerprint([torch.cat([x[16:32], x[:16], x[32:]])]))

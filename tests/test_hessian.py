@@ -1,6 +1,7 @@
 """HessianOperator: products against the dense Hessian, and everything it must refuse."""
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from curvature_problems import X, Y, dense_hessian, loss_of, mlp
 from torch import nn
 
-from dynloss_ext import HessianOperator, eigsh
+from dynloss_ext import ConvergenceWarning, HessianOperator, eigsh
 
 
 @pytest.mark.parametrize("as_closure", [False, True])
@@ -91,6 +92,138 @@ def test_random_closure_is_refused_and_rng_state_kept():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+class Counter(nn.Module):
+    """In training mode writes to one buffer and replaces another."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("written", torch.zeros(2))
+        self.register_buffer("replaced", torch.zeros(2))
+        self.register_buffer("empty", None)
+
+    def forward(self, x):
+        if self.training:
+            self.written += 1
+            self.replaced = self.replaced + 1
+        return x
+
+
+def batch_norm_model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Tanh(), Counter(), nn.Linear(4, 3)).double()
+
+
+def assert_same_state(model, before, tensors):
+    assert model.training
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, before[name]), name
+        assert buffer is tensors[name], name
+
+
+@pytest.mark.parametrize("how", ["call", "functional", "raises"])
+def test_buffers_stay_as_they_were(how):
+    model = batch_norm_model()
+    params = list(model.parameters())
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    tensors = dict(model.named_buffers())
+
+    def closure():
+        if how == "functional":
+            return F.cross_entropy(torch.func.functional_call(model, dict(model.named_buffers()), (X,)), Y)
+        loss = F.cross_entropy(model(X), Y)
+        if how == "raises":
+            raise KeyError("mine")
+        return loss
+
+    if how == "raises":
+        with pytest.raises(KeyError, match="mine"):
+            HessianOperator(closure, params)
+    else:
+        dense = HessianOperator(closure, params).to_dense()
+        assert dense.isfinite().all()
+    assert_same_state(model, before, tensors)
+    assert not nn.modules.module._global_forward_pre_hooks
+    assert not nn.modules.module._global_forward_hooks
+
+
+def test_buffers_of_a_vmapped_ensemble_stay_as_they_were():
+    model = batch_norm_model()[:2]
+    params, buffers = torch.func.stack_module_state([batch_norm_model()[:2] for _ in range(2)])
+    before = {name: buffer.clone() for name, buffer in buffers.items()}
+
+    def closure():
+        outputs = torch.vmap(lambda p, b: torch.func.functional_call(model, (p, b), (X,)))(params, buffers)
+        return (outputs**3).sum()
+
+    H = HessianOperator(closure, params.values())
+    assert all(torch.equal(buffers[name], before[name]) for name in before)
+    assert (H @ torch.ones(H.shape[0], dtype=torch.float64)).isfinite().all()
+
+
+def test_other_threads_keep_what_they_do_to_buffers():
+    ours, theirs = batch_norm_model(), batch_norm_model()
+
+    def closure():
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(theirs, X).result()
+        return F.cross_entropy(ours(X), Y)
+
+    HessianOperator(closure, ours.parameters())
+    assert ours[1].num_batches_tracked == 0
+    assert theirs[1].num_batches_tracked == 2
+
+
+def test_batch_norm_product_is_that_of_the_batch():
+    model = batch_norm_model()
+    params = list(model.parameters())
+    H = HessianOperator(lambda: F.cross_entropy(model(X), Y), params)
+    dense = HessianOperator(F.cross_entropy(model(X), Y), params).to_dense()
+    assert torch.allclose(H.to_dense(), dense, rtol=1e-12, atol=1e-14)
+
+
+def nan_then(*values):
+    values = iter([torch.nan, *values])
+    return lambda p: (p * 0).sum() + next(values)
+
+
+def test_a_nan_once_is_not_repeatable():
+    p = torch.ones(3, dtype=torch.float64, requires_grad=True)
+    once, always = nan_then(1.0), nan_then(torch.nan)
+    with pytest.raises(ValueError, match=r"same value.*nan"):
+        HessianOperator(lambda: once(p), [p])
+    H = HessianOperator(lambda: always(p), [p])
+    assert H.shape == (3, 3)
+    diverged = torch.full((3,), torch.nan, dtype=torch.float64, requires_grad=True)
+    with pytest.warns(ConvergenceWarning):
+        assert eigsh(HessianOperator(lambda: (diverged**3).sum(), [diverged]), 1).status == "non-finite product"
+
+
+def test_an_infinite_loss_once_is_not_repeatable():
+    p = torch.ones(3, dtype=torch.float64, requires_grad=True)
+    values = iter([torch.inf, 1.0])
+    with pytest.raises(ValueError, match=r"same value.*inf"):
+        HessianOperator(lambda: p.sum() + next(values), [p])
+
+
+def test_products_are_constants_for_autograd():
+    params = mlp()
+    H = HessianOperator(loss_of(params), params)
+    v = torch.ones(H.shape[0], dtype=torch.float64, requires_grad=True)
+    assert not (H @ v).requires_grad
+
+
+def test_inference_mode_is_named():
+    params = mlp()
+    with torch.inference_mode(), pytest.raises(ValueError, match="inference_mode"):
+        HessianOperator(lambda: loss_of(params), params)
+
+
+def test_sparse_gradients_are_refused():
+    model = nn.Embedding(5, 3, sparse=True)
+    with pytest.raises(ValueError, match=r"dense gradients.*sparse_coo.*\(5, 3\)"):
+        HessianOperator((model(torch.tensor([1, 2])) ** 2).sum(), model.parameters())
+
+
 def test_no_python_runs_between_products():
     params = mlp()
     H = HessianOperator(loss_of(params), params)
@@ -164,6 +297,7 @@ def bad_inputs():
     yield "loss shape", torch.stack([good, good]), params, ValueError, "0-d"
     yield "loss graph", good.detach(), params, ValueError, "no graph"
     yield "closure", lambda: 1.0, params, TypeError, "loss must be"
+    yield "params", good, 3, TypeError, "iterable of tensors, got int"
     yield "empty", good, [], ValueError, "at least one"
     yield "one tensor", good, params[0], TypeError, "iterable"
     yield "not tensors", good, ["w"], TypeError, r"params\[0\]"

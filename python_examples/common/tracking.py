@@ -34,18 +34,20 @@ class CurvatureTracker:
     def update(self, row: int) -> None:
         """Records the eigenvalues after update `row`, with the weights of step row + 1."""
         step = row + 1
-        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
 
-        def loss_and_count(batch: Batch) -> tuple[Tensor, Tensor]:
-            logits = torch.func.functional_call(self.model, buffers, (batch.images,))
+        def loss_and_count(batch: Batch) -> tuple[Tensor, int]:
+            logits = self.model(batch.images)
             loss = dynamic_cross_entropy(logits, batch.labels, self.oscillation, step, reduction="sum")
-            return loss, loss.new_tensor(len(batch.labels))
+            return loss, len(batch.labels)
+
+        def mean_loss() -> Tensor:
+            total, count = loss_and_count(self.batches[0])
+            return total / count
 
         with _full_precision():
             parameters = list(self.model.parameters())
             if len(self.batches) == 1:
-                loss, count = loss_and_count(self.batches[0])
-                hessian = HessianOperator(loss / count, parameters)
+                hessian = HessianOperator(mean_loss, parameters)
             else:
                 hessian = HessianOperator.from_batches(loss_and_count, parameters, self.batches)
             result = self.tracker.update(hessian, audit=self._class_has_changed(step))
