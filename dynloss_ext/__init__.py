@@ -4,7 +4,14 @@ from dynloss_ext import _extension as _extension
 from dynloss_ext import reference
 from dynloss_ext.eigen import ConvergenceWarning, EigenResult, EigenTracker, eigsh
 from dynloss_ext.hessian import GaussNewtonOperator, HessianOperator
-from dynloss_ext.instability import Instability, detect_instabilities, instability_threshold, stability_limit
+from dynloss_ext.instability import (
+    Instability,
+    PeriodSegment,
+    detect_instabilities,
+    detect_periods,
+    instability_threshold,
+    stability_limit,
+)
 from dynloss_ext.loss import DynamicCrossEntropyLoss, dynamic_cross_entropy, loss_and_gradient
 from dynloss_ext.ntk import ntk_eigenvalues
 from dynloss_ext.oscillation import Oscillation
@@ -22,8 +29,10 @@ __all__ = [
     "HessianOperator",
     "Instability",
     "Oscillation",
+    "PeriodSegment",
     "SpectralDensity",
     "detect_instabilities",
+    "detect_periods",
     "dynamic_cross_entropy",
     "eigsh",
     "instability_threshold",

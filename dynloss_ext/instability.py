@@ -11,13 +11,27 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+__all__ = [
+    "Instability",
+    "PeriodSegment",
+    "detect_instabilities",
+    "detect_periods",
+    "instability_threshold",
+    "stability_limit",
+]
+
 Array = NDArray[Any]
+
+MIN_COMPARISONS = 7  # so that the shortest default window, 10 jumps in 11 steps, can still read period 2
+DOUBLING_GAIN = 3.0  # each doubling of a cascade lowers the misfit 3.3 times (√(2/(α⁻² + α⁻⁴)), Feigenbaum's α)
+DOUBLING_FLOOR = 1e-3  # of rms(Δ²F): below lie rounding and what is left of a doubling that has decayed
 
 
 @dataclass(frozen=True)
@@ -41,7 +55,7 @@ class Instability:
 class PeriodSegment:
     """A stretch of steps, ends included, in which the loss repeats itself every `period` steps.
 
-    `period` is 1 where the loss moves smoothly and None where no period up to the largest tried fits: chaos.
+    `period` is 1 where the loss moves smoothly and None where no period that was tried fits: chaos.
     """
 
     start: int
@@ -90,6 +104,7 @@ def detect_instabilities(
     Raises:
         ValueError: shapes that differ, steps that do not increase, an unknown rule, a bound that is not
         positive.
+        TypeError: values or bounds that are not real numbers.
     """
     step, loss = _series("step", step, "loss", loss)
     lambda_step, lambda_max = _series("lambda_step", lambda_step, "lambda_max", lambda_max)
@@ -135,11 +150,18 @@ def detect_periods(
     The window is cut into segments of `segment` steps and each is classified by itself:
 
     * Smooth (period 1): the fourth differences are below the second differences in root mean square, as for
-      every oscillation slower than six steps, or the amplitude rms(Δ⁴F)/16 is below `min_amplitude`.
+      every oscillation slower than six steps, or the amplitude rms(Δ⁴F)/16 is at most `min_amplitude`.
       (Differences of that order do not see the trend of F; for F = a(-1)^t the amplitude is a.)
-    * Period p: the smallest p <= `max_period` with rms(F(t+p) - 2F(t) + F(t-p)) <= `tolerance` · rms(Δ²F).
-      The left side vanishes for every p-periodic signal whose amplitude and mean drift linearly.
+    * Period p: let q <= `max_period` be the smallest period whose misfit rms(F(t+q) - 2F(t) + F(t-q)) / rms(Δ²F)
+      is at most `tolerance`; then p is the smallest of q, 2q, 4q, ... <= `max_period` whose misfit is at most 3
+      times that of the best of them, or 1e-3. The misfit vanishes for every periodic signal whose amplitude and
+      mean drift linearly. Noise adds the same to all of them and a true doubling lowers it, however little its
+      branches differ.
     * Otherwise chaotic (None).
+
+    A period above `max_period` reads as its largest part that fits to the tolerance, or as None; so does chaos
+    within narrow bands, as their number. A window shorter than `segment` tries the periods up to a third of its
+    length that leave 7 steps to compare; None there may also be a longer period.
 
     Neighbouring segments of one period are joined.
 
@@ -149,29 +171,37 @@ def detect_periods(
         start: first step to look at, by default the first recorded.
         stop: last step to look at, by default the last recorded.
         max_period: largest period tried.
-        segment: steps that are classified together, at least 3 `max_period`.
+        segment: steps that are classified together, at least 3 `max_period` and 2 `max_period` + 7.
         tolerance: largest relative deviation from periodicity.
-        min_amplitude: oscillations below it (in units of F) count as smooth.
+        min_amplitude: oscillations up to it (in units of F) count as smooth; may be 0.
 
     Returns:
-        Segments that tile the window in order of time; none if the window has fewer than 6 steps.
+        Segments that tile the window in order of time; none if the window has fewer than 11 steps, too few to
+        tell an oscillation from chaos.
 
     Raises:
         ValueError: bad shapes or bounds, or a step that is missing within the window.
+        TypeError: values or bounds that are not real numbers, or a `max_period` or `segment` that is no integer.
     """
     step, loss = _series("step", step, "loss", loss)
-    _check_positive(max_period=max_period, segment=segment, tolerance=tolerance)
-    if segment < max(6, 3 * max_period):
-        raise ValueError(f"segment: got {segment}, expected at least {max(6, 3 * max_period)} (3 max_period)")
+    _check_positive(Integral, max_period=max_period, segment=segment)
+    _check_positive(tolerance=tolerance)
+    _check_number(min_amplitude=min_amplitude)
+    if not 0 <= min_amplitude < math.inf:
+        raise ValueError(f"min_amplitude: got {min_amplitude}, expected a finite number, 0 or above")
+    if segment < _shortest(max_period):
+        raise ValueError(f"segment: got {segment}, expected at least {_shortest(max_period)} for {max_period=}")
     inside = np.ones(len(step), dtype=bool)
     if start is not None:
+        _check_number(start=start)
         inside &= step >= start
     if stop is not None:
+        _check_number(stop=stop)
         inside &= step <= stop
     step, loss = step[inside], loss[inside]
     if np.any(np.diff(step) != 1):
         raise ValueError("step: a step is missing within the window, expected the loss at every step")
-    if len(step) < 6:
+    if len(step) < _shortest(2):
         return []
     segments: list[PeriodSegment] = []
     count = max(1, len(step) // segment)
@@ -194,11 +224,12 @@ def stability_limit(optimizer: torch.optim.Optimizer) -> float:
     * Nesterov: 2(1 + β) / (η(1 + 2β)) - w
 
     (Cohen et al. 2021, arXiv:2103.00065, extended by dampening and weight decay). A learning rate of 0 gives
-    infinity. As in torch, dampening is ignored without momentum.
+    infinity. As in torch, dampening is ignored without momentum. Nesterov's form with β > 1 converges up to the
+    limit too, but not below a curvature of (1 - 1/β)/η - w.
 
     Raises:
-        ValueError: an optimizer other than SGD, `maximize=True`, or parameter groups that differ in these
-        settings.
+        ValueError: an optimizer other than SGD, `maximize=True`, parameter groups that differ in these settings,
+        or settings with which no curvature converges: heavy ball with β >= 1, or β > 0 and τ >= 1.
     """
     if type(optimizer) is not torch.optim.SGD:
         raise ValueError(f"optimizer: got {type(optimizer).__name__}, expected SGD (no limit is known for others)")
@@ -209,28 +240,40 @@ def stability_limit(optimizer: torch.optim.Optimizer) -> float:
     lr, momentum, dampening, weight_decay, nesterov, maximize = settings.pop()
     if maximize:
         raise ValueError("optimizer: got maximize=True, expected an optimizer that minimises")
-    if lr == 0:
-        return math.inf
     if momentum == 0:
         rate = lr
     elif nesterov:
         rate = lr * (1 + 2 * momentum)
     else:
+        for name, value in (("momentum", momentum), ("dampening", dampening)):
+            if not value < 1:
+                raise ValueError(f"optimizer: got {name} {value}, expected below 1 (no curvature converges)")
         rate = lr * (1 - dampening)
-    return (2 * (1 + momentum) / rate if rate > 0 else math.inf) - weight_decay
+    return 2 * (1 + momentum) / rate - weight_decay if rate > 0 else math.inf
+
+
+def to_numpy(value: Any) -> Array:
+    """An array of what is a tensor on any device, a list or an array already."""
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu()
+        if value.dtype == torch.bfloat16:  # NumPy has no such type
+            value = value.float()
+    return np.asarray(value)
 
 
 def _series(step_name: str, step: Any, value_name: str, value: Any) -> tuple[Array, Array]:
     step, value = _vector(step_name, step), _vector(value_name, value)
     if len(step) != len(value):
         raise ValueError(f"{value_name}: got {len(value)} values for {len(step)} steps in {step_name}")
-    if np.any(np.diff(step) <= 0):
-        raise ValueError(f"{step_name}: expected strictly increasing steps")
+    if step.dtype.kind == "u":  # whose differences are never negative
+        step = step.astype(np.int64)
+    if not (np.all(np.isfinite(step)) and np.all(np.diff(step) > 0)):
+        raise ValueError(f"{step_name}: expected finite, strictly increasing steps")
     return step, value.astype(np.float64)
 
 
 def _vector(name: str, value: Any) -> Array:
-    array = np.asarray(value.detach().cpu() if isinstance(value, torch.Tensor) else value)
+    array = to_numpy(value)
     if array.ndim != 1:
         raise ValueError(f"{name}: got shape {array.shape}, expected one dimension")
     if array.dtype.kind not in "iuf":
@@ -238,10 +281,18 @@ def _vector(name: str, value: Any) -> Array:
     return array
 
 
-def _check_positive(**bounds: float) -> None:
+def _check_positive(kind: type = Real, /, **bounds: float) -> None:
+    _check_number(kind, **bounds)
     for name, value in bounds.items():
         if not value > 0:
             raise ValueError(f"{name}: got {value}, expected a positive number")
+
+
+def _check_number(kind: type = Real, /, **numbers: float) -> None:
+    for name, value in numbers.items():
+        if not isinstance(value, kind):
+            expected = "an integer" if kind is Integral else "a real number"
+            raise TypeError(f"{name}: got {value!r}, expected {expected}")
 
 
 def _windows(step: Array, value: Array, jump: float, max_gap: int, min_samples: int) -> list[tuple[int, int]]:
@@ -265,13 +316,26 @@ def _period(loss: Array, max_period: int, tolerance: float, min_amplitude: float
     if not np.all(np.isfinite(loss)):
         return None
     second, fourth = _rms(np.diff(loss, 2)), _rms(np.diff(loss, 4))
-    if fourth < second or fourth / 16 < min_amplitude:
+    rounding = float(np.finfo(loss.dtype).eps * np.max(np.abs(loss)))
+    if fourth < second or fourth / 16 <= max(min_amplitude, rounding):
         return 1
-    for period in range(2, min(max_period, (len(loss) - 1) // 2) + 1):
-        change = loss[2 * period :] - 2 * loss[period:-period] + loss[: -2 * period]
-        if _rms(change) <= tolerance * second:
-            return period
-    return None
+    misfit = {
+        period: _rms(loss[2 * period :] - 2 * loss[period:-period] + loss[: -2 * period]) / second
+        for period in range(2, max_period + 1)
+        if _shortest(period) <= len(loss)
+    }
+    fitting = next((period for period in misfit if misfit[period] <= tolerance), None)
+    if fitting is None:
+        return None
+    doublings = [fitting << times for times in range(len(misfit)) if fitting << times in misfit]
+    bound = max(DOUBLING_GAIN * min(misfit[period] for period in doublings), DOUBLING_FLOOR)
+    return next(period for period in doublings if misfit[period] <= bound)
+
+
+def _shortest(period: int) -> int:
+    """Steps in which a period can be told from chaos, and be it period 2."""
+    period = max(period, 2)
+    return max(3 * period, 2 * period + MIN_COMPARISONS)
 
 
 def _rms(values: Array) -> float:

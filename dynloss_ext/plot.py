@@ -12,7 +12,6 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
@@ -20,7 +19,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, MaxNLocator
 from numpy.typing import NDArray
 
-from dynloss_ext.instability import Instability, PeriodSegment, instability_threshold
+from dynloss_ext.instability import Instability, PeriodSegment, instability_threshold, to_numpy
 
 Array = NDArray[Any]
 
@@ -89,8 +88,9 @@ def trajectory(
     }
     if loss is not None:
         rows["loss"] = _array("loss", loss, 1, len(step))
-    if np.ndim(limit) > 0:
-        limit = _array("limit", limit, 1, len(step))
+    if limit is not None:
+        limit = _array("limit", limit, None)
+        limit = _array("limit", limit, 1, len(step)) if limit.ndim else float(limit)
     eigenvalues = _array("eigenvalues", eigenvalues, 2, len(eig_step)) if len(eig_step) else np.empty((0, 0))
     ntk = _array("ntk", ntk, 1, len(eig_step)) if ntk is not None else None
     names = list(class_names) if class_names is not None else [str(i) for i in range(rows["weights"].shape[1])]
@@ -98,9 +98,9 @@ def trajectory(
         raise ValueError(f"class_names: got {len(names)}, expected {rows['weights'].shape[1]}")
 
     panels = 4 + (len(eig_step) > 0) + (ntk is not None)
-    spans = [(float(step[0]), float(step[-1]))] if len(step) else [(0.0, 1.0)]
+    spans = [_span(step)]
     if zoom is not None:
-        spans.append((float(zoom[0]), float(zoom[1])))
+        spans.append(_span(zoom))
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(5.2 * len(spans) if zoom else 7.2, 1.55 * panels + 0.6), layout="constrained")
         axes = figure.subplots(panels, len(spans), squeeze=False, sharex="col")
@@ -118,10 +118,11 @@ def trajectory(
                 axes[-1, column].plot(eig_step[seen], ntk[seen], color="#5e3c99", lw=0.9)
                 axes[-1, column].set_ylabel(r"NTK $\lambda_{\max}$")
             for axis in axes[:, column]:
+                _dot_single_points(axis)
                 _mark_windows(axis, instabilities)
                 axis.set_xlim(first, last)
             axes[-1, column].set_xlabel("step")
-            axes[-1, column].xaxis.set_major_locator(MaxNLocator(7, integer=True))
+            axes[-1, column].xaxis.set_major_locator(MaxNLocator(7, integer=True, min_n_ticks=1))
         if zoom is not None:
             _mark_zoom(axes, zoom)
         for axis in axes[:, 1:].flat:
@@ -155,12 +156,14 @@ def phase_diagram(
         title: a line above the map.
 
     Raises:
-        ValueError: `values` or `spread` of another shape than (m, n).
+        ValueError: `values` or `spread` of another shape than (m, n), no period or no amplitude.
     """
     periods, amplitudes = _array("periods", periods, 1), _array("amplitudes", amplitudes, 1)
     values = _array("values", values, 2, len(amplitudes))
     if values.shape[1] != len(periods):
         raise ValueError(f"values: got shape {values.shape}, expected {(len(amplitudes), len(periods))}")
+    if values.size == 0:
+        raise ValueError(f"values: got shape {values.shape}, expected at least one period and one amplitude")
     if spread is not None:
         spread = _array("spread", spread, 2, len(amplitudes))
         if spread.shape != values.shape:
@@ -205,32 +208,39 @@ def spectral_density(
 
     Args:
         grid: (G,) points λ, or (D, G).
-        density: (G,) density, or (D, G) for D moments of a run, coloured by `step`.
+        density: (G,) density, or (D, G) for D moments of a run, coloured by `step`. What is not finite is left
+            out, as everywhere.
         stderr: standard error of `density`, drawn as a band.
         step: (D,) steps of the rows of a (D, G) density.
-        eigenvalues: (k,) eigenvalues known exactly, drawn as ticks.
+        eigenvalues: (k,) eigenvalues known exactly, drawn as ticks; the axis reaches all of them.
         title: a line above the axes.
 
     Raises:
-        ValueError: shapes that do not fit together.
+        ValueError: shapes that do not fit together, no point to draw, a grid that is not finite.
     """
     density = _array("density", density, None)
     if density.ndim not in (1, 2):
         raise ValueError(f"density: got shape {density.shape}, expected (G,) or (D, G)")
+    if density.size == 0:
+        raise ValueError(f"density: got shape {density.shape}, expected at least one point")
     curves = np.atleast_2d(density)
     grids = np.broadcast_to(_array("grid", grid, None), curves.shape) if _fits(grid, curves) else None
     if grids is None:
         raise ValueError(f"grid: got shape {np.shape(grid)}, expected {curves.shape[1:]} or {curves.shape}")
+    if not np.all(np.isfinite(grids)):
+        raise ValueError("grid: expected finite points")
     errors = None if stderr is None else np.atleast_2d(_array("stderr", stderr, density.ndim))
     if errors is not None and errors.shape != curves.shape:
         raise ValueError(f"stderr: got shape {errors.shape}, expected {curves.shape}")
-    steps = None if step is None else _array("step", np.atleast_1d(step), 1, len(curves))
+    steps = None if step is None else _array("step", np.atleast_1d(to_numpy(step)), 1, len(curves))
+    exact = _finite(_array("eigenvalues", [] if eigenvalues is None else eigenvalues, 1))
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(5.6, 3.4), layout="constrained")
         axis = figure.subplots()
         span = (float(steps.min()), float(steps.max())) if steps is not None else (0.0, float(len(curves)))
         norm, colours = Normalize(*span), matplotlib.colormaps["viridis"]
-        top = float(np.nanmax(curves)) if curves.size else 1.0
+        positive = curves[np.isfinite(curves) & (curves > 0)]
+        top = float(positive.max()) if positive.size else 1.0
         for index, (x, y) in enumerate(zip(grids, curves, strict=True)):
             shade = norm(steps[index] if steps is not None else index)
             colour = colours(0.92 * float(shade)) if len(curves) > 1 else EIGENVALUE_COLOURS[1]
@@ -238,12 +248,11 @@ def spectral_density(
             if errors is not None:
                 low, high = np.maximum(y - errors[index], top * 1e-12), y + errors[index]
                 axis.fill_between(x, low, high, color=colour, alpha=0.25, lw=0)
-        if eigenvalues is not None:
-            for value in _array("eigenvalues", eigenvalues, 1):
-                axis.axvline(value, 0, 0.06, color=START_COLOUR, lw=1.0)
+        for value in exact:
+            axis.axvline(value, 0, 0.06, color=START_COLOUR, lw=1.0)
+        axis.set_ylim(top * 1e-7, top * 3)  # before the scale, which warns of a density that is 0 everywhere
         axis.set_yscale("log")
-        axis.set_ylim(top * 1e-7, top * 3)
-        axis.set_xlim(float(grids.min()), float(grids.max()))
+        axis.set_xlim(_reach(grids, exact))
         axis.set_xlabel(r"eigenvalue $\lambda$")
         axis.set_ylabel(r"density $\rho(\lambda)$")
         if len(curves) > 1 and steps is not None:
@@ -304,10 +313,9 @@ def bifurcation(
             axes[1].set_ylabel(r"$\lambda_{\max}$")
             if limit is not None and math.isfinite(limit):
                 axes[1].axhline(limit, color=STOP_COLOUR, lw=1.2, ls=":")
-        if len(step):
-            axes[0].set_xlim(float(step[0]), float(step[-1]))
+        axes[0].set_xlim(_span(step))
         axes[-1].set_xlabel("step")
-        axes[-1].xaxis.set_major_locator(MaxNLocator(7, integer=True))
+        axes[-1].xaxis.set_major_locator(MaxNLocator(7, integer=True, min_n_ticks=1))
         figure.align_ylabels(axes)
         if title:
             figure.suptitle(title, fontsize=10)
@@ -318,7 +326,8 @@ def layer_spectra(spectra: Mapping[str, Any], *, whole: Any = None, title: str |
     """Eigenvalues of the diagonal blocks of the Hessian, a row of dots per layer.
 
     Args:
-        spectra: layer's name -> (k,) eigenvalues, as `eigsh` finds them for `HessianOperator.layers`.
+        spectra: layer's name -> (k,) eigenvalues, as `eigsh` finds them for `HessianOperator.layers`. What is not
+            finite is left out.
         whole: (m,) eigenvalues of the whole Hessian, drawn as lines through all rows. A block's largest never
             exceeds the whole's (Cauchy's interlacing).
         title: a line above the axes.
@@ -328,11 +337,11 @@ def layer_spectra(spectra: Mapping[str, Any], *, whole: Any = None, title: str |
     """
     if not spectra:
         raise ValueError("spectra: got no layer, expected at least one")
-    rows = {name: _array(f"spectra[{name!r}]", values, 1) for name, values in spectra.items()}
+    rows = {name: _finite(_array(f"spectra[{name!r}]", values, 1)) for name, values in spectra.items()}
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(5.6, 1.0 + 0.3 * len(rows)), layout="constrained")
         axis = figure.subplots()
-        lines = _array("whole", [] if whole is None else whole, 1)
+        lines = _finite(_array("whole", [] if whole is None else whole, 1))
         for index, value in enumerate(lines):
             axis.axvline(value, color="#bbbbbb", lw=0.8, zorder=1, label="whole Hessian" if index == 0 else None)
         for row, values in enumerate(rows.values()):
@@ -341,7 +350,7 @@ def layer_spectra(spectra: Mapping[str, Any], *, whole: Any = None, title: str |
         axis.set_yticks(range(len(rows)), list(rows))
         axis.set_ylim(len(rows) - 0.5, -0.5)
         everything = np.concatenate([*rows.values(), lines])
-        low, high = (float(np.nanmin(everything)), float(np.nanmax(everything))) if everything.size else (0.0, 1.0)
+        low, high = (float(everything.min()), float(everything.max())) if everything.size else (0.0, 1.0)
         reach = max(abs(low), abs(high))
         if reach > 0:  # linear within a hundredth of the largest decade, logarithmic beyond
             linear = 10.0 ** (math.floor(math.log10(reach)) - 2)
@@ -358,12 +367,30 @@ def layer_spectra(spectra: Mapping[str, Any], *, whole: Any = None, title: str |
 
 
 def _array(name: str, value: Any, ndim: int | None, length: int | None = None) -> Array:
-    array = np.asarray(value.detach().cpu() if isinstance(value, torch.Tensor) else value)
+    array = to_numpy(value)
     if ndim is not None and array.ndim != ndim:
         raise ValueError(f"{name}: got shape {array.shape}, expected {ndim} dimension(s)")
     if length is not None and len(array) != length:
         raise ValueError(f"{name}: got {len(array)} rows, expected {length}")
     return array
+
+
+def _finite(values: Array) -> Array:
+    return values[np.isfinite(values)]
+
+
+def _span(step: Any) -> tuple[float, float]:
+    """Limits of an axis of steps, which matplotlib wants apart even for a single one."""
+    first, last = (float(step[0]), float(step[-1])) if len(step) else (0.0, 1.0)
+    return (first, last) if first != last else (first - 0.5, last + 0.5)
+
+
+def _reach(grid: Array, exact: Array) -> tuple[float, float]:
+    """Limits that show the whole grid and, with room around their ticks, the exact eigenvalues beyond it."""
+    low, high = float(grid.min()), float(grid.max())
+    margin = 0.02 * (np.max(exact, initial=high) - np.min(exact, initial=low))
+    beyond = exact[(exact < low) | (exact > high)]
+    return _span((np.min(beyond - margin, initial=low), np.max(beyond + margin, initial=high)))
 
 
 def _fits(grid: Any, curves: Array) -> bool:
@@ -386,7 +413,9 @@ def _step_panels(axes: Array, step: Array, rows: dict[str, Array], names: list[s
         axes[1].plot(step, rows["loss"], color="#bbbbbb", label="plain cross-entropy", **style)
     axes[1].plot(step, rows["weighted_loss"], color="black", label="dynamical loss $F$", **style)
     axes[1].set_ylabel("loss")
-    axes[2].plot(step[1:], np.diff(rows["weighted_loss"]), color="#7b3294", **style)
+    with np.errstate(invalid="ignore"):  # a diverged run stays infinite
+        change = np.diff(rows["weighted_loss"])
+    axes[2].plot(step[1:], change, color="#7b3294", **style)
     axes[2].set_ylabel(r"$F(t)-F(t-1)$")
     axes[3].plot(step, rows["accuracy"], color="#2c7bb6", **style)
     axes[3].set_ylabel("accuracy")
@@ -430,6 +459,12 @@ def _legend_above(axis: Axes, title_left: str | None = None) -> None:
         handles, labels = [Line2D([], [], lw=0), *handles], [title_left, *labels]
     place: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1.0, 0.97), "borderpad": 0.1}
     axis.legend(handles, labels, ncols=len(handles), handlelength=1.4, columnspacing=1.2, **place)
+
+
+def _dot_single_points(axis: Axes) -> None:
+    for line in axis.get_lines():
+        if np.size(line.get_xdata()) == 1:  # no line leads to it
+            line.set_marker(".")
 
 
 def _mark_windows(axis: Axes, instabilities: Sequence[Instability]) -> None:

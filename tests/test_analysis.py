@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from common.analysis import analyse
+from common.analysis import analyse, cascade
+from dynloss_ext import PeriodSegment
 
 
 def metrics(first_of_third_window):
@@ -24,3 +25,10 @@ def test_branch_threshold_averages_the_branches_and_survives_a_leap():
         analysis = analyse(metrics(first))
         assert len(analysis.oscillating) == 3
         assert analysis.branch_threshold == pytest.approx(2.0, abs=1e-12)
+
+
+def test_cascade_in_words():
+    periods = (1, 2, 4, None, 2)
+    segments = [PeriodSegment(64 * i, 64 * i + 63, period) for i, period in enumerate(periods)]
+    assert cascade(segments) == "smooth → 2 → 4 → chaos → 2"
+    assert cascade([]) == "too short"

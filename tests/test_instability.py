@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+import dynloss_ext
+from dynloss_ext import instability
 from dynloss_ext.instability import (
     Instability,
     detect_instabilities,
@@ -128,22 +130,110 @@ def test_first_instability_of_the_shipped_cut():
 # ---- periods ---------------------------------------------------------------------------------------------
 
 
+# Textbook: doublings at 3, 3.4495, 3.5441, 3.5644 and 3.5688; chaos from 3.5699; a window of period 3 at 3.8284 that
+# doubles at 3.8415 and 3.8476.
+LOGISTIC_PERIODS = [
+    (2.8, 1),
+    (3.2, 2),
+    (3.5, 4),
+    (3.55, 8),
+    (3.56, 8),
+    (3.566, 16),
+    (3.5685, 16),
+    (3.7, None),
+    (3.83, 3),
+    (3.845, 6),
+    (3.9, None),
+    (3.95, None),
+]
+
+
+@pytest.mark.parametrize("length", [64, 1000])
+@pytest.mark.parametrize(("growth", "period"), LOGISTIC_PERIODS)
+def test_periods_of_the_logistic_map(growth, period, length):
+    (segment,) = detect_periods(np.arange(length), logistic_map(growth, length))
+    assert (segment.start, segment.stop, segment.period) == (0, length - 1, period)
+
+
+@pytest.mark.parametrize("scale", [1e-2, 1e6])
+@pytest.mark.parametrize(("growth", "period"), LOGISTIC_PERIODS)
+def test_periods_do_not_depend_on_the_units_of_the_loss(growth, period, scale):
+    loss = 3 * scale + scale * logistic_map(growth, 64)
+    assert [s.period for s in detect_periods(np.arange(64), loss)] == [period]
+
+
 @pytest.mark.parametrize(
-    (
-        "growth",
-        "period",
-    ),  # textbook: doublings at 3, 3.4495, 3.5441, 3.5644; chaos from 3.5699; a 3-window at 3.83
-    [(2.8, 1), (3.2, 2), (3.5, 4), (3.56, 8), (3.5685, 16), (3.7, None), (3.84, 3), (3.95, None)],
+    ("growth", "period", "loudest"),  # noise above the distance of the last branches hides them
+    [(3.2, 2, 5e-2), (3.5, 4, 3e-2), (3.55, 8, 1e-2), (3.566, 16, 1e-3), (3.83, 3, 3e-2)],
 )
-def test_periods_of_the_logistic_map(growth, period):
-    (segment,) = detect_periods(np.arange(1000), logistic_map(growth), tolerance=0.02)
-    assert (segment.start, segment.stop, segment.period) == (0, 999, period)
+def test_noise_invents_no_doubling_and_hides_none_above_it(growth, period, loudest):
+    clean = logistic_map(growth, 64 * 50)
+    for noise in (1e-4, 1e-3, 1e-2, 5e-2):
+        loss = clean + noise * clean.std() * np.random.default_rng(0).normal(size=len(clean))
+        found = {s.period for s in detect_periods(np.arange(len(loss)), loss)}
+        if noise <= loudest:
+            assert found == {period}, noise
+        else:
+            assert max(found) <= period, noise
+
+
+STEP = np.arange(64)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        1 - 0.02 * STEP + (0.02 + 5e-4 * STEP) * (-1.0) ** STEP,
+        1e-4 * STEP**2 + (0.02 + 1e-5 * STEP**2) * (-1.0) ** STEP,
+        0.05 * np.exp(-STEP / 20) * (-1.0) ** STEP,
+        np.exp(-STEP / 30) + 0.05 * np.exp(-STEP / 20) * (-1.0) ** STEP,
+        1e-3 * np.exp(STEP / 20) * (-1.0) ** STEP,
+        0.05 * np.sin(2 * np.pi * STEP / 40) + 0.02 * (-1.0) ** STEP,
+        5e-3 * np.sin(2 * np.pi * STEP / 14.3) + 0.02 * (-1.0) ** STEP,
+    ],
+    ids=["linear", "quadratic", "decaying", "decaying with its mean", "growing", "on a slow swing", "on a swing"],
+)
+def test_a_period_2_that_drifts_stays_2(loss):
+    assert [s.period for s in detect_periods(STEP, loss)] == [2]
+
+
+def test_a_period_above_the_largest_reads_as_its_divisor_that_fits_or_as_chaos():
+    step = np.arange(256)
+    pattern = np.random.default_rng(0).normal(size=32)
+    assert [s.period for s in detect_periods(step, pattern[step % 32])] == [None]
+    halves_alike = pattern[step % 16] + 0.01 * pattern[step % 32]
+    assert [s.period for s in detect_periods(step, halves_alike)] == [16]
+    assert [s.period for s in detect_periods(step, halves_alike, max_period=32, segment=96)] == [32]
+
+
+@pytest.mark.parametrize("length", [11, 12, 16, 24, 32, 48])
+def test_chaos_in_a_short_window_is_rarely_called_periodic(length):
+    chaos = logistic_map(3.9, 300 * length).reshape(300, length)
+    found = [detect_periods(np.arange(length), loss) for loss in chaos]
+    assert sum(segment.period is not None for (segment,) in found) <= 9  # 3 %; near an unstable cycle it repeats
+
+
+@pytest.mark.parametrize(("max_period", "segment"), [(1, 11), (2, 11), (3, 13), (7, 21), (16, 48)])
+def test_the_shortest_segment_still_reads_the_largest_period(max_period, segment):
+    loss = np.random.default_rng(0).normal(size=max_period)[np.arange(segment) % max_period]
+    options = {"max_period": max_period, "min_amplitude": 0}
+    assert [s.period for s in detect_periods(np.arange(segment), loss, segment=segment, **options)] == [max_period]
+    with pytest.raises(ValueError, match=f"segment: got {segment - 1}, expected at least {segment} for max_period="):
+        detect_periods(np.arange(segment), loss, segment=segment - 1, **options)
+
+
+def test_short_windows_try_periods_up_to_a_third_of_their_length():
+    step = np.arange(24)
+    pattern = np.random.default_rng(0).normal(size=9)
+    assert [s.period for s in detect_periods(step[:11], (-1.0) ** step[:11])] == [2]
+    assert [s.period for s in detect_periods(step, pattern[step % 8])] == [8]
+    assert [s.period for s in detect_periods(step, pattern[step % 9])] == [None]
 
 
 def test_a_cascade_is_measured_in_order_and_tiles_the_window():
     growths = (2.8, 3.2, 3.5, 3.56, 3.7, 3.2)
     loss = np.concatenate([logistic_map(growth, 640) for growth in growths])
-    segments = detect_periods(np.arange(100, 100 + len(loss)), loss, tolerance=0.05)
+    segments = detect_periods(np.arange(100, 100 + len(loss)), loss)
     assert [s.period for s in segments] == [1, 2, 4, 8, None, 2]
     assert [s.start for s in segments] == [100 + 640 * i for i in range(6)]
     assert all(a.stop + 1 == b.start for a, b in itertools.pairwise(segments))
@@ -174,8 +264,27 @@ def test_noise_and_divergence_are_chaotic():
     assert [s.period for s in detect_periods(np.arange(256), noise)] == [None]
 
 
-def test_a_window_too_short_for_differences_has_no_segment():
-    assert detect_periods(np.arange(5), np.zeros(5)) == []
+@pytest.mark.parametrize("loss", [np.zeros(100), np.full(100, 0.1), 7 + 0.1 * np.arange(100)])
+def test_rounding_is_no_oscillation(loss):
+    assert [s.period for s in detect_periods(np.arange(100), loss, min_amplitude=0)] == [1]
+
+
+def test_tiny_oscillations_count_where_min_amplitude_allows():
+    loss = 1e-7 * (-1.0) ** np.arange(100)
+    assert [s.period for s in detect_periods(np.arange(100), loss, min_amplitude=0)] == [2]
+
+
+@pytest.mark.parametrize("length", [0, 5, 10])
+def test_a_window_too_short_to_tell_has_no_segment(length):
+    assert detect_periods(np.arange(length), logistic_map(3.9, length)) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_tensors_of_every_real_type_are_accepted(dtype):
+    loss = torch.tensor([0.5, 1.5], dtype=dtype).repeat(50).requires_grad_()
+    assert [s.period for s in detect_periods(torch.arange(100), loss)] == [2]
+    (window,) = detect_instabilities(torch.arange(100), loss, torch.tensor([0]), torch.tensor([2.0], dtype=dtype))
+    assert window == Instability(0, 99, 2.0, 2.0)
 
 
 # ---- stability limit -------------------------------------------------------------------------------------
@@ -201,13 +310,46 @@ def final_distance(curvature, settings, steps=6000):
         {"lr": 0.3, "dampening": 0.5},  # without momentum torch ignores it
         {"lr": 0.1, "momentum": 0.9},
         {"lr": 0.1, "momentum": 0.5, "dampening": 0.3, "weight_decay": 0.2},
+        {"lr": 0.1, "momentum": 0.9, "dampening": -0.5},
         {"lr": 0.1, "momentum": 0.9, "nesterov": True},
+        {"lr": 0.1, "momentum": 1.0, "nesterov": True},  # its damping grows with the curvature
+        {"lr": 0.1, "momentum": 1.2, "nesterov": True},
         {"lr": 0.2, "momentum": 0.6, "nesterov": True, "weight_decay": 0.1},
     ],
 )
 def test_sgd_on_a_quadratic_converges_below_the_limit_and_diverges_above(settings):
     assert final_distance(lambda limit: 0.99 * limit, settings) < 1e-6
     assert final_distance(lambda limit: 1.01 * limit, settings) > 1e6
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"momentum": 1.0}, "got momentum 1.0, expected below 1"),
+        ({"momentum": 1.1}, "got momentum 1.1, expected below 1"),
+        ({"momentum": 0.9, "dampening": 1.0}, "got dampening 1.0, expected below 1"),
+        ({"momentum": 0.9, "dampening": 1.5}, "got dampening 1.5, expected below 1"),
+    ],
+)
+def test_settings_with_which_no_curvature_converges_are_refused(settings, message):
+    for curvature in (0.07, 0.7, 7.0, 70.0):
+        weight = torch.tensor([1.0], dtype=torch.float64, requires_grad=True)
+        optimizer = torch.optim.SGD([weight], lr=0.1, **settings)
+        distance = []
+        for _ in range(4000):
+            weight.grad = curvature * weight.detach()
+            optimizer.step()
+            distance.append(abs(weight.item()))
+        assert not max(distance[2000:]) < 1e-3  # plain descent is at 1e-6 after 2000 steps
+    with pytest.raises(ValueError, match=message):
+        stability_limit(optimizer)
+
+
+def test_nesterov_with_momentum_above_one_needs_a_curvature_too():
+    settings = {"lr": 0.1, "momentum": 1.2, "nesterov": True}
+    least = (1 - 1 / 1.2) / 0.1
+    assert final_distance(lambda _: 0.9 * least, settings) > 1e6
+    assert final_distance(lambda _: 1.1 * least, settings) < 1e-6
 
 
 def test_limit_of_a_tensor_learning_rate_and_of_zero():
@@ -236,7 +378,11 @@ def test_unknown_limits_are_refused():
         ({"loss": np.zeros(9)}, "loss: got 9 values for 10 steps"),
         ({"loss": np.zeros((10, 1))}, r"loss: got shape \(10, 1\)"),
         ({"lambda_max": np.zeros((2, 3))}, r"lambda_max: got shape \(2, 3\)"),
-        ({"step": np.zeros(10)}, "step: expected strictly increasing"),
+        ({"step": np.zeros(10)}, "step: expected finite, strictly increasing"),
+        ({"step": np.where(np.arange(10) == 3, np.nan, np.arange(10))}, "step: expected finite"),
+        ({"step": np.arange(10, dtype=np.uint64)[::-1]}, "step: expected finite, strictly increasing"),
+        ({"lambda_step": [0, math.nan]}, "lambda_step: expected finite"),
+        ({"lambda_step": [math.nan], "lambda_max": [1.0]}, "lambda_step: expected finite"),
         ({"loss_jump": 0.0}, "loss_jump: got 0.0"),
         ({"max_gap": -1}, "max_gap: got -1"),
         ({"min_samples": 0}, "min_samples: got 0"),
@@ -246,6 +392,36 @@ def test_bad_arguments_are_named(change, message):
     arguments = {"step": np.arange(10), "loss": np.zeros(10), "lambda_step": [0, 5], "lambda_max": [1.0, 1.0]}
     with pytest.raises(ValueError, match=message):
         detect_instabilities(**{**arguments, **change})
+
+
+@pytest.mark.parametrize("name", ["loss_jump", "lambda_jump", "max_gap", "min_samples"])
+def test_bounds_that_are_no_numbers_are_named(name):
+    with pytest.raises(TypeError, match=f"{name}: got '3', expected a real number"):
+        detect_instabilities(np.arange(10), np.zeros(10), [], [], **{name: "3"})
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"min_amplitude": math.nan}, ValueError, "min_amplitude: got nan, expected a finite number, 0 or above"),
+        ({"min_amplitude": -1e-3}, ValueError, "min_amplitude: got -0.001"),
+        ({"min_amplitude": "3"}, TypeError, "min_amplitude: got '3', expected a real number"),
+        ({"tolerance": math.nan}, ValueError, "tolerance: got nan"),
+        ({"tolerance": None}, TypeError, "tolerance: got None"),
+        ({"max_period": 2.5}, TypeError, "max_period: got 2.5, expected an integer"),
+        ({"segment": "64"}, TypeError, "segment: got '64', expected an integer"),
+        ({"start": "3"}, TypeError, "start: got '3'"),
+        ({"stop": "3"}, TypeError, "stop: got '3'"),
+    ],
+)
+def test_bad_bounds_of_detect_periods_are_named(change, error, message):
+    with pytest.raises(error, match=message):
+        detect_periods(np.arange(100), np.zeros(100), **change)
+
+
+def test_public_names_are_exported():
+    assert set(instability.__all__) <= set(dynloss_ext.__all__)
+    assert all(getattr(dynloss_ext, name) is getattr(instability, name) for name in instability.__all__)
 
 
 def test_bad_arguments_of_detect_periods_are_named():

@@ -121,6 +121,37 @@ def test_trajectory_refuses_arrays_that_do_not_fit(run, change, message):
         draw(run, **change)
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("start", [0, 7])
+def test_trajectory_of_a_single_step_is_a_dot(start):
+    one = {"weights": np.ones((1, 3)), "weighted_loss": [0.5], "accuracy": [0.9], "loss": [0.5]}
+    figure = plot.trajectory([start], **one, eig_step=[start], eigenvalues=[[2.0]], zoom=(start, start))
+    for axis in figure.axes:
+        assert axis.get_xlim() == (start - 0.5, start + 0.5)
+        assert all(line.get_marker() == "." for line in axis.get_lines() if len(line.get_xdata()) == 1)
+    assert rendered(figure)
+    assert rendered(plot.bifurcation([start], [0.5]))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_diverged_run_can_be_drawn(run, value):
+    loss = np.where(run["step"] < 4900, run["weighted_loss"], value)
+    eigenvalues = np.where(run["eig_step"][:, None] < 4900, run["eigenvalues"], value)
+    assert rendered(draw(run, weighted_loss=loss, eigenvalues=eigenvalues))
+
+
+def test_bfloat16_is_drawn():
+    ones = torch.ones(4, dtype=torch.bfloat16)
+    curves = {"weights": ones[:, None], "weighted_loss": ones, "accuracy": ones}
+    assert rendered(plot.trajectory(torch.arange(4), **curves, limit=2 * ones[0]))
+    assert rendered(plot.trajectory(torch.arange(4), **curves, limit=2 * ones))
+    assert rendered(plot.phase_diagram([1, 2], [3, 4], ones.reshape(2, 2)))
+    assert rendered(plot.spectral_density(torch.arange(4), ones, step=ones[0], eigenvalues=ones))
+    assert rendered(plot.bifurcation(torch.arange(4), ones))
+    assert rendered(plot.layer_spectra({"a": ones}))
+
+
 def test_phase_diagram_puts_amplitudes_in_rows():
     values = np.array([[0.70, 0.72, 0.74], [0.71, np.nan, 0.79]])
     figure = plot.phase_diagram([10, 100, 1000], [2, 50], values, baseline=0.73, spread=np.full((2, 3), 0.01))
@@ -144,6 +175,8 @@ def test_phase_diagram_refuses_a_transposed_map():
         plot.phase_diagram([10, 100, 1000], [2, 50], np.zeros((3, 2)))
     with pytest.raises(ValueError, match=r"spread: got shape \(2, 2\), expected \(2, 3\)"):
         plot.phase_diagram([10, 100, 1000], [2, 50], np.zeros((2, 3)), spread=np.zeros((2, 2)))
+    with pytest.raises(ValueError, match=r"values: got shape .*, expected at least one period"):
+        plot.phase_diagram([], [1], np.empty((1, 0)))
 
 
 def test_spectral_density_of_one_moment_and_of_several():
@@ -165,6 +198,36 @@ def test_spectral_density_refuses_shapes_that_do_not_fit():
         plot.spectral_density(np.zeros(4), np.ones(4), stderr=np.ones(3))
     with pytest.raises(ValueError, match="step: got 3 rows, expected 2"):
         plot.spectral_density(np.zeros(4), np.ones((2, 4)), step=[1, 2, 3])
+
+
+@pytest.mark.parametrize(
+    ("grid", "density", "message"),
+    [
+        ([], [], r"density: got shape \(0,\), expected at least one point"),
+        (np.zeros(5), np.empty((0, 5)), r"density: got shape \(0, 5\)"),
+        ([0.0, np.nan], [1.0, 1.0], "grid: expected finite points"),
+    ],
+)
+def test_spectral_density_without_a_point_is_refused(grid, density, message):
+    with pytest.raises(ValueError, match=message):
+        plot.spectral_density(grid, density)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("density", [[np.nan, np.nan], [0.0, 0.0], [1.0, np.inf], [np.nan, 1.0]])
+def test_spectral_density_of_a_run_that_failed_can_be_drawn(density):
+    figure = plot.spectral_density([0.0, 1.0], density)
+    assert figure.axes[0].get_ylim() == pytest.approx((1e-7, 3))
+    assert rendered(figure)
+
+
+@pytest.mark.filterwarnings("error")
+def test_spectral_density_shows_exact_eigenvalues_beyond_the_grid():
+    grid = np.linspace(-1, 3, 50)
+    for exact, (low, high) in (([7.5], (-1, 7.67)), ([-2.0], (-2.1, 3)), ([2.0, np.nan, np.inf], (-1, 3))):
+        axis = plot.spectral_density(grid, np.exp(-(grid**2)), eigenvalues=exact).axes[0]
+        assert axis.get_xlim() == pytest.approx((low, high))
+    assert rendered(plot.spectral_density([1.0], [2.0]))
 
 
 def test_bifurcation_colours_every_step_by_its_period(run):
@@ -204,3 +267,13 @@ def test_layer_spectra_has_a_row_for_every_layer():
         plot.layer_spectra({})
     with pytest.raises(ValueError, match="spectra\\['a'\\]: got shape"):
         plot.layer_spectra({"a": np.zeros((2, 2))})
+
+
+@pytest.mark.filterwarnings("error")
+def test_layer_spectra_leaves_out_what_is_not_finite():
+    figure = plot.layer_spectra({"a": [np.inf, 1.0, -3.0], "b": [np.nan]}, whole=[5.0, np.inf])
+    (axis,) = figure.axes
+    dots = [line.get_xdata().tolist() for line in axis.get_lines() if line.get_marker() == "o"]
+    assert dots == [[1.0, -3.0], []]
+    assert axis.get_xlim() == pytest.approx((-4.5, 7.5))
+    assert rendered(figure)

@@ -85,11 +85,11 @@ def analyse(
 
 
 def cascade(segments: list[PeriodSegment]) -> str:
-    """The sequence of periods in words: "2 → 4 → 8 → chaos → 2"."""
+    """The sequence of periods in words: "2 → 4 → 8 → chaos → 2"; "too short" for a window without any."""
     names = [
         "chaos" if part.period is None else "smooth" if part.period == 1 else str(part.period) for part in segments
     ]
-    return " → ".join(names)
+    return " → ".join(names) or "too short"
 
 
 def figure(metrics: Metrics, analysis: Analysis, limit: Any = None, title: str | None = None) -> Figure:
