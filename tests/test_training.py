@@ -252,6 +252,7 @@ def test_a_diverging_run_ends_early_and_says_so(tmp_path: Path) -> None:
     [
         ({"amplitude": 0.5}, "amplitude: got 0.5, expected at least 1"),
         ({"classes": 1}, "classes: got 1, expected 2 to 10"),
+        ({"momentum": 1.0}, "momentum: got 1.0, expected less than 1 without nesterov"),
         ({"nesterov": True}, "nesterov: got True, expected a momentum above 0"),
         ({"synthetic": False, "data": Path("/nowhere")}, r"data: got PosixPath\('/nowhere'\), expected an existing"),
         ({"synthetic": False}, "data: got None, expected an existing folder"),

@@ -90,6 +90,8 @@ class TrainingConfig(BaseConfig):
         require("lr", self.lr > 0, "more than 0")
         require("eig_tol", self.eig_tol > 0, "more than 0")
         require("stop_epoch", self.stop_epoch is None or self.stop_epoch >= 0, "0 or more")
+        bounded = self.nesterov or self.momentum < 1
+        require("momentum", bounded, "less than 1 without nesterov: plain momentum is stable at no curvature there")
         require("nesterov", not self.nesterov or self.momentum > 0, "a momentum above 0 with it")
         piecewise = self.schedule == "piecewise"
         require("peak_epoch", not piecewise or self.peak_epoch < self.epochs, f"less than epochs ({self.epochs})")
