@@ -53,6 +53,27 @@ class Spiral:
         logits = torch.relu(self.X @ w1 + b1) @ w2 + b2
         return dynamic_cross_entropy(logits, self.y, self.oscillation, self.step)
 
+    def hessian(self):
+        """(P, P), by hand and quick: the Gauss-Newton matrix and what couples the two layers."""
+        w1, b1, w2, b2 = (p.detach() for p in self.params)
+        inputs = torch.cat([self.X, torch.ones(len(self.X), 1)], dim=1)  # the bias is one more weight
+        before = inputs @ torch.cat([w1, b1[None]])
+        active = (before > 0).to(before)
+        hidden = torch.cat([before * active, torch.ones(len(self.X), 1)], dim=1)
+        p = torch.softmax(hidden @ torch.cat([w2, b2[None]]), dim=1)
+        weight = self.oscillation.weights(self.step)[self.y, None] / len(self.y)
+        residual = weight * (p - torch.nn.functional.one_hot(self.y, 3))
+        curvature = weight[:, :, None] * (torch.diag_embed(p) - p[:, :, None] * p[:, None, :])
+        first = torch.einsum("na,nj,jc->ncaj", inputs, active, w2).flatten(2)
+        second = torch.einsum("nj,cd->ncjd", hidden, torch.eye(3).to(hidden)).flatten(2)
+        jacobian = torch.cat([first, second], dim=2)
+        H = jacobian.flatten(0, 1).T @ (curvature @ jacobian).flatten(0, 1)
+        coupling = torch.diag_embed(torch.einsum("nc,na,nj->acj", residual, inputs, active))
+        coupling = coupling.permute(0, 2, 3, 1).reshape(300, 300)
+        H[:300, 300:600] += coupling
+        H[300:600, :300] += coupling.T
+        return H
+
     def train(self):
         gradients = torch.autograd.grad(self.loss(), self.params)
         with torch.no_grad():
