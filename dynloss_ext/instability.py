@@ -11,12 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
+from dynloss_ext._arguments import check_count, check_number
 
 __all__ = [
     "Instability",
@@ -110,10 +111,12 @@ def detect_instabilities(
     lambda_step, lambda_max = _series("lambda_step", lambda_step, "lambda_max", lambda_max)
     if rule not in ("loss", "lambda"):
         raise ValueError(f"rule: got {rule!r}, expected 'loss' or 'lambda'")
-    _check_positive(loss_jump=loss_jump, lambda_jump=lambda_jump, max_gap=max_gap)
+    loss_jump = check_number("loss_jump", loss_jump, 0, open_low=True)
+    lambda_jump = check_number("lambda_jump", lambda_jump, 0, open_low=True)
+    max_gap = check_count("max_gap", max_gap, 1)
     if min_samples is None:
         min_samples = 10 if rule == "loss" else 1
-    _check_positive(min_samples=min_samples)
+    min_samples = check_count("min_samples", min_samples, 1)
     if rule == "loss":
         windows = _windows(step, loss, loss_jump, max_gap, min_samples)
     else:
@@ -184,20 +187,17 @@ def detect_periods(
         TypeError: values or bounds that are not real numbers, or a `max_period` or `segment` that is no integer.
     """
     step, loss = _series("step", step, "loss", loss)
-    _check_positive(Integral, max_period=max_period, segment=segment)
-    _check_positive(tolerance=tolerance)
-    _check_number(min_amplitude=min_amplitude)
-    if not 0 <= min_amplitude < math.inf:
-        raise ValueError(f"min_amplitude: got {min_amplitude}, expected a finite number, 0 or above")
+    max_period = check_count("max_period", max_period, 1)
+    segment = check_count("segment", segment, 1)
     if segment < _shortest(max_period):
-        raise ValueError(f"segment: got {segment}, expected at least {_shortest(max_period)} for {max_period=}")
+        raise ValueError(f"segment must be >= {_shortest(max_period)} for {max_period=}, got {segment}")
+    tolerance = check_number("tolerance", tolerance, 0, open_low=True)
+    min_amplitude = check_number("min_amplitude", min_amplitude, 0)
     inside = np.ones(len(step), dtype=bool)
     if start is not None:
-        _check_number(start=start)
-        inside &= step >= start
+        inside &= step >= check_number("start", start, -math.inf)
     if stop is not None:
-        _check_number(stop=stop)
-        inside &= step <= stop
+        inside &= step <= check_number("stop", stop, -math.inf)
     step, loss = step[inside], loss[inside]
     if np.any(np.diff(step) != 1):
         raise ValueError("step: a step is missing within the window, expected the loss at every step")
@@ -279,20 +279,6 @@ def _vector(name: str, value: Any) -> Array:
     if array.dtype.kind not in "iuf":
         raise TypeError(f"{name}: got dtype {array.dtype}, expected real numbers")
     return array
-
-
-def _check_positive(kind: type = Real, /, **bounds: float) -> None:
-    _check_number(kind, **bounds)
-    for name, value in bounds.items():
-        if not value > 0:
-            raise ValueError(f"{name}: got {value}, expected a positive number")
-
-
-def _check_number(kind: type = Real, /, **numbers: float) -> None:
-    for name, value in numbers.items():
-        if not isinstance(value, kind):
-            expected = "an integer" if kind is Integral else "a real number"
-            raise TypeError(f"{name}: got {value!r}, expected {expected}")
 
 
 def _windows(step: Array, value: Array, jump: float, max_gap: int, min_samples: int) -> list[tuple[int, int]]:

@@ -218,7 +218,7 @@ def test_the_shortest_segment_still_reads_the_largest_period(max_period, segment
     loss = np.random.default_rng(0).normal(size=max_period)[np.arange(segment) % max_period]
     options = {"max_period": max_period, "min_amplitude": 0}
     assert [s.period for s in detect_periods(np.arange(segment), loss, segment=segment, **options)] == [max_period]
-    with pytest.raises(ValueError, match=f"segment: got {segment - 1}, expected at least {segment} for max_period="):
+    with pytest.raises(ValueError, match=rf"segment must be >= {segment} for max_period=.*, got {segment - 1}"):
         detect_periods(np.arange(segment), loss, segment=segment - 1, **options)
 
 
@@ -383,9 +383,9 @@ def test_unknown_limits_are_refused():
         ({"step": np.arange(10, dtype=np.uint64)[::-1]}, "step: expected finite, strictly increasing"),
         ({"lambda_step": [0, math.nan]}, "lambda_step: expected finite"),
         ({"lambda_step": [math.nan], "lambda_max": [1.0]}, "lambda_step: expected finite"),
-        ({"loss_jump": 0.0}, "loss_jump: got 0.0"),
-        ({"max_gap": -1}, "max_gap: got -1"),
-        ({"min_samples": 0}, "min_samples: got 0"),
+        ({"loss_jump": 0.0}, r"loss_jump must be a number in \(0, inf\), got 0.0"),
+        ({"max_gap": -1}, "max_gap must be >= 1, got -1"),
+        ({"min_samples": 0}, "min_samples must be >= 1, got 0"),
     ],
 )
 def test_bad_arguments_are_named(change, message):
@@ -394,24 +394,32 @@ def test_bad_arguments_are_named(change, message):
         detect_instabilities(**{**arguments, **change})
 
 
-@pytest.mark.parametrize("name", ["loss_jump", "lambda_jump", "max_gap", "min_samples"])
-def test_bounds_that_are_no_numbers_are_named(name):
-    with pytest.raises(TypeError, match=f"{name}: got '3', expected a real number"):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("loss_jump", "a number .*'3'"),
+        ("lambda_jump", "a number .*'3'"),
+        ("max_gap", "an int"),
+        ("min_samples", "an int"),
+    ],
+)
+def test_bounds_that_are_no_numbers_are_named(name, message):
+    with pytest.raises(TypeError, match=f"{name} must be {message}"):
         detect_instabilities(np.arange(10), np.zeros(10), [], [], **{name: "3"})
 
 
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"min_amplitude": math.nan}, ValueError, "min_amplitude: got nan, expected a finite number, 0 or above"),
-        ({"min_amplitude": -1e-3}, ValueError, "min_amplitude: got -0.001"),
-        ({"min_amplitude": "3"}, TypeError, "min_amplitude: got '3', expected a real number"),
-        ({"tolerance": math.nan}, ValueError, "tolerance: got nan"),
-        ({"tolerance": None}, TypeError, "tolerance: got None"),
-        ({"max_period": 2.5}, TypeError, "max_period: got 2.5, expected an integer"),
-        ({"segment": "64"}, TypeError, "segment: got '64', expected an integer"),
-        ({"start": "3"}, TypeError, "start: got '3'"),
-        ({"stop": "3"}, TypeError, "stop: got '3'"),
+        ({"min_amplitude": math.nan}, ValueError, r"min_amplitude must be a number in \[0, inf\), got nan"),
+        ({"min_amplitude": -1e-3}, ValueError, "min_amplitude must be .* got -0.001"),
+        ({"min_amplitude": "3"}, TypeError, "min_amplitude must be a number .* got '3'"),
+        ({"tolerance": math.nan}, ValueError, r"tolerance must be a number in \(0, inf\), got nan"),
+        ({"tolerance": None}, TypeError, "tolerance must be .* got None"),
+        ({"max_period": 2.5}, TypeError, "max_period must be an int, got float"),
+        ({"segment": "64"}, TypeError, "segment must be an int, got str"),
+        ({"start": "3"}, TypeError, "start must be a number .* got '3'"),
+        ({"stop": "3"}, TypeError, "stop must be a number .* got '3'"),
     ],
 )
 def test_bad_bounds_of_detect_periods_are_named(change, error, message):
@@ -425,7 +433,7 @@ def test_public_names_are_exported():
 
 
 def test_bad_arguments_of_detect_periods_are_named():
-    with pytest.raises(ValueError, match="segment: got 32, expected at least 48"):
+    with pytest.raises(ValueError, match="segment must be >= 48 for max_period=16, got 32"):
         detect_periods(np.arange(100), np.zeros(100), segment=32)
     with pytest.raises(ValueError, match="a step is missing"):
         detect_periods(np.arange(0, 200, 2), np.zeros(100))
