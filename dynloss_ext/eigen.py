@@ -92,7 +92,7 @@ def eigsh(
         tol: relative tolerance of the residuals, >= 0.
         v0: (P,) or (P, m): where to start, such as the vectors of a similar problem; random otherwise.
         max_hvp: most products to spend, at least k.
-        max_basis: most basis vectors to hold, the knob of memory: see below.
+        max_basis: most basis vectors to hold, the knob of memory: see above.
         seed: of the random vectors; the global random state is neither read nor changed.
         n: P, for a callable.
         dtype: of the vectors, for a callable; of ``v0`` or the default dtype otherwise.
