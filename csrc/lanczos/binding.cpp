@@ -20,6 +20,7 @@
 #include "operator.h"
 #include "python_operator.h"
 #include "quadrature.h"
+#include "row_algebra.h"
 
 namespace py = pybind11;
 
@@ -126,6 +127,7 @@ void bind_lanczos(py::module_& module) {
   module.def("eigsh", &run_eigsh, py::arg("op"), py::kw_only(), py::arg("k"), py::arg("which"),
              py::arg("tol"), py::arg("v0"), py::arg("max_hvp"), py::arg("max_basis"), py::arg("seed"),
              py::arg("audit"));
+  module.def("take_device_path", &take_device_path, py::arg("on"));
   module.def("tridiagonalize", &run_tridiagonalize, py::arg("op"), py::arg("start"), py::arg("steps"));
 }
 

@@ -7,12 +7,14 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/addmv.h>
 #include <ATen/ops/bmm.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linalg_vector_norm.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/stack.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 
 // Compiled once per instruction set, of which the loader takes the widest that the processor has.
@@ -25,6 +27,8 @@
 namespace dynloss {
 namespace {
 
+std::atomic<bool> device_path = false;
+
 // Beneath autograd and autocast, and without TF32: the accuracy of these sums is that of the eigenvalues.
 class Plainly {
   at::AutoDispatchBelowADInplaceOrView below_;
@@ -35,7 +39,6 @@ class Plainly {
 // Columns that are summed in the dtype of the rows; the sums of such blocks are added in double precision, in
 // an order that depends on no number of threads. Forty rows of a block fit into the second cache.
 constexpr int64_t kBlock = 4096;
-constexpr int64_t kDeviceBlock = 1 << 16;
 // Numbers that are worth a thread.
 constexpr int64_t kGrain = 1 << 16;
 
@@ -113,22 +116,38 @@ void combine_columns(T* to, int64_t stride, const Rows& coefficients, const Rows
   }
 }
 
+// The whole blocks of the columns of x: (blocks, rows, columns of a block); and what is left of them.
+std::pair<at::Tensor, at::Tensor> blocks_and_rest(const at::Tensor& x) {
+  const int64_t blocks = x.size(1) / kBlock, rest = x.size(1) % kBlock;
+  return {x.as_strided({blocks, x.size(0), kBlock}, {kBlock, x.stride(0), 1}, x.storage_offset()),
+          x.narrow(1, blocks * kBlock, rest)};
+}
+
+// Whether sums over rows of x lose nothing that blocks would save.
+bool sums_at_once(const at::Tensor& x) { return x.scalar_type() == at::kDouble || x.size(1) <= kBlock; }
+
 at::Tensor inner_products_on_device(const at::Tensor& a, const at::Tensor& b) {
-  const int64_t length = a.size(1);
-  if (a.scalar_type() == at::kDouble || length <= kDeviceBlock) return at::mm(a, b.t()).to(at::kDouble);
-  const int64_t blocks = length / kDeviceBlock, rest = length % kDeviceBlock;
-  const auto blocked = [&](const at::Tensor& x) {  // (blocks, rows, columns of a block)
-    return x.as_strided({blocks, x.size(0), kDeviceBlock}, {kDeviceBlock, x.stride(0), 1},
-                        x.storage_offset());
-  };
-  const at::Tensor sum = at::bmm(blocked(a), blocked(b).transpose(1, 2)).sum(0, false, at::kDouble);
-  if (rest == 0) return sum;
-  return sum.add_(at::mm(a.narrow(1, length - rest, rest), b.narrow(1, length - rest, rest).t()));
+  if (sums_at_once(a)) return at::mm(a, b.t()).to(at::kDouble);
+  const auto [a_blocks, a_rest] = blocks_and_rest(a);
+  const auto [b_blocks, b_rest] = blocks_and_rest(b);
+  return at::bmm(a_blocks, b_blocks.transpose(1, 2))
+      .sum(0, false, at::kDouble)
+      .add_(at::mm(a_rest, b_rest.t()));
+}
+
+at::Tensor norms_on_device(const at::Tensor& x) {
+  if (sums_at_once(x)) return at::linalg_vector_norm(x, 2, -1);
+  const auto [blocks, rest] = blocks_and_rest(x);
+  const at::Tensor of_blocks = at::linalg_vector_norm(blocks, 2, -1).to(at::kDouble);
+  const at::Tensor of_rest = at::linalg_vector_norm(rest, 2, -1, true).to(at::kDouble);
+  return at::linalg_vector_norm(at::cat({of_blocks.t(), of_rest}, 1), 2, 1);
 }
 
 }  // namespace
 
-bool Rows::on_host() const { return matrix_.is_cpu(); }
+bool Rows::on_host() const { return matrix_.is_cpu() && !device_path; }
+
+void take_device_path(bool on) { device_path = on; }
 
 at::Tensor Rows::tensor() const {
   const Plainly plainly;
@@ -180,7 +199,7 @@ std::vector<double> combination_norms(const Rows& coefficients, const Rows& rows
   if (!rows.on_host()) {
     std::vector<at::Tensor> parts;
     for (const at::Tensor& columns : device_blocks(rows.tensor(), count)) {
-      parts.push_back(at::linalg_vector_norm(at::mm(coefficients.tensor(), columns), 2, 1));
+      parts.push_back(norms_on_device(at::mm(coefficients.tensor(), columns)).to(at::kDouble));
     }
     return to_host(at::linalg_vector_norm(at::stack(parts), 2, 0));
   }
@@ -205,13 +224,13 @@ std::vector<double> combination_norms(const Rows& coefficients, const Rows& rows
 void replace_by_combinations(const at::Tensor& rows, const Rows& coefficients) {
   const Plainly plainly;
   const int64_t count = coefficients.count();
-  if (!rows.is_cpu()) {
+  const Rows all(rows);
+  if (!all.on_host()) {
     for (const at::Tensor& columns : device_blocks(rows, count)) {
       columns.narrow(0, 0, count).copy_(at::mm(coefficients.tensor(), columns));
     }
     return;
   }
-  const Rows all(rows);
   AT_DISPATCH_FLOATING_TYPES(rows.scalar_type(), "replace_by_combinations", [&] {
     for_blocks(all.length(), all.count(), [&](int64_t first, int64_t columns, int64_t) {
       std::vector<scalar_t> combined(count * columns);
@@ -278,7 +297,7 @@ void scale(const Rows& x, double factor) {
 std::vector<double> norms(const Rows& x) {
   if (!x.on_host()) {
     const Plainly plainly;
-    return to_host(at::linalg_vector_norm(x.tensor(), 2, -1));
+    return to_host(norms_on_device(x.tensor()));
   }
   std::vector<double> out(x.count());
   AT_DISPATCH_FLOATING_TYPES(x.matrix().scalar_type(), "norms", [&] {

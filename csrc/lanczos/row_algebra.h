@@ -38,7 +38,7 @@ class Rows {
 };
 
 // Linear algebra of a few long rows in double or single precision on any device. Nothing is recorded for
-// autograd, autocast and TF32 do not reach it, and the result does not depend on the number of threads.
+// autograd, autocast and TF32 do not reach it, and on the host no result depends on the number of threads.
 
 // a bᵀ in double precision: shape (rows of a, rows of b), or (rows of a,) for a single row b.
 at::Tensor inner_products(const Rows& a, const Rows& b);
@@ -71,6 +71,9 @@ double normalising_power_of_two(const Rows& x);
 
 // A small tensor as doubles on the host: the one synchronisation of a decision.
 std::vector<double> to_host(const at::Tensor& values);
+
+// Sends rows on the host the way of those on a device, too: tests check that way without a device.
+void take_device_path(bool on);
 
 // A row-major matrix as a tensor with the dtype and on the device of `like`.
 at::Tensor to_device(const std::vector<double>& values, int64_t columns, const at::Tensor& like);
