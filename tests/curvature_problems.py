@@ -1,5 +1,6 @@
 """Small problems with known second derivatives, shared by the tests of the curvature part."""
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -48,21 +49,30 @@ class Spiral:
         self.eig_step, self.eig_top5 = reference["eig_step"], reference["eig_top5"]
         self.step = 0
 
-    def loss(self):
+    def to(self, device, dtype):
+        """A copy."""
+        moved = copy.copy(self)
+        moved.X, moved.y = self.X.to(device, dtype), self.y.to(device)
+        moved.params = [p.detach().to(device, dtype, copy=True).requires_grad_() for p in self.params]
+        return moved
+
+    def logits(self, rows=slice(None)):
         w1, b1, w2, b2 = self.params
-        logits = torch.relu(self.X @ w1 + b1) @ w2 + b2
-        return dynamic_cross_entropy(logits, self.y, self.oscillation, self.step)
+        return torch.relu(self.X[rows] @ w1 + b1) @ w2 + b2
+
+    def loss(self, rows=slice(None)):
+        return dynamic_cross_entropy(self.logits(rows), self.y[rows], self.oscillation, self.step)
 
     def hessian(self):
         """(P, P), by hand and quick: the Gauss-Newton matrix and what couples the two layers."""
-        w1, b1, w2, b2 = (p.detach() for p in self.params)
+        w1, b1, w2, _ = (p.detach() for p in self.params)
         inputs = torch.cat([self.X, torch.ones(len(self.X), 1)], dim=1)  # the bias is one more weight
         before = inputs @ torch.cat([w1, b1[None]])
         active = (before > 0).to(before)
         hidden = torch.cat([before * active, torch.ones(len(self.X), 1)], dim=1)
-        p = torch.softmax(hidden @ torch.cat([w2, b2[None]]), dim=1)
+        p = torch.softmax(self.logits().detach(), dim=1)
         weight = self.oscillation.weights(self.step)[self.y, None] / len(self.y)
-        residual = weight * (p - torch.nn.functional.one_hot(self.y, 3))
+        residual = weight * (p - F.one_hot(self.y, 3))
         curvature = weight[:, :, None] * (torch.diag_embed(p) - p[:, :, None] * p[:, None, :])
         first = torch.einsum("na,nj,jc->ncaj", inputs, active, w2).flatten(2)
         second = torch.einsum("nj,cd->ncjd", hidden, torch.eye(3).to(hidden)).flatten(2)

@@ -1,8 +1,9 @@
 """Everything that needs a GPU, in one call of less than nine minutes: `python tools/gpu_check.py --out FOLDER`.
 
-Builds the extension for the GPU that is present in a copy of the tree, runs tests/test_cuda.py, checks the machine
-code, runs the kernels under compute-sanitizer where that works, and times the loss against PyTorch, torch.compile, the
-peers that are installed (`pip install .[bench]`) and a plain copy (tests/benchmarks/compare_losses.py). Writes
+Builds the extension for the GPU that is present in a copy of the tree, runs tests/test_cuda*.py, checks the machine
+code, runs the kernels under compute-sanitizer where that works, compares the eigensolvers
+(tests/benchmarks/compare_eigensolvers.py), and times the loss against PyTorch, torch.compile, the peers that are
+installed (`pip install .[bench]`) and a plain copy (tests/benchmarks/compare_losses.py). Writes
 FOLDER/gpu_check.json, which describes the machine, and one log per part; exits with 1 if anything has failed. Parts
 that no time is left for are recorded as skipped.
 """
@@ -111,17 +112,22 @@ def check_all(out: Path, seconds: float) -> bool:
         python, here = sys.executable, {"cwd": tree, "env": environment}
         if not check.run("build", [python, "setup.py", "build_ext", "--inplace"], 180, **here):
             return False
-        pytest = [python, "-m", "pytest", "-q", "-m", "not slow", "tests/test_cuda.py"]
+        pytest = [python, "-m", "pytest", "-q", "-m", "not slow", "tests/test_cuda.py", "tests/test_cuda_curvature.py"]
         check.run("tests", pytest, 120, **here)
         module = next((tree / "dynloss_ext").glob("_C*.so"))
         check.run("machine_code", [python, "tools/check_sass.py", module], 40, **here)
         run_sanitizers(check, python, here)
-        timings = out / "benchmark.json"
-        timings.unlink(missing_ok=True)
-        compare = [python, "tests/benchmarks/compare_losses.py", "--device", "cuda", "--seconds", "1"]
-        check.run("benchmark", [*compare, "--json", timings], seconds, **here)
-        if timings.exists():  # as far as it has come
-            check.report["benchmark"] = json.loads(timings.read_text())
+        benchmarks = {
+            "eigensolvers": (["compare_eigensolvers.py", "spiral", "--states", "10", "--gap", "50"], 60),
+            "benchmark": (["compare_losses.py", "--seconds", "1"], seconds),
+        }
+        for name, ((script, *options), limit) in benchmarks.items():
+            timings = out / f"{name}.json"
+            timings.unlink(missing_ok=True)
+            command = [python, f"tests/benchmarks/{script}", *options, "--device", "cuda", "--json", timings]
+            check.run(name, command, limit, **here)
+            if timings.exists():  # as far as it has come
+                check.report[name] = json.loads(timings.read_text())
     check.write()
     return not check.failed
 

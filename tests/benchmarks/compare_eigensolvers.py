@@ -26,14 +26,13 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from machine import machine
-from scipy.sparse.linalg import LinearOperator
-from scipy.sparse.linalg import eigsh as scipy_eigsh
 from torch import Tensor, nn
 
 ROOT = Path(__file__).parents[2]
@@ -83,7 +82,7 @@ class Problem:
         H = self.hessian()
         if self.dense:
             matrix = H.to_dense()
-            return torch.linalg.eigvalsh((matrix + matrix.T) / 2)[-K:].flip(0).numpy()
+            return torch.linalg.eigvalsh((matrix + matrix.T) / 2)[-K:].flip(0).cpu().numpy()
         tol = 1e-12 if H.dtype == torch.float64 else 1e-5
         return arpack(lambda x: product_of(H, x), H.shape[0], tol, None, None)[0]
 
@@ -109,14 +108,16 @@ class Counted:
 
 
 def product_of(H: HessianOperator, x: np.ndarray) -> np.ndarray:
-    return (H @ torch.from_numpy(x.reshape(-1)).to(H.dtype)).double().numpy()
+    return (H @ torch.from_numpy(x.reshape(-1)).to(H.device, H.dtype)).double().cpu().numpy()
 
 
 def arpack(
     product: Callable[[np.ndarray], np.ndarray], size: int, tol: float, ncv: int | None, v0: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    operator = LinearOperator((size, size), matvec=product, dtype="float64")
-    values, vectors = scipy_eigsh(operator, k=K, which="LA", tol=tol, ncv=ncv, v0=v0)
+    import scipy.sparse.linalg
+
+    operator = scipy.sparse.linalg.LinearOperator((size, size), matvec=product, dtype="float64")
+    values, vectors = scipy.sparse.linalg.eigsh(operator, k=K, which="LA", tol=tol, ncv=ncv, v0=v0)
     return np.sort(values)[::-1], vectors
 
 
@@ -138,6 +139,7 @@ class Tracked:
 
 class Scipy:
     def __init__(self, ncv: int | None, warm: bool) -> None:
+        importlib.import_module("scipy")
         self.ncv, self.warm, self.start = ncv, warm, None
 
     def __call__(self, problem: Problem) -> Answer:
@@ -157,9 +159,8 @@ def pyhessian() -> Solver:
         original, peer.hessian_vector_product = peer.hessian_vector_product, product
         try:
             with contextlib.redirect_stdout(io.StringIO()):
-                computer = peer.hessian(
-                    problem.model, problem.criterion, data=(problem.inputs, problem.target), cuda=False
-                )
+                data, cuda = (problem.inputs, problem.target), problem.inputs.is_cuda
+                computer = peer.hessian(problem.model, problem.criterion, data=data, cuda=cuda)
                 values, _ = computer.eigenvalues(top_n=K, tol=TOL)
         finally:
             peer.hessian_vector_product = original
@@ -175,10 +176,12 @@ def curvlinops() -> Solver:
 
     def solve(problem: Problem) -> Answer:
         gamma = problem.oscillation.weights(problem.step)
-        mean = float(gamma[problem.target].mean())  # torch divides by the sum of the weights, the paper by the count
+        mean = float(
+            gamma[problem.target.cpu()].mean()
+        )  # torch divides by the sum of the weights, the paper by the count
         operator = HessianLinearOperator(
             problem.model,
-            nn.CrossEntropyLoss(weight=gamma.to(problem.inputs.dtype)),
+            nn.CrossEntropyLoss(weight=gamma.to(problem.inputs)),
             problem.params,
             [(problem.inputs, problem.target)],
             check_deterministic=False,
@@ -203,22 +206,24 @@ def eigenthings() -> Solver:
         product = Counted(operator.matvec)
         operator.matvec = product
         values = lanczos(operator, k=K, which="LA", tol=TOL, max_iter=20, seed=0).eigenvalues
-        return Answer(np.sort(np.asarray(values, dtype=np.float64))[::-1], product.calls)
+        return Answer(torch.as_tensor(values).double().cpu().sort(descending=True).values.numpy(), product.calls)
 
     return solve
 
 
 def contenders() -> dict[str, Solver | None]:
-    """None for a peer that is not installed."""
-    found: dict[str, Solver | None] = {
-        "EigenTracker (warm)": Tracked(),
-        "eigsh (cold)": ours_cold,
-        "SciPy (cold)": Scipy(None, False),
-        "SciPy (warm)": Scipy(None, True),
-        "SciPy ncv=8 (cold)": Scipy(8, False),
-        "SciPy ncv=8 (warm)": Scipy(8, True),
+    """None for one that is not installed."""
+    makers: dict[str, Callable[[], Solver]] = {
+        "EigenTracker (warm)": Tracked,
+        "eigsh (cold)": lambda: ours_cold,
+        "SciPy (cold)": partial(Scipy, None, False),
+        "SciPy (warm)": partial(Scipy, None, True),
+        "SciPy ncv=8 (cold)": partial(Scipy, 8, False),
+        "SciPy ncv=8 (warm)": partial(Scipy, 8, True),
+        **dict(zip(PEERS, (pyhessian, eigenthings, curvlinops), strict=True)),
     }
-    for name, make in zip(PEERS, (pyhessian, eigenthings, curvlinops), strict=True):
+    found: dict[str, Solver | None] = {}
+    for name, make in makers.items():
         try:
             found[name] = make()
         except ImportError:
@@ -228,18 +233,18 @@ def contenders() -> dict[str, Solver | None]:
 
 def spiral(arguments: argparse.Namespace) -> Problem:
     inputs, target, model = load_initial_values(ROOT / "tests/data/spiral_reference_5000.npz")
-    dtype = getattr(torch, arguments.dtype)
-    return Problem(
-        model.to(dtype), inputs.to(dtype), target, Oscillation(3, 70.0, 5000, closed=True), lr=1.0, dense=True
-    )
+    options = {"dtype": getattr(torch, arguments.dtype), "device": arguments.device}
+    target, oscillation = target.to(arguments.device), Oscillation(3, 70.0, 5000, closed=True)
+    return Problem(model.to(**options), inputs.to(**options), target, oscillation, lr=1.0, dense=True)
 
 
 def images(arguments: argparse.Namespace) -> Problem:
     data = synthetic_cifar10(train_per_class=200) if arguments.data is None else load_cifar10(arguments.data)
     batches = Batches(data.train.subset(10, arguments.images), None, dtype=getattr(torch, arguments.dtype))
     batch = batches.get(0)
-    model = myrtle5(10, width=arguments.width).to(batch.images.dtype)
-    return Problem(model, batch.images, batch.labels, Oscillation(10, 10.0, 100), lr=0.02, dense=False)
+    inputs, target = batch.images.to(arguments.device), batch.labels.to(arguments.device)
+    model = myrtle5(10, width=arguments.width).to(inputs)
+    return Problem(model, inputs, target, Oscillation(10, 10.0, 100), lr=0.02, dense=False)
 
 
 def measure(problem: Problem, solvers: dict[str, Solver | None], states: int, gap: int, warm: int) -> dict[str, Any]:
@@ -273,34 +278,74 @@ def measure(problem: Problem, solvers: dict[str, Solver | None], states: int, ga
     return summary
 
 
+def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
+    """This thread's CPU time; on a device the time until it has finished."""
+    if device.type == "cpu":
+        begin = time.thread_time()
+        work()
+        return time.thread_time() - begin
+    torch.cuda.synchronize(device)
+    begin = time.perf_counter()
+    work()
+    torch.cuda.synchronize(device)
+    return time.perf_counter() - begin
+
+
+def repeat(times: int, work: Callable[[], Any]) -> None:
+    for _ in range(times):
+        work()
+
+
 def measure_overhead(problem: Problem, states: int, gap: int) -> dict[str, float]:
-    """CPU time of a tracker's updates beyond that of as many products on a graph as new, state by state.
+    """Time of a tracker's updates beyond that of as many products on a graph as new, state by state.
 
     Whichever comes second finds the caches warm, so they take turns; the count for the products that come first is
     that of the state before.
     """
+    device = problem.inputs.device
     tracker = EigenTracker(K, tol=TOL)
     count = tracker.update(problem.hessian()).num_hvp
-    ratios, products = [], []
+    ratios, products, updates = [], [], []
     for state in range(2 * states):
         problem.train(gap)
         seconds = {}
         for kind in ("update", "products") if state % 2 else ("products", "update"):
             H = problem.hessian()
-            v = torch.randn(H.shape[0], dtype=H.dtype)
-            begin = time.thread_time()
+            v = torch.randn(H.shape[0], dtype=H.dtype, device=device)
             if kind == "update":
-                count = tracker.update(H).num_hvp
+                seconds[kind] = seconds_of(partial(tracker.update, H), device)
+                assert tracker.result is not None
+                count = tracker.result.num_hvp
             else:
-                for _ in range(count):
-                    H @ v
-            seconds[kind] = (time.thread_time() - begin) / count
+                seconds[kind] = seconds_of(partial(repeat, count, partial(H.__matmul__, v)), device)
+            seconds[kind] /= count
         ratios.append(seconds["update"] / seconds["products"])
         products.append(seconds["products"])
-    return {
+        updates.append(seconds["update"])
+    figures = {
         "overhead_median": float(np.median(ratios)) - 1,
         "product_seconds_median": float(np.median(products)),
     }
+    if device.type == "cuda":
+        figures["graphed_product_seconds"] = graphed_product_seconds(problem)
+        figures["update_over_graphed_products"] = float(np.median(updates)) / figures["graphed_product_seconds"]
+    return figures
+
+
+def graphed_product_seconds(problem: Problem, replays: int = 100) -> float:
+    """Time of a product that a CUDA graph replays: without the launches, the floor for a small network."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # backward passes run on the stream of the forward pass
+        gradients = problem.hessian().gradients
+        vectors = [torch.randn_like(p) for p in problem.params]
+        for _ in range(3):
+            torch.autograd.grad(gradients, problem.params, vectors, retain_graph=True)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        torch.autograd.grad(gradients, problem.params, vectors, retain_graph=True)
+    return seconds_of(partial(repeat, replays, graph.replay), problem.inputs.device) / replays
 
 
 def versions() -> dict[str, str]:
@@ -341,6 +386,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=300)
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -353,12 +399,19 @@ def main() -> None:
     figures = {
         "settings": {name: str(value) for name, value in vars(arguments).items() if name not in ("json", "data")},
         "parameters": sum(p.numel() for p in problem.params),
-        "machine": machine() | {"cores": os.cpu_count(), "load": os.getloadavg()[0], "versions": versions()},
+        "machine": machine(arguments.device)
+        | {"cores": os.cpu_count(), "load": os.getloadavg()[0], "versions": versions()},
         "solvers": summary,
         "driver": measure_overhead(problem, arguments.states, min(arguments.gap, 5)),
     }
     show(summary)
     print("driver beyond its products: {overhead_median:.1%} of them".format(**figures["driver"]))
+    if arguments.device == "cuda":
+        print(
+            "an update takes {update_over_graphed_products:.2f} times its products in a CUDA graph".format(
+                **figures["driver"]
+            )
+        )
     if arguments.json:
         write_json(arguments.json, arguments.problem, figures)
 
