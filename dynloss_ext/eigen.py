@@ -341,7 +341,7 @@ def _resolve(
 
 
 def _check_start(v0: Tensor, size: int, options: Options, max_basis: int) -> Tensor:
-    """v0 as rows."""
+    """v0 as rows, none so long or short that its square is out of range."""
     if not isinstance(v0, Tensor):
         raise TypeError(f"v0 must be a torch.Tensor, got {type(v0).__name__}")
     if v0.dim() not in (1, 2) or v0.shape[0] != size:
@@ -352,4 +352,5 @@ def _check_start(v0: Tensor, size: int, options: Options, max_basis: int) -> Ten
         raise ValueError(f"v0 must have at most max_basis = {max_basis} columns, got {v0.shape[1]}")
     if not bool(torch.isfinite(v0).all()):
         raise ValueError("v0 must be finite")
-    return v0.detach().reshape(size, -1).T.contiguous()
+    rows = v0.detach().reshape(size, -1).T
+    return rows / rows.abs().amax(1, keepdim=True).clamp_min(torch.finfo(v0.dtype).tiny)

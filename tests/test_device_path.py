@@ -1,10 +1,10 @@
-"""The driver's way for vectors on a device, taken by vectors on the host: the same numbers."""
+"""The driver's way for vectors on a device, taken by vectors on the host: the same numbers, read rarely."""
 
 import pytest
 import torch
 from curvature_problems import Spiral, dense_hessian, loss_of, mlp
 
-from dynloss_ext import _C, EigenTracker, HessianOperator, eigsh, spectral_density, trace
+from dynloss_ext import _C, ConvergenceWarning, EigenTracker, HessianOperator, eigsh, spectral_density, trace
 
 pytestmark = pytest.mark.filterwarnings("error::dynloss_ext.ConvergenceWarning")
 
@@ -50,6 +50,16 @@ def test_scales(device_path, scale):
     assert (result.values / scale).tolist() == pytest.approx([9, 7, 7], rel=1e-5)
 
 
+def test_a_scale_that_shows_late(device_path):
+    """The first products are small; the unit in which no square of a product overflows changes on the way."""
+    spectrum = torch.full((60,), 1e-3)
+    spectrum[:3] = torch.tensor([9e14, 8e14, 7e14])
+    start = torch.ones(60)
+    start[:3] = 1e-12
+    result = eigsh(lambda v: spectrum * v, 3, v0=start, tol=1e-4)
+    assert (result.values / 1e14).tolist() == pytest.approx([9, 8, 7], rel=1e-5)
+
+
 def test_a_tracker_gives_what_it_gives_on_the_host():
     def track():
         spiral, tracker, found = Spiral(), EigenTracker(3, audit_every=4), []
@@ -68,6 +78,71 @@ def test_a_tracker_gives_what_it_gives_on_the_host():
         assert a.num_hvp == b.num_hvp
         assert torch.allclose(a.values, b.values, rtol=1e-10)
         assert torch.allclose(a.vectors, b.vectors, atol=1e-8)
+
+
+def test_reads_are_rare(device_path):
+    """What a decision needs is read at once: at most once for a product, and twice besides."""
+    spiral, tracker = Spiral(), EigenTracker(3, audit_every=4)
+    for _ in range(12):
+        spiral.train()
+        H = HessianOperator(spiral.loss(), spiral.params)
+        before = _C.num_reads()
+        num_hvp = tracker.update(H).num_hvp
+        assert 0 < _C.num_reads() - before <= num_hvp + 2
+    before = _C.num_reads()
+    num_hvp = spectral_density(H, num_probes=1).num_hvp
+    assert _C.num_reads() - before <= num_hvp + 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("values", [[0.0], [5.0], [5.0, -2.0], [5.0, 5.0, 5.0, -2.0]])
+def test_krylov_spaces_that_end(device_path, values, dtype):
+    """Then what was proposed blindly is nothing, which shows in the next reading: the search goes on elsewhere."""
+    spectrum = torch.zeros(40, dtype=dtype)
+    spectrum[: len(values)] = torch.tensor(values, dtype=dtype)
+    for k in (1, 3, 6):
+        result = eigsh(lambda v: spectrum * v, k, n=40, dtype=dtype)
+        expected = spectrum.double().sort(descending=True).values[:k]
+        assert torch.allclose(result.values, expected, rtol=1e-5, atol=1e-4)
+        assert torch.allclose(result.vectors.T @ result.vectors, torch.eye(k, dtype=dtype), atol=1e-5)
+
+
+def test_all_eigenpairs(device_path):
+    spectrum = torch.arange(1.0, 8.0, dtype=torch.float64)
+    result = eigsh(lambda v: spectrum * v, 7, n=7, dtype=torch.float64, tol=1e-8)
+    assert torch.allclose(result.values, spectrum.flip(0), rtol=1e-12)
+
+
+@pytest.mark.parametrize("good", range(12))
+def test_products_that_are_not_finite(device_path, good):
+    """They are noticed a product or two late: what the products before them told is returned."""
+    spectrum, calls = crowd(300, torch.float64), []
+
+    def product(v):
+        calls.append(v)
+        return spectrum * v * (torch.nan if len(calls) > good else 1)
+
+    with pytest.warns(ConvergenceWarning):
+        result = eigsh(product, 3, n=300, dtype=torch.float64, tol=1e-10)
+    assert result.status == "non-finite product"
+    assert not result.converged.any()
+    assert good < result.num_hvp == len(calls) <= good + 3
+    assert result.values.isnan().sum() == max(3 - good, 0)
+    found = 3 - int(result.values.isnan().sum())
+    V = result.vectors[:, :found]
+    residuals = torch.linalg.norm(spectrum[:, None] * V - V * result.values[:found], dim=0)
+    assert torch.allclose(result.residuals[:found], residuals, rtol=1e-3)
+
+
+@pytest.mark.parametrize("max_hvp", range(3, 14))
+def test_a_budget(device_path, max_hvp):
+    spectrum = crowd(300, torch.float64)
+    with pytest.warns(ConvergenceWarning):
+        result = eigsh(lambda v: spectrum * v, 3, n=300, dtype=torch.float64, tol=1e-10, max_hvp=max_hvp)
+    assert (result.status, result.num_hvp) == ("max_hvp", max_hvp)
+    V = result.vectors
+    residuals = torch.linalg.norm(spectrum[:, None] * V - V * result.values, dim=0)
+    assert torch.allclose(result.residuals, residuals, rtol=1e-3)
 
 
 def test_density_and_trace(device_path):

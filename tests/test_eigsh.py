@@ -103,6 +103,32 @@ def test_copies_in_a_crowd_are_missed_no_more_often_than_is_said(max_basis):
     assert missed < 5
 
 
+@pytest.mark.parametrize("which", ["LA", "SA", "LM"])
+@pytest.mark.parametrize("n", [6, 10, 14])
+def test_copies_half_in_the_basis_are_found(n, which):
+    """The second 3 and the second -3 are in equal parts in the complement of the basis and in a Ritz vector that has
+    not converged: what either shows alone is zero."""
+    spectrum = torch.cat([torch.tensor([3.0, 3.0, -3.0, -3.0]), torch.linspace(-2, 2, n - 4)]).double()
+    expected = {"LA": [3, 3, 2], "SA": [-2, -3, -3], "LM": [3, 3, 3]}[which]
+    for seed in range(50):
+        result = eigsh(lambda v: spectrum * v, 3, which=which, n=n, dtype=torch.float64, tol=1e-6, seed=seed)
+        values = result.values.abs() if which == "LM" else result.values
+        assert values.tolist() == pytest.approx(expected, rel=1e-6)
+        assert result.miss_probability < 1e-6
+        assert result.num_hvp <= 2 * n
+
+
+def test_misses_where_the_space_is_small_are_as_rare_as_is_said():
+    spectrum = torch.cat([torch.tensor([3.0, 3.0, -3.0, -3.0]), torch.linspace(-2, 2, 20)]).double()
+    missed = []
+    for seed in range(500):
+        result = eigsh(lambda v: spectrum * v, 3, n=24, dtype=torch.float64, tol=1e-6, seed=seed)
+        if result.values[1] < 3 - 1e-3:
+            missed.append(result.miss_probability)
+    assert sum(p < 1e-3 for p in missed) <= 3
+    assert len(missed) < 0.08 * 500 / 2
+
+
 def test_an_audit_that_the_crowd_outlasts_says_so():
     """At the edge of a bulk, 24 products cannot tell what lies a thousandth beyond the third value."""
     diagonal = torch.linspace(-1, 1, 20_000, dtype=torch.float64)
@@ -238,6 +264,16 @@ def test_noisy_products_stop_at_the_noise_floor():
     assert result.status == "noise floor"
     assert result.num_hvp < 150
     assert torch.allclose(result.values, operator.expected(3), rtol=1e-6)
+
+
+@pytest.mark.parametrize("tol", [1e-6, 0.5])
+def test_what_is_not_symmetric_is_noticed_before_the_budget_is_spent(tol):
+    generator = torch.Generator().manual_seed(0)
+    A = torch.randn(100, 100, generator=generator, dtype=torch.float64)
+    calls = []
+    with pytest.raises(ValueError, match="H is not symmetric"):
+        eigsh(lambda v: (calls.append(1), (A + A.T + 0.3 * (A - A.T)) @ v)[1], 3, n=100, dtype=torch.float64, tol=tol)
+    assert len(calls) <= 50
 
 
 def test_operator_that_is_not_symmetric():
@@ -406,6 +442,23 @@ def test_products_that_grow_out_of_the_range_on_the_way():
     start = torch.eye(61, 1, dtype=torch.float64)
     result = eigsh(lambda v: diagonal * v, 2, v0=start, tol=1e-8)
     assert torch.allclose(result.values, diagonal[-2:].flip(0), rtol=1e-8)
+
+
+@pytest.mark.parametrize(("dtype", "small", "large"), [(torch.float32, 1e-9, 1e12), (torch.float64, 1e-150, 1e150)])
+def test_what_an_audit_finds_may_be_beyond_the_range_of_what_was_seen(dtype, small, large):
+    spectrum = torch.zeros(100, dtype=dtype)
+    spectrum[:2] = torch.tensor([small, large], dtype=dtype)
+    result = eigsh(lambda v: spectrum * v, 1, v0=torch.eye(100, dtype=dtype)[:, 0])
+    assert result.status == "converged"
+    assert result.values.item() == pytest.approx(large, rel=1e-5)
+
+
+@pytest.mark.parametrize("factor", [1e-300, 1e-200, 1e200, 1e300])
+def test_the_length_of_v0_does_not_matter(factor):
+    operator = Known(np.linspace(0, 9, 400))
+    start = operator.Q[:, [399]]
+    counts = [operator.solve(1, v0=start * f).num_hvp for f in (1.0, factor)]
+    assert counts[1] == counts[0]
 
 
 def test_float32_of_many_parameters():

@@ -128,6 +128,7 @@ void bind_lanczos(py::module_& module) {
              py::arg("tol"), py::arg("v0"), py::arg("max_hvp"), py::arg("max_basis"), py::arg("seed"),
              py::arg("audit"));
   module.def("take_device_path", &take_device_path, py::arg("on"));
+  module.def("num_reads", &num_reads);
   module.def("tridiagonalize", &run_tridiagonalize, py::arg("op"), py::arg("start"), py::arg("steps"));
 }
 

@@ -32,6 +32,9 @@ constexpr int64_t kMaxAuditProducts = 24;
 constexpr int64_t kStagnation = 8;
 constexpr double kNoisePerProduct = 0.25;
 
+// Products of a symmetric operator may be as inexact as the tolerance, but not more than this.
+constexpr double kNoise = 0.01;
+
 // Residuals this far above what is allowed (one product gains a factor of 2 to 5) are not looked at every
 // product.
 constexpr double kFar = 10.0;
@@ -68,7 +71,8 @@ class Solver {
         step = expand_krylov();
         continue;
       }
-      project();
+      step = project();
+      if (step != Step::kDone || basis_.size() < options_.count) continue;
       const bool settled = all_converged() || at_noise_floor();
       if (!settled) {
         const bool far = worst_excess() > kFar;
@@ -83,7 +87,7 @@ class Solver {
         return all_converged() ? "converged" : "noise floor";
       }
     }
-    if (basis_.size() > 0) project();
+    if (project() == Step::kNonFinite) step = Step::kNonFinite;
     audited_ = false;
     return step == Step::kNonFinite ? "non-finite product" : "max_hvp";
   }
@@ -93,7 +97,7 @@ class Solver {
   // be there.)
   Step begin() {
     std::vector<double> weights;
-    if (start_.defined()) start_norms_ = norms(start_);
+    if (start_.defined()) start_norms_ = to_host({lengths(start_)});
     for (const double norm : start_norms_) {
       const auto i = static_cast<int64_t>(weights.size());
       weights.push_back(norm > 0.0 ? (1.0 + 0.5 * static_cast<double>(i)) / norm : 0.0);
@@ -101,14 +105,15 @@ class Solver {
     }
     const at::Tensor x =
         unseen_.empty() ? random_vector() : combinations(to_device(weights, start_.size(0), start_), start_);
-    return expand([&] { return basis_.propose(x, norms(x).front()); });
+    const Step step = expand([&] { return basis_.propose(x, 0.0); });
+    return step == Step::kDone ? settle() : step;  // this product says in what unit to go on
   }
 
   // A start vector that the basis has lost, each at most once. A Krylov space has one vector for equal
   // eigenvalues; the others are among the old vectors.
   std::optional<int64_t> lost_start() {
     if (unseen_.empty()) return std::nullopt;
-    const std::vector<double> overlaps = basis_.overlaps(start_);
+    const std::vector<double>& overlaps = start_overlaps();
     while (!unseen_.empty()) {
       const int64_t i = unseen_.back();
       unseen_.pop_back();
@@ -117,6 +122,12 @@ class Solver {
       if (inside < kKept * start_norms_[i] * start_norms_[i]) return i;
     }
     return std::nullopt;
+  }
+
+  // The overlaps of the start vectors with the basis: (start vectors, basis vectors).
+  const std::vector<double>& start_overlaps() {
+    if (start_overlaps_.empty()) start_overlaps_ = basis_.overlaps(start_);
+    return start_overlaps_;
   }
 
   Step multiply(const at::Tensor& v, at::Tensor& product) {
@@ -130,30 +141,47 @@ class Solver {
   // One product with what is new in a proposal; with a random direction where nothing is.
   template <typename Propose>
   Step expand(Propose propose) {
-    make_room(1);
-    for (double length = propose(); length == 0.0;) {
-      const at::Tensor x = random_vector();
-      length = basis_.propose(x, norms(x).front());
+    if (const Step step = make_room(1); step != Step::kDone) return step;
+    for (bool proposed = propose(); !proposed;) {
+      proposed = basis_.propose(random_vector(), std::sqrt(static_cast<double>(length_)));
     }
     at::Tensor product;
     if (const Step step = multiply(basis_.candidate(), product); step != Step::kDone) return step;
-    return basis_.accept(product) ? Step::kDone : Step::kNonFinite;
+    basis_.accept(product);
+    start_overlaps_.clear();
+    nothing_new_ = false;
+    return basis_.on_host() ? settle() : Step::kDone;
   }
 
   Step expand_krylov() {
-    return expand([&] { return basis_.propose_product(); });
+    return expand([&] { return !nothing_new_ && basis_.propose_product(); });
   }
 
-  void make_room(int64_t columns) {
-    if (basis_.size() + columns <= capacity_) return;
-    project();
+  // Asks the basis what it has found: once for a decision.
+  Step settle() {
+    const RitzBasis::Settled settled = basis_.settle();
+    nothing_new_ |= settled == RitzBasis::Settled::kNothingNew;
+    return settled == RitzBasis::Settled::kNonFinite ? Step::kNonFinite : Step::kDone;
+  }
+
+  Step make_room(int64_t columns) {
+    if (basis_.size() + columns <= capacity_) return Step::kDone;
+    if (const Step step = project(); step != Step::kDone) return step;
     const int64_t keep = std::min({options_.count + kExtraKept, basis_.size(), capacity_ - columns});
-    basis_.restart(leading(keep), {ritz_.values.begin(), ritz_.values.begin() + keep});
+    ritz_.values.resize(keep);
+    check_symmetric();  // a full basis knows, and the budget may be large
+    basis_.restart(leading(keep), ritz_.values);
+    start_overlaps_.clear();
+    ritz_.vectors.assign(keep * keep, 0.0);  // the basis is of these vectors now
+    for (int64_t i = 0; i < keep; ++i) ritz_.vectors[i * keep + i] = 1.0;
+    return Step::kDone;
   }
 
   // Rayleigh-Ritz: the pairs of the projected problem, wanted first.
-  void project() {
+  Step project() {
+    const Step step = settle();
     const int64_t m = basis_.size();
+    if (m == 0) return step;
     EigenPairs pairs = symmetric_eigen(basis_.projection(), m);
     std::vector<int64_t> order(m);
     std::iota(order.begin(), order.end(), 0);
@@ -167,9 +195,16 @@ class Solver {
     scale_ = 0.0;
     for (const double value : pairs.values) scale_ = std::max(scale_, std::abs(value));
 
-    const int64_t wanted = std::min(options_.count, m);
+    std::vector<double> allowed;
+    for (int64_t i = 0; i < std::min(options_.count, m); ++i) allowed.push_back(limit(ritz_.values[i]));
+    find_residuals(allowed);
+    return step;
+  }
+
+  void find_residuals(const std::vector<double>& enough) {
+    const auto wanted = static_cast<int64_t>(enough.size());
     residual_norms_ =
-        basis_.residual_norms(leading(wanted), {ritz_.values.begin(), ritz_.values.begin() + wanted});
+        basis_.residual_norms(leading(wanted), {ritz_.values.begin(), ritz_.values.begin() + wanted}, enough);
   }
 
   // What is wanted most: larger is better.
@@ -215,11 +250,9 @@ class Solver {
     for (int64_t i = 1; i < options_.count; ++i) {
       if (excess(i) > excess(worst)) worst = i;
     }
-    std::optional<Rows> residual = basis_.residual(worst);
     return expand([&] {
-      const double norm = basis_.propose(*residual, residual_norms_[worst]);
-      residual.reset();  // the product that follows needs the memory
-      return norm;
+      return !nothing_new_ && basis_.propose_residual(&ritz_.vectors[worst * basis_.size()],
+                                                      ritz_.values[worst], residual_norms_[worst]);
     });
   }
 
@@ -228,50 +261,71 @@ class Solver {
     return at::randn({length_}, generator_, op_.options().device(at::kCPU)).to(op_.options());
   }
 
-  // A Krylov space cannot see a second eigenvector of the same eigenvalue, nor one that its start is
-  // orthogonal to. So look into the complement of the basis from a random vector x, until ‖p(H) x‖ for the
-  // best polynomial with p(θ_k) = 1 is so small that an eigenvector with a value beyond θ_k could hide only
-  // if x had almost none of it: its component is a normal number over the root of the dimension. What comes
-  // up beyond θ_k is taken into the basis.
+  // A Krylov space cannot see a second eigenvector of the same eigenvalue, nor one that its start is orthogonal to.
   Step audit() {
+    check_symmetric();
     audited_ = true;
     miss_probability_ = 0.0;
-    if (basis_.size() == length_) return Step::kDone;
-    if (capacity_ < length_) make_room(RitzBasis::kProbeColumns);
-    project();
-    const int64_t complement = length_ - basis_.size();
-    const double last_wanted = ritz_.values[options_.count - 1];
-    const double edge = options_.which == Which::kMagnitude ? std::abs(last_wanted) : last_wanted;
-    const double margin = std::max(limit(last_wanted), residual_norms_[options_.count - 1]);
-    const double root = std::sqrt(static_cast<double>(complement));
-    basis_.start_probe(random_vector());
+    if (capacity_ < length_) {
+      if (const Step step = make_room(RitzBasis::kProbeColumns); step != Step::kDone) return step;
+    }
+    const double last = ritz_.values[options_.count - 1];
+    const double edge = options_.which == Which::kMagnitude ? std::abs(last) : last;
+    const double margin = std::max(limit(last), residual_norms_[options_.count - 1]);
+    Step step = Step::kDone;
+    if (options_.which != Which::kSmallest) step = search_beyond(edge + margin, 1.0);
+    if (options_.which != Which::kLargest && step == Step::kDone && audited_) {
+      const double lower = options_.which == Which::kMagnitude ? -edge : edge;
+      step = search_beyond(lower - margin, -1.0);
+    }
+    return step;
+  }
+
+  // Looks for eigenvalues above a bound (below it for side = -1) other than the wanted ones. Let C be the complement
+  // of the basis, U its Ritz vectors other than the wanted ones, t their values and R = P_C H U their residuals. All t
+  // are below the bound μ; then H has as many eigenvalues above μ on U + C as the Schur complement
+  //     A = P_C H P_C + R (μ - t)⁻¹ Rᵀ
+  // has on C (Haynsworth 1968). So a Lanczos process with A starts from a random vector x of C, and goes on until ‖p(A) x‖
+  // for the best polynomial with p(μ) = 1 is so small that an eigenvector with a value beyond μ could hide only if x
+  // had almost none of it: its component is a normal number over the root of the dimension. What comes up is taken
+  // into the basis, and the audit has to be repeated.
+  Step search_beyond(double bound, double side) {
+    const int64_t m = basis_.size(), complement = length_ - m;
+    if (complement == 0) return Step::kDone;
+    std::vector<double> coupling(m * m);  // Σ u uᵀ / (μ - t)
+    for (int64_t i = options_.count; i < m; ++i) {
+      const double* u = &ritz_.vectors[i * m];
+      const double distance = bound - ritz_.values[i];
+      for (int64_t j = 0; j < m * m && distance != 0.0; ++j) coupling[j] += u[j / m] * u[j % m] / distance;
+    }
+    basis_.start_probe(random_vector(), coupling);
     alpha_.clear();
     beta_.clear();
+    double missed;
     do {
-      if (const Step step = probe(); step != Step::kDone) return step;
-      double hidden = 0.0;
-      if (options_.which != Which::kSmallest) {
-        hidden = shifted_minres_residual(alpha_, beta_, edge + margin);
-      }
-      if (options_.which != Which::kLargest) {
-        const double lower = options_.which == Which::kMagnitude ? -edge : edge;
-        hidden = std::max(hidden, shifted_minres_residual(alpha_, beta_, lower - margin));
-      }
-      miss_probability_ = std::erf(hidden * root * std::sqrt(0.5));
-    } while (miss_probability_ >= kMissProbability && num_probed() < std::min(kMaxAuditProducts, complement));
+      if (const Step step = probe(); step != Step::kDone || !audited_) return step;
+      const double hidden = shifted_minres_residual(alpha_, beta_, bound);
+      missed = std::erf(hidden * std::sqrt(0.5 * static_cast<double>(complement)));
+    } while (missed >= kMissProbability && num_probed() < std::min(kMaxAuditProducts, complement));
+    miss_probability_ = std::max(miss_probability_, missed);
     const EigenPairs pairs = tridiagonal_eigen(alpha_, beta_);
     const auto found = std::max_element(pairs.values.begin(), pairs.values.end(),
-                                        [&](double a, double b) { return key(a) < key(b); });
-    if (key(*found) <= key(last_wanted) + margin) return Step::kDone;
+                                        [&](double a, double b) { return side * a < side * b; });
+    if (side * *found <= side * bound) return Step::kDone;
     return take_in(&pairs.vectors[(found - pairs.values.begin()) * num_probed()]);
   }
 
   // One step of the Lanczos process in the complement of the basis.
   Step probe() {
+    const at::Tensor v = basis_.probe();
     at::Tensor product;
-    if (const Step step = multiply(basis_.probe(), product); step != Step::kDone) return step;
+    if (const Step step = multiply(v, product); step != Step::kDone) return step;
     const auto [diagonal, off_diagonal] = basis_.advance_probe(product);
-    if (!std::isfinite(diagonal) || !std::isfinite(off_diagonal)) return Step::kNonFinite;
+    if (!std::isfinite(diagonal) || !std::isfinite(off_diagonal)) {
+      // Too large for the unit that the basis has seen reason for, if it is finite: there, that is looked into.
+      audited_ = false;
+      return expand([&] { return basis_.propose(v, 1.0); });
+    }
     alpha_.push_back(diagonal);
     beta_.push_back(off_diagonal);
     return Step::kDone;
@@ -287,7 +341,7 @@ class Solver {
     for (int64_t j = 0; j < steps; ++j) {
       basis_.collect_probe(coefficients[j]);
       if (j + 1 == steps) break;
-      if (const Step step = probe(); step != Step::kDone) return step;
+      if (const Step step = probe(); step != Step::kDone || !audited_) return step;
     }
     audited_ = false;
     best_ = std::numeric_limits<double>::infinity();
@@ -314,15 +368,17 @@ class Solver {
   // What is symmetric by construction differs from that by rounding, which for the Hessian of a loss near
   // zero may be larger than the Hessian.
   void check_symmetric() const {
-    const double allowed = std::max(options_.tolerance, 100.0 * std::sqrt(epsilon_)) * scale_;
+    const double noise = std::max(std::min(options_.tolerance, kNoise), 100.0 * std::sqrt(epsilon_));
+    const double allowed = noise * scale_;
     if (op_.symmetric_by_construction() || basis_.asymmetry() <= allowed) return;
     throw std::invalid_argument(c10::str("H is not symmetric: u · H v and v · H u differ by ",
                                          basis_.asymmetry() / basis_.unit(),
                                          " for unit vectors, where |H| is about ", scale_ / basis_.unit()));
   }
 
-  EigshResult result(std::string status) const {
+  EigshResult result(std::string status) {
     const int64_t found = std::min(options_.count, basis_.size());
+    find_residuals(std::vector<double>(found));
     std::vector<int64_t> order(found);
     std::iota(order.begin(), order.end(), 0);
     std::stable_sort(order.begin(), order.end(),
@@ -355,9 +411,9 @@ class Solver {
 
   // Matches the vectors with those that they started from, the largest overlap first; a match decides the
   // sign.
-  void follow(std::vector<double>& coefficients, std::vector<int64_t>& origins) const {
+  void follow(std::vector<double>& coefficients, std::vector<int64_t>& origins) {
     const int64_t m = basis_.size();
-    const std::vector<double> old = basis_.overlaps(start_);
+    const std::vector<double>& old = start_overlaps();
     std::vector<bool> taken(start_norms_.size());
     while (true) {
       double best = kSame, overlap = 0.0;
@@ -393,6 +449,8 @@ class Solver {
   std::optional<at::Generator> generator_;  // made when needed: seeding takes microseconds
 
   std::vector<double> start_norms_;
+  std::vector<double> start_overlaps_;  // with the basis as it is, or empty
+  bool nothing_new_ = false;            // the last proposal held nothing that the basis lacked
   std::vector<int64_t> unseen_;         // start vectors other than 0 that were not yet looked for
   EigenPairs ritz_;                     // wanted first
   std::vector<double> residual_norms_;  // of the wanted pairs

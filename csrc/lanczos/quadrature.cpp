@@ -21,7 +21,7 @@ Tridiagonal tridiagonalize(SymmetricOperator& op, const at::Tensor& start, int64
                                                             : std::numeric_limits<float>::epsilon();
   const Rows first(rows, 0, 1);
   copy(first, start);
-  scale(first, 1.0 / norms(first).front());
+  normalise(first, 0.0);
   Tridiagonal result;
   double unit = 1.0;  // in which no square of a product overflows or vanishes
   double largest = 0.0;
@@ -38,7 +38,8 @@ Tridiagonal tridiagonalize(SymmetricOperator& op, const at::Tensor& start, int64
     const at::Tensor overlaps = inner_products(known, slot);
     subtract_combination(slot, slot, overlaps, known);
     subtract_combination(slot, slot, inner_products(known, slot), known);
-    const double diagonal = to_host(overlaps).back(), next = norms(slot).front();
+    const std::vector<double> read = to_host({overlaps.narrow(0, j, 1), lengths(slot)});
+    const double diagonal = read[0], next = read[1];
     if (!std::isfinite(diagonal) || !std::isfinite(next)) {
       throw std::runtime_error("a product with the operator is not finite");
     }

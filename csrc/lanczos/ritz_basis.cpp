@@ -3,18 +3,21 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
+#include <ATen/ops/mv.h>
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
+#include <utility>
 
 #include "row_algebra.h"
 
 namespace dynloss {
 namespace {
 
-// Rows up to this long are cheaper to hold than to compute twice.
-constexpr int64_t kShort = 16384;
+// Squares that cancel to less than this, in units of the rounding of the largest, are not good to a thousandth any more.
+constexpr double kCancelled = 1e4;
 
 // Squared lengths of products that leave room, in float32 too, for the squares of residuals and of sums.
 constexpr double kSmallestSquare = 1e-16;
@@ -29,97 +32,126 @@ RitzBasis::RitzBasis(int64_t capacity, int64_t length, const at::TensorOptions& 
       // Where the basis may span all but one dimension, a probe of that one still has its columns.
       rows_(at::empty({2 * (capacity < length ? capacity : capacity + 1), length}, options)) {}
 
-double RitzBasis::propose(const Rows& x, double norm) {
+bool RitzBasis::propose(const Rows& x, double norm) {
   const Rows v = vectors(), slot = candidate_row();
   if (size_ == 0) {
     copy(slot, x);
-  } else {
-    subtract_combination(slot, x, inner_products(v, x), v);
-    subtract_combination(slot, slot, inner_products(v, slot), v);
+    return normalise(slot, 0.0);
   }
-  return normalise(norm);
+  subtract_combination(slot, x, inner_products(v, x), v);
+  return finish_candidate(norm);
 }
 
-double RitzBasis::propose_product() {
+bool RitzBasis::propose_product() {
+  subtract_combination(candidate_row(), Rows(rows_, 2 * size_ - 1, 1), product_overlaps_, vectors());
+  // Rounding that is left of a product is as large as H makes it, however short the product is.
+  return finish_candidate(std::sqrt(largest_square_));
+}
+
+bool RitzBasis::propose_residual(const double* coefficients, double value, double norm) {
   const Rows v = vectors(), slot = candidate_row();
-  subtract_combination(slot, Rows(rows_, 2 * size_ - 1, 1), product_overlaps_, v);
+  combine_into(slot, to_device(residual_factors(coefficients, value), 2 * size_, rows_), pairs());
   subtract_combination(slot, slot, inner_products(v, slot), v);
-  return normalise(product_norm_);
+  return finish_candidate(norm);
 }
 
-double RitzBasis::normalise(double norm) {
-  const Rows slot = candidate_row();
-  const double remainder = norms(slot).front();
-  // Below this what is left of x is rounding. (Also false for a norm that is not finite.)
-  if (!(remainder > 100.0 * epsilon_ * norm)) return 0.0;
-  scale(slot, 1.0 / remainder);
-  return remainder;
+bool RitzBasis::finish_candidate(double norm) {
+  const Rows v = vectors(), slot = candidate_row();
+  subtract_combination(slot, slot, inner_products(v, slot), v);
+  return normalise(slot, 100.0 * epsilon_ * norm);  // below this what is left is rounding
 }
 
-std::vector<double> RitzBasis::overlaps(const Rows& x) const { return to_host(inner_products(x, vectors())); }
+std::vector<double> RitzBasis::overlaps(const Rows& x) const {
+  return to_host({inner_products(x, vectors())});
+}
 
-bool RitzBasis::accept(const at::Tensor& product) {
-  const int64_t m = size_;
-  const Rows w(rows_, 2 * m + 1, 1);
+at::Tensor RitzBasis::overlaps_of_pair(int64_t j) const {
+  return inner_products(Rows(rows_, 0, 2 * (j + 1)), Rows(rows_, 2 * j, 2));
+}
+
+void RitzBasis::accept(const at::Tensor& product) {
+  const Rows w(rows_, 2 * size_ + 1, 1);
   copy(w, product);
   if (unit_ != 1.0) scale(w, unit_);
-  at::Tensor gram;
-  std::vector<double> inner;
-  // Entry (i, a, b) is the inner product of {v_i, H v_i}[a] with {v, H v}[b].
-  const auto multiply = [&] {
-    gram = inner_products(Rows(rows_, 0, 2 * (m + 1)), Rows(rows_, 2 * m, 2));
-    inner = to_host(gram);
-  };
-  multiply();
-  const double square = inner[4 * m + 3];
-  if (!(square <= kLargestSquare) || std::max(largest_square_, square) < kSmallestSquare) {
-    const double unit = normalising_power_of_two(product);
-    if (!std::isfinite(unit)) return false;
-    if (unit > 0.0) {
-      change_unit(unit);
-      copy(w, product);
-      scale(w, unit_);
-      multiply();
+  waiting_.push_back(overlaps_of_pair(size_));
+  ++size_;
+  product_overlaps_ = waiting_.back().as_strided({size_}, {4}, 1);
+}
+
+RitzBasis::Settled RitzBasis::settle() {
+  if (waiting_.empty()) return Settled::kGood;
+  const std::vector<double> read = to_host(std::exchange(waiting_, {}));
+  const int64_t proposed = std::exchange(size_, settled_);
+  for (const double* overlaps = read.data(); size_ < proposed; overlaps += 4 * size_) {
+    const int64_t j = size_;
+    if (overlaps[4 * j] == 0.0) return Settled::kNothingNew;
+    const double square = overlaps[4 * j + 3];
+    std::vector<double> again;
+    if (!(square <= kLargestSquare) || std::max(largest_square_, square) < kSmallestSquare) {
+      const Rows w(rows_, 2 * j + 1, 1);
+      const double factor = normalising_power_of_two(w);
+      if (!std::isfinite(factor)) return Settled::kNonFinite;
+      if (factor > 0.0) {
+        change_unit(factor);
+        scale(w, factor);
+        const at::Tensor overlaps_again = overlaps_of_pair(j);
+        product_overlaps_ = overlaps_again.as_strided({j + 1}, {4}, 1);
+        again = to_host({overlaps_again});
+        overlaps = again.data();
+      }
     }
+    // A NaN or an infinity in the product survives every inner product with it: 0 · inf is NaN.
+    if (!std::all_of(overlaps, overlaps + 4 * (j + 1), [](double x) { return std::isfinite(x); })) {
+      return Settled::kNonFinite;
+    }
+    append(overlaps);
+    if (!again.empty()) break;  // what came after it is in the old unit
   }
-  // A NaN or an infinity in the product survives every inner product with it: 0 · inf is NaN.
-  if (!std::all_of(inner.begin(), inner.end(), [](double x) { return std::isfinite(x); })) return false;
-  const auto vector_product = [&](int64_t i) { return inner[4 * i + 1]; };
-  const auto product_vector = [&](int64_t i) { return inner[4 * i + 2]; };
-  std::vector<double> grown((m + 1) * (m + 1));
+  return Settled::kGood;
+}
+
+void RitzBasis::append(const double* overlaps) {
+  const int64_t m = size_;
+  const auto vector_product = [&](int64_t i) { return overlaps[4 * i + 1]; };
+  const auto product_vector = [&](int64_t i) { return overlaps[4 * i + 2]; };
+  const auto product_product = [&](int64_t i) { return overlaps[4 * i + 3]; };
+  std::vector<double> projection((m + 1) * (m + 1)), squares((m + 1) * (m + 1));
   for (int64_t i = 0; i < m; ++i) {
-    std::copy_n(&projection_[i * m], m, &grown[i * (m + 1)]);
-    grown[i * (m + 1) + m] = vector_product(i);
-    grown[m * (m + 1) + i] = product_vector(i);
+    std::copy_n(&projection_[i * m], m, &projection[i * (m + 1)]);
+    std::copy_n(&product_squares_[i * m], m, &squares[i * (m + 1)]);
+    projection[i * (m + 1) + m] = vector_product(i);
+    projection[m * (m + 1) + i] = product_vector(i);
+    squares[i * (m + 1) + m] = squares[m * (m + 1) + i] = product_product(i);
     const double difference = std::abs(vector_product(i) - product_vector(i));
     asymmetry_ = std::max(asymmetry_, difference);
     asymmetry_squares_ += difference * difference;
   }
   num_pairs_ += m;
-  grown[m * (m + 1) + m] = vector_product(m);
-  product_overlaps_ = gram.as_strided({m + 1}, {4}, 1);
-  product_norm_ = std::sqrt(inner[4 * m + 3]);
-  largest_square_ = std::max(largest_square_, inner[4 * m + 3]);
-  projection_ = std::move(grown);
-  ++size_;
-  return true;
+  projection.back() = vector_product(m);
+  squares.back() = product_product(m);
+  largest_square_ = std::max(largest_square_, product_product(m));
+  projection_ = std::move(projection);
+  product_squares_ = std::move(squares);
+  settled_ = ++size_;
 }
 
-void RitzBasis::change_unit(double unit) {
-  const double ratio = unit / unit_;
+void RitzBasis::change_unit(double ratio) {
   for (int64_t i = 0; i < size_; ++i) scale(Rows(rows_, 2 * i + 1, 1), ratio);
   for (double& entry : projection_) entry *= ratio;
+  for (double& entry : product_squares_) entry = entry * ratio * ratio;  // where ratio² may be infinite
   asymmetry_ *= ratio;
-  asymmetry_squares_ *= ratio * ratio;
-  largest_square_ *= ratio * ratio;
-  unit_ = unit;
+  asymmetry_squares_ = asymmetry_squares_ * ratio * ratio;
+  largest_square_ = largest_square_ * ratio * ratio;
+  unit_ *= ratio;
 }
 
-void RitzBasis::start_probe(const at::Tensor& x) {
+void RitzBasis::start_probe(const at::Tensor& x, std::vector<double> coupling) {
+  for (double& entry : coupling) entry = -entry;  // as it is subtracted
+  minus_coupling_ = to_device(coupling, size_, at::empty({0}, rows_.options().dtype(at::kDouble)));
   const Rows first = spare_row(2), v = vectors();
   subtract_combination(first, x, inner_products(v, x), v);
   subtract_combination(first, first, inner_products(v, first), v);
-  scale(first, 1.0 / norms(first).front());
+  normalise(first, 0.0);
   restart_probe();
 }
 
@@ -139,11 +171,13 @@ std::pair<double, double> RitzBasis::advance_probe(const at::Tensor& product) {
     scale(next, -last_off_diagonal_);
     subtract_combination(next, next, at::full({1}, -unit_, rows_.options().dtype(at::kDouble)), product);
   }
+  const Rows v = vectors(), w(rows_, 1, size_, 2);
+  subtract_combination(next, next, at::mv(minus_coupling_, inner_products(v, next)), w);
   const at::Tensor overlap = inner_products(now, next);
   subtract_combination(next, next, overlap, now);
-  const Rows v = vectors();
   subtract_combination(next, next, inner_products(v, next), v);
-  const double diagonal = to_host(overlap).front(), length = norms(next).front();
+  const std::vector<double> read = to_host({overlap, lengths(next)});
+  const double diagonal = read[0], length = read[1];
   largest_probed_ = std::max({largest_probed_, std::abs(diagonal), length});
   last_off_diagonal_ = length > 100.0 * epsilon_ * largest_probed_ ? length : 0.0;
   if (last_off_diagonal_ > 0.0) scale(next, 1.0 / length);
@@ -169,13 +203,21 @@ double RitzBasis::noise() const {
 }
 
 void RitzBasis::restart(const std::vector<double>& coefficients, const std::vector<double>& values) {
-  const auto keep = static_cast<int64_t>(values.size());
+  const int64_t m = size_, keep = static_cast<int64_t>(values.size());
   const at::AutoDispatchBelowADInplaceOrView below;
-  replace_by_combinations(rows_.narrow(0, 0, 2 * size_).view({size_, 2 * length_}),
-                          to_device(coefficients, size_, rows_));
-  size_ = keep;
+  replace_by_combinations(rows_.narrow(0, 0, 2 * m).view({m, 2 * length_}),
+                          to_device(coefficients, m, rows_));
+  std::vector<double> squares(keep * keep);
+  for (int64_t i = 0; i < keep; ++i) {
+    const std::vector<double> image = times_product_squares(&coefficients[i * m]);
+    for (int64_t j = 0; j < keep; ++j) {
+      squares[i * keep + j] = std::inner_product(image.begin(), image.end(), &coefficients[j * m], 0.0);
+    }
+  }
+  product_squares_ = std::move(squares);
   projection_.assign(keep * keep, 0.0);
   for (int64_t i = 0; i < keep; ++i) projection_[i * keep + i] = values[i];
+  settled_ = size_ = keep;
 }
 
 at::Tensor RitzBasis::combine(const std::vector<double>& coefficients) const {
@@ -183,22 +225,43 @@ at::Tensor RitzBasis::combine(const std::vector<double>& coefficients) const {
 }
 
 std::vector<double> RitzBasis::residual_norms(const std::vector<double>& coefficients,
-                                              const std::vector<double>& values) {
-  std::vector<double> paired(2 * coefficients.size());  // of v_j and of H v_j
-  for (size_t i = 0; i < coefficients.size(); ++i) {
-    paired[2 * i] = -values[i / size_] * coefficients[i];
-    paired[2 * i + 1] = coefficients[i];
+                                              const std::vector<double>& values,
+                                              const std::vector<double>& enough) const {
+  // ‖H y - θ y‖² = ‖H y‖² - θ² costs no look at the vectors; but where that cancels, only they know.
+  const double cancelled_below = kCancelled * epsilon_ * largest_square_;
+  const int64_t m = size_;
+  std::vector<double> norms, factors;
+  std::vector<size_t> cancelled;
+  for (size_t i = 0; i < values.size(); ++i) {
+    const double* c = &coefficients[i * m];
+    const double square = std::inner_product(c, c + m, times_product_squares(c).begin(), -values[i] * values[i]);
+    norms.push_back(std::sqrt(std::max(square, cancelled_below)));
+    if (square > cancelled_below || norms.back() <= enough[i]) continue;
+    cancelled.push_back(i);
+    const std::vector<double> own = residual_factors(c, values[i]);
+    factors.insert(factors.end(), own.begin(), own.end());
   }
-  residual_factors_ = to_device(paired, 2 * size_, rows_);
-  const Rows rows(rows_, 0, 2 * size_);
-  if (length_ > kShort) return combination_norms(residual_factors_, rows);
-  residuals_ = combinations(residual_factors_, rows);
-  return norms(residuals_);
+  if (cancelled.empty()) return norms;
+  const std::vector<double> exact = combination_norms(to_device(factors, 2 * m, rows_), pairs());
+  for (size_t i = 0; i < cancelled.size(); ++i) norms[cancelled[i]] = exact[i];
+  return norms;
 }
 
-Rows RitzBasis::residual(int64_t i) const {
-  if (residuals_.defined()) return Rows(residuals_, i, 1);
-  return combinations(Rows(residual_factors_, i, 1), Rows(rows_, 0, 2 * size_));
+std::vector<double> RitzBasis::residual_factors(const double* coefficients, double value) const {
+  std::vector<double> factors;
+  for (int64_t j = 0; j < size_; ++j) {
+    factors.push_back(-value * coefficients[j]);
+    factors.push_back(coefficients[j]);
+  }
+  return factors;
+}
+
+std::vector<double> RitzBasis::times_product_squares(const double* x) const {
+  std::vector<double> out;
+  for (int64_t i = 0; i < size_; ++i) {
+    out.push_back(std::inner_product(x, x + size_, &product_squares_[i * size_], 0.0));
+  }
+  return out;
 }
 
 }  // namespace dynloss

@@ -15,27 +15,40 @@ namespace dynloss {
 // Keeping W makes every Ritz pair's residual computable without a product, whatever the basis was built from:
 // Krylov vectors, old eigenvectors, random probes. Products are kept in a unit, a power of two, in which no
 // square of theirs overflows or vanishes; so are projection, residuals and what else is said of H here.
+//
+// On a device the basis grows without a word to the host: `settle` reads in one go what was found since the last time,
+// and everything that speaks of numbers on the host comes after it.
 class RitzBasis {
  public:
   RitzBasis(int64_t capacity, int64_t length, const at::TensorOptions& options);
 
   int64_t size() const { return size_; }
+  bool on_host() const { return Rows(rows_).on_host(); }
 
   // Makes the part of x orthogonal to the basis, normalised, the candidate for the next basis vector
-  // (classical Gram-Schmidt, twice). Returns that part's norm; 0, and no candidate, where x, of the given
-  // norm, lies in the basis to rounding.
-  double propose(const Rows& x, double norm);
+  // (classical Gram-Schmidt, twice). False, and no candidate, where x, of the given norm, lies in the basis to
+  // rounding; on a device that is not said before `settle`.
+  bool propose(const Rows& x, double norm);
   // The same for the product taken in last, whose overlaps with the basis are known already; not after a
   // restart.
-  double propose_product();
+  bool propose_product();
+  // The same for the residual, of the given norm, of the Ritz pair with these coefficients.
+  bool propose_residual(const double* coefficients, double value, double norm);
   at::Tensor candidate() const { return candidate_row().vector(); }
+
+  // Takes in the candidate together with its product.
+  void accept(const at::Tensor& product);
+
+  // What the vectors taken in have turned out to be.
+  enum class Settled {
+    kGood,
+    kNothingNew,  // the last candidate was none: it and what came after it are gone again
+    kNonFinite    // a product is not finite: it and what came after it are gone again
+  };
+  Settled settle();
 
   // x_i · v_j of the rows of x, shape (rows, size()), on the host.
   std::vector<double> overlaps(const Rows& x) const;
-
-  // Takes in the candidate together with its product; false, and nothing taken in, where the product is not
-  // finite.
-  bool accept(const at::Tensor& product);
 
   // Replaces the basis by Ritz vectors: row i is Σ_j coefficients[i, j] v_j with the Ritz value values[i].
   void restart(const std::vector<double>& coefficients, const std::vector<double>& values);
@@ -43,16 +56,16 @@ class RitzBasis {
   // Σ_j coefficients[i, j] v_j, shape (rows, length).
   at::Tensor combine(const std::vector<double>& coefficients) const;
 
-  // Norms of the residuals H y - θ y of Ritz pairs; and afterwards, on the same basis, the residual of the
-  // i-th.
+  // Norms of the residuals H y - θ y of Ritz pairs, to a thousandth; or bounds of them which are at most `enough`.
   std::vector<double> residual_norms(const std::vector<double>& coefficients,
-                                     const std::vector<double>& values);
-  Rows residual(int64_t i) const;
+                                     const std::vector<double>& values,
+                                     const std::vector<double>& enough) const;
 
-  // The Lanczos process in the complement of the basis, by its three-term recurrence: it keeps no vectors, so
-  // that its length is not bound by the basis, which stays as it is. It works in kProbeColumns free columns.
+  // The Lanczos process with H + W S Wᵀ in the complement of the basis, by its three-term recurrence: it keeps no
+  // vectors, so that its length is not bound by the basis, which stays as it is. It works in kProbeColumns free
+  // columns. S is the coupling, row-major (size, size).
   static constexpr int64_t kProbeColumns = 2;
-  void start_probe(const at::Tensor& x);
+  void start_probe(const at::Tensor& x, std::vector<double> coupling);
   at::Tensor probe() const { return probe_row().vector(); }  // the vector to be multiplied next
   // Takes the product; returns the new diagonal and off-diagonal entry of the Lanczos matrix. An off-diagonal
   // of 0 says that there is no next vector.
@@ -77,32 +90,40 @@ class RitzBasis {
  private:
   Rows vectors() const { return {rows_, 0, size_, 2}; }
   Rows candidate_row() const { return {rows_, 2 * size_, 1}; }
-  double normalise(double norm);
+  // The overlaps and squares that come with the product of the j-th vector: (2 (j + 1), 2), on its device. Entry
+  // (2 i + a, b) is the inner product of {v_i, H v_i}[a] with {v_j, H v_j}[b].
+  at::Tensor overlaps_of_pair(int64_t j) const;
+  bool finish_candidate(double norm);
+  void append(const double* overlaps);
+  Rows pairs() const { return {rows_, 0, 2 * size_}; }
+  // Factors of v_j and H v_j by turns which give the residuals of Ritz pairs.
+  std::vector<double> residual_factors(const double* coefficients, double value) const;
+  std::vector<double> times_product_squares(const double* x) const;  // W Wᵀ x
   // The rows of free columns: of the probe, the vectors last and now by turns, the first, the collected one.
   Rows spare_row(int64_t i) const { return {rows_, 2 * size_ + i, 1}; }
   Rows probe_row() const { return spare_row(probed_ % 2); }
-  void change_unit(double unit);
+  void change_unit(double ratio);
 
   int64_t length_;
   int64_t size_ = 0;
   double epsilon_;
   at::Tensor rows_;  // (2 * capacity, length): v_j before w_j, so that one GEMM reaches both
-  std::vector<double> projection_;
+  int64_t settled_ = 0;             // vectors whose overlaps are on the host,
+  std::vector<at::Tensor> waiting_;  // and the overlaps of the others
+  std::vector<double> projection_;      // (settled_, settled_)
+  std::vector<double> product_squares_;  // W Wᵀ, likewise
   double unit_ = 1.0;
   double largest_square_ = 0.0;  // of the length of a product
   double asymmetry_ = 0.0;
   double asymmetry_squares_ = 0.0;  // their sum over num_pairs_
   int64_t num_pairs_ = 0;
 
-  at::Tensor product_overlaps_;  // v_i · w for the product w taken in last,
-  double product_norm_ = 0.0;    // and its norm
+  at::Tensor product_overlaps_;  // v_i · w for the product w taken in last
 
   int64_t probed_ = 0;  // products of the probe
+  at::Tensor minus_coupling_;
   double last_off_diagonal_ = 0.0;
   double largest_probed_ = 0.0;
-
-  at::Tensor residual_factors_;  // of the pairs last asked for: of v_j and H v_j by turns
-  at::Tensor residuals_;         // themselves, where they are short
 };
 
 }  // namespace dynloss

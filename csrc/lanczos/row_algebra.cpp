@@ -12,8 +12,10 @@
 #include <ATen/ops/linalg_vector_norm.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/stack.h>
+#include <ATen/ops/where.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cmath>
 
@@ -28,6 +30,7 @@ namespace dynloss {
 namespace {
 
 std::atomic<bool> device_path = false;
+std::atomic<int64_t> num_reads_ = 0;
 
 // Beneath autograd and autocast, and without TF32: the accuracy of these sums is that of the eigenvalues.
 class Plainly {
@@ -36,24 +39,27 @@ class Plainly {
   at::NoTF32Guard no_tf32_;
 };
 
-// Columns that are summed in the dtype of the rows; the sums of such blocks are added in double precision, in
-// an order that depends on no number of threads. Forty rows of a block fit into the second cache.
+// Columns that are taken at a time: forty rows of a block fit into the second cache. On a device they are also what
+// is summed in the dtype of the rows. The sums of blocks are added in double precision, in an order that depends on no
+// number of threads.
 constexpr int64_t kBlock = 4096;
 // Numbers that are worth a thread.
 constexpr int64_t kGrain = 1 << 16;
 
-// A quarter of the sum at a time: one addition would wait for the last.
+// In double precision, where products of floats are exact; a quarter of the sum at a time, as one addition would wait
+// for the last.
+#define PRODUCT(i) (static_cast<double>(a[i]) * static_cast<double>(b[i]))
 #define DEFINE_LOOPS(T)                                                                 \
-  PER_INSTRUCTION_SET T dot(const T* a, const T* b, int64_t length) {                   \
+  PER_INSTRUCTION_SET double dot(const T* a, const T* b, int64_t length) {              \
     const int64_t q = length / 4;                                                       \
-    T s0 = 0, s1 = 0, s2 = 0, s3 = 0;                                                   \
+    double s0 = 0, s1 = 0, s2 = 0, s3 = 0;                                              \
     _Pragma("omp simd reduction(+ : s0, s1, s2, s3)") for (int64_t i = 0; i < q; ++i) { \
-      s0 += a[i] * b[i];                                                                \
-      s1 += a[i + q] * b[i + q];                                                        \
-      s2 += a[i + 2 * q] * b[i + 2 * q];                                                \
-      s3 += a[i + 3 * q] * b[i + 3 * q];                                                \
+      s0 += PRODUCT(i);                                                                 \
+      s1 += PRODUCT(i + q);                                                             \
+      s2 += PRODUCT(i + 2 * q);                                                         \
+      s3 += PRODUCT(i + 3 * q);                                                         \
     }                                                                                   \
-    for (int64_t i = 4 * q; i < length; ++i) s0 += a[i] * b[i];                         \
+    for (int64_t i = 4 * q; i < length; ++i) s0 += PRODUCT(i);                          \
     return (s0 + s1) + (s2 + s3);                                                       \
   }                                                                                     \
   PER_INSTRUCTION_SET void add_scaled(T* out, T factor, const T* x, int64_t length) {   \
@@ -62,6 +68,7 @@ constexpr int64_t kGrain = 1 << 16;
 DEFINE_LOOPS(float)
 DEFINE_LOOPS(double)
 #undef DEFINE_LOOPS
+#undef PRODUCT
 
 // work(first column, columns, number of the block) for every block of columns; `rows` of each are touched.
 template <typename Work>
@@ -82,7 +89,7 @@ void add_blocks(int64_t length, int64_t count_a, int64_t count_b, double* out, S
   std::fill_n(out, entries, 0.0);
   const auto add = [&](int64_t first, int64_t columns, double* to) {
     for (int64_t i = 0; i < count_a; ++i) {
-      for (int64_t j = 0; j < count_b; ++j) *to++ += static_cast<double>(sum(i, j, first, columns));
+      for (int64_t j = 0; j < count_b; ++j) *to++ += sum(i, j, first, columns);
     }
   };
   if (length <= kBlock) return add(0, length, out);
@@ -135,8 +142,8 @@ at::Tensor inner_products_on_device(const at::Tensor& a, const at::Tensor& b) {
       .add_(at::mm(a_rest, b_rest.t()));
 }
 
-at::Tensor norms_on_device(const at::Tensor& x) {
-  if (sums_at_once(x)) return at::linalg_vector_norm(x, 2, -1);
+at::Tensor lengths_on_device(const at::Tensor& x) {
+  if (sums_at_once(x)) return at::linalg_vector_norm(x, 2, -1).to(at::kDouble);
   const auto [blocks, rest] = blocks_and_rest(x);
   const at::Tensor of_blocks = at::linalg_vector_norm(blocks, 2, -1).to(at::kDouble);
   const at::Tensor of_rest = at::linalg_vector_norm(rest, 2, -1, true).to(at::kDouble);
@@ -148,6 +155,8 @@ at::Tensor norms_on_device(const at::Tensor& x) {
 bool Rows::on_host() const { return matrix_.is_cpu() && !device_path; }
 
 void take_device_path(bool on) { device_path = on; }
+
+int64_t num_reads() { return num_reads_; }
 
 at::Tensor Rows::tensor() const {
   const Plainly plainly;
@@ -193,15 +202,30 @@ at::Tensor combinations(const Rows& coefficients, const Rows& rows) {
   return out;
 }
 
+void combine_into(const Rows& out, const Rows& coefficients, const Rows& rows) {
+  const Plainly plainly;
+  if (!rows.on_host()) {
+    at::Tensor to = out.tensor();
+    at::mm_out(to, coefficients.tensor(), rows.tensor());
+    return;
+  }
+  AT_DISPATCH_FLOATING_TYPES(rows.matrix().scalar_type(), "combine_into", [&] {
+    auto* to = out.row<scalar_t>(0);
+    for_blocks(rows.length(), rows.count(), [&](int64_t first, int64_t columns, int64_t) {
+      combine_columns(to + first, columns, coefficients, rows, first, columns);
+    });
+  });
+}
+
 std::vector<double> combination_norms(const Rows& coefficients, const Rows& rows) {
   const Plainly plainly;
   const int64_t count = coefficients.count();
   if (!rows.on_host()) {
     std::vector<at::Tensor> parts;
     for (const at::Tensor& columns : device_blocks(rows.tensor(), count)) {
-      parts.push_back(norms_on_device(at::mm(coefficients.tensor(), columns)).to(at::kDouble));
+      parts.push_back(lengths_on_device(at::mm(coefficients.tensor(), columns)));
     }
-    return to_host(at::linalg_vector_norm(at::stack(parts), 2, 0));
+    return to_host({at::linalg_vector_norm(at::stack(parts), 2, 0)});
   }
   const int64_t blocks = (rows.length() + kBlock - 1) / kBlock;
   std::vector<double> squares(blocks * count);
@@ -211,7 +235,7 @@ std::vector<double> combination_norms(const Rows& coefficients, const Rows& rows
       combine_columns(combined.data(), columns, coefficients, rows, first, columns);
       for (int64_t i = 0; i < count; ++i) {
         const scalar_t* row = &combined[i * columns];
-        squares[block * count + i] = static_cast<double>(dot(row, row, columns));
+        squares[block * count + i] = dot(row, row, columns);
       }
     });
   });
@@ -255,11 +279,14 @@ void subtract_combination(const Rows& out, const Rows& x, const at::Tensor& coef
     const auto* from = x.row<scalar_t>(0);
     auto* to = out.row<scalar_t>(0);
     for_blocks(rows.length(), rows.count(), [&](int64_t first, int64_t columns, int64_t) {
-      if (from != to) std::copy_n(from + first, columns, to + first);
+      // The sum first: x is rounded once, and not the same way in all its entries.
+      std::array<scalar_t, kBlock> sum;
+      std::fill_n(sum.data(), columns, scalar_t(0));
       for (int64_t j = 0; j < rows.count(); ++j) {
-        add_scaled(to + first, static_cast<scalar_t>(-weights[j * step]), rows.row<scalar_t>(j) + first,
-                   columns);
+        add_scaled(sum.data(), static_cast<scalar_t>(weights[j * step]), rows.row<scalar_t>(j) + first, columns);
       }
+      if (from != to) std::copy_n(from + first, columns, to + first);
+      add_scaled(to + first, scalar_t(-1), sum.data(), columns);
     });
   });
 }
@@ -294,36 +321,63 @@ void scale(const Rows& x, double factor) {
   });
 }
 
-std::vector<double> norms(const Rows& x) {
-  if (!x.on_host()) {
-    const Plainly plainly;
-    return to_host(norms_on_device(x.tensor()));
-  }
-  std::vector<double> out(x.count());
-  AT_DISPATCH_FLOATING_TYPES(x.matrix().scalar_type(), "norms", [&] {
-    add_blocks(x.length(), x.count(), 1, out.data(), [&](int64_t i, int64_t, int64_t first, int64_t columns) {
+at::Tensor lengths(const Rows& x) {
+  const Plainly plainly;
+  if (!x.on_host()) return lengths_on_device(x.tensor());
+  const at::Tensor out = at::empty({x.count()}, at::TensorOptions(at::kDouble));
+  auto* begin = out.mutable_data_ptr<double>();
+  AT_DISPATCH_FLOATING_TYPES(x.matrix().scalar_type(), "lengths", [&] {
+    add_blocks(x.length(), x.count(), 1, begin, [&](int64_t i, int64_t, int64_t first, int64_t columns) {
       const auto* row = x.row<scalar_t>(i) + first;
       return dot(row, row, columns);
     });
   });
-  for (double& value : out) value = std::sqrt(value);
+  std::transform(begin, begin + x.count(), begin, [](double square) { return std::sqrt(square); });
   return out;
+}
+
+bool normalise(const Rows& x, double negligible) {
+  const at::Tensor length = lengths(x);
+  if (!x.on_host()) {
+    const Plainly plainly;
+    const at::Tensor row = x.vector();
+    row.div_(at::where(length > negligible, length, INFINITY).squeeze(0));
+    return true;
+  }
+  const double divisor = *length.const_data_ptr<double>();
+  if (!(divisor > negligible)) return false;
+  scale(x, 1.0 / divisor);
+  return true;
 }
 
 double normalising_power_of_two(const Rows& x) {
   const Plainly plainly;
-  const double largest = to_host(at::linalg_vector_norm(x.vector(), INFINITY)).front();
+  const double largest = to_host({at::linalg_vector_norm(x.vector(), INFINITY)}).front();
   if (largest == 0.0 || !std::isfinite(largest)) return largest;
   const int limit = x.matrix().scalar_type() == at::kDouble ? 1020 : 120;
   return std::ldexp(1.0, std::clamp(-std::ilogb(largest), -limit, limit));
 }
 
-std::vector<double> to_host(const at::Tensor& values) {
-  const bool direct = values.is_cpu() && values.scalar_type() == at::kDouble && values.is_contiguous();
+std::vector<double> to_host(const std::vector<at::Tensor>& values) {
+  const auto at_hand = [](const at::Tensor& x) {
+    return !device_path && x.is_cpu() && x.scalar_type() == at::kDouble && x.is_contiguous();
+  };
+  std::vector<double> out;
+  const auto append = [&](const at::Tensor& x) {
+    const double* begin = x.const_data_ptr<double>();
+    out.insert(out.end(), begin, begin + x.numel());
+  };
+  if (std::all_of(values.begin(), values.end(), at_hand)) {
+    for (const at::Tensor& x : values) append(x);
+    return out;
+  }
   const Plainly plainly;
-  const at::Tensor host = direct ? values : values.to(at::kCPU, at::kDouble).contiguous();
-  const double* begin = host.const_data_ptr<double>();
-  return {begin, begin + host.numel()};
+  std::vector<at::Tensor> flat;
+  for (const at::Tensor& x : values) flat.push_back(x.reshape({-1}).to(at::kDouble));
+  const at::Tensor joined = flat.size() == 1 ? flat.front() : at::cat(flat);
+  if (device_path || !joined.is_cpu()) ++num_reads_;
+  append(joined.to(at::kCPU).contiguous());
+  return out;
 }
 
 at::Tensor to_device(const std::vector<double>& values, int64_t columns, const at::Tensor& like) {

@@ -46,6 +46,9 @@ at::Tensor inner_products(const Rows& a, const Rows& b);
 // coefficients · rows: shape (rows of coefficients, length).
 at::Tensor combinations(const Rows& coefficients, const Rows& rows);
 
+// The same for a single row of coefficients, into a row which is not one of those.
+void combine_into(const Rows& out, const Rows& coefficients, const Rows& rows);
+
 // The lengths of the rows of that, on the host, without holding them.
 std::vector<double> combination_norms(const Rows& coefficients, const Rows& rows);
 
@@ -62,18 +65,25 @@ void copy(const Rows& out, const Rows& x);
 // x *= factor for a single row.
 void scale(const Rows& x, double factor);
 
-// The lengths of rows, on the host.
-std::vector<double> norms(const Rows& x);
+// The lengths of rows in double precision: shape (rows of x,), on their device.
+at::Tensor lengths(const Rows& x);
+
+// Divides a single row by its length, unless that is at most `negligible` or NaN. On the host this then returns false;
+// on a device, where it would take a read, the row becomes zeros (or NaN) and nothing is said.
+bool normalise(const Rows& x, double negligible);
 
 // The power of two that brings the largest entry of a row to [1, 2); 0 for zeros; what is not finite where an
 // entry is not.
 double normalising_power_of_two(const Rows& x);
 
-// A small tensor as doubles on the host: the one synchronisation of a decision.
-std::vector<double> to_host(const at::Tensor& values);
+// Small tensors as doubles on the host, one after the other: the one synchronisation of a decision.
+std::vector<double> to_host(const std::vector<at::Tensor>& values);
 
 // Sends rows on the host the way of those on a device, too: tests check that way without a device.
 void take_device_path(bool on);
+
+// How often to_host was called so far.
+int64_t num_reads();
 
 // A row-major matrix as a tensor with the dtype and on the device of `like`.
 at::Tensor to_device(const std::vector<double>& values, int64_t columns, const at::Tensor& like);
