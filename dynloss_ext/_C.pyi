@@ -1,6 +1,6 @@
 from collections.abc import Callable, Sequence
 
-from torch import Tensor
+from torch import Generator, Tensor
 
 def cpu_instruction_set() -> str: ...
 
@@ -64,6 +64,11 @@ def eigsh(
     audit: bool,
 ) -> tuple[Tensor, Tensor, Tensor, int, Tensor, str, float, list[int]]:
     """values, vectors (k, P), residuals, number of products, converged, status, probability of a miss, origins."""
+
+def sample_trace(
+    op: SymmetricOperator, *, range: int, samples: int, generator: Generator
+) -> tuple[float, list[float]]:
+    """The trace on the range of H on random vectors, and zᵀ H z for random z of ±1 without their part in it."""
 
 def tridiagonalize(op: SymmetricOperator, start: Tensor, steps: int) -> tuple[list[float], list[float]]: ...
 def take_device_path(on: bool) -> None: ...

@@ -75,30 +75,6 @@ def _standard_error(samples: Tensor) -> Tensor:
     return (samples / scale).std(0) * (scale / math.sqrt(samples.shape[0]))
 
 
-def _dots(rows: Tensor, v: Tensor) -> Tensor:
-    """rows @ v in float64, by blocks: in float32 a sum over 10⁷ entries is off by up to 1e-3, a copy doubles memory."""
-    block = 2**21 // (len(rows) + 1)
-    total = torch.zeros(len(rows), dtype=torch.float64, device=v.device)
-    for start in range(0, len(v), block):
-        part = slice(start, start + block)
-        total += rows[:, part].double() @ v[part].double()
-    return total
-
-
-def _project_out(basis: Tensor, v: Tensor) -> Tensor:
-    """v without its part in the span of the rows of basis, which are orthonormal."""
-    return v - _dots(basis, v).to(v.dtype) @ basis
-
-
-def _unit_residual(basis: Tensor, v: Tensor) -> Tensor | None:
-    """What `_project_out` leaves of v, of length 1; None where that is mere rounding."""
-    limits = torch.finfo(v.dtype)
-    v = v / torch.linalg.vector_norm(v, math.inf).clamp_min(limits.tiny)  # its squares might overflow
-    residual = _project_out(basis, _project_out(basis, v))
-    before, after = (float(_dots(x[None], x)) ** 0.5 for x in (v, residual))
-    return residual / after if after > 10 * limits.eps * before else None
-
-
 def spectral_density(
     H: Operator,
     *,
@@ -192,30 +168,13 @@ def trace(
     """
     if method not in ("hutch++", "hutchinson"):
         raise ValueError(f"method must be 'hutch++' or 'hutchinson', got {method!r}")
-    op, size, options = _resolve(H, n, dtype, device, None)
+    op, size, _ = _resolve(H, n, dtype, device, None)
     num_probes = check_count("num_probes", num_probes, 6 if method == "hutch++" else 2)
-    generator = _generator(seed)
-
-    def product(v: Tensor) -> Tensor:
-        result = op.apply(v)
-        if not bool(result.isfinite().all()):
-            raise RuntimeError("a product with the operator is not finite")
-        return result
-
     third = min(num_probes // 3, size) if method == "hutch++" else 0
-    basis = torch.empty(third, size, dtype=options.dtype, device=options.device)
-    for i in range(third):
-        v = product(_rademacher(size, options, generator))
-        while (row := _unit_residual(basis[:i], v)) is None:  # the basis holds the whole range: any direction will do
-            v = torch.randn(size, generator=generator, dtype=torch.float64, device="cpu")
-            v = v.to(options.device, options.dtype)
-        basis[i] = row
-    exact = sum(float(_dots(row[None], product(row))) for row in basis)
-    if third == size:
-        return Estimate(exact, 0.0)
-    samples = []
-    for _ in range(num_probes - 2 * third):
-        v = _project_out(basis, _rademacher(size, options, generator))
-        samples.append(_dots(v[None], product(v)))
-    per_probe = torch.cat(samples)
-    return Estimate(exact + float(per_probe.mean()), float(_standard_error(per_probe)))
+    on_range, beside = _C.sample_trace(
+        op, range=third, samples=num_probes - 2 * third, generator=_generator(seed)
+    )
+    if not beside:
+        return Estimate(on_range, 0.0)
+    per_probe = torch.tensor(beside, dtype=torch.float64, device="cpu")
+    return Estimate(on_range + float(per_probe.mean()), float(_standard_error(per_probe)))

@@ -21,6 +21,7 @@
 #include "python_operator.h"
 #include "quadrature.h"
 #include "row_algebra.h"
+#include "trace.h"
 
 namespace py = pybind11;
 
@@ -97,6 +98,12 @@ std::pair<std::vector<double>, std::vector<double>> run_tridiagonalize(Symmetric
   return {std::move(result.diagonal), std::move(result.off_diagonal)};
 }
 
+std::pair<double, std::vector<double>> run_sample_trace(SymmetricOperator& op, int64_t range, int64_t samples,
+                                                        const at::Generator& generator) {
+  TraceSamples result = without_gil([&] { return sample_trace(op, range, samples, generator, SignalCheck()); });
+  return {result.on_range, std::move(result.beside_it)};
+}
+
 }  // namespace
 
 void bind_lanczos(py::module_& module) {
@@ -129,6 +136,8 @@ void bind_lanczos(py::module_& module) {
              py::arg("audit"));
   module.def("take_device_path", &take_device_path, py::arg("on"));
   module.def("num_reads", &num_reads);
+  module.def("sample_trace", &run_sample_trace, py::arg("op"), py::kw_only(), py::arg("range"), py::arg("samples"),
+             py::arg("generator"));
   module.def("tridiagonalize", &run_tridiagonalize, py::arg("op"), py::arg("start"), py::arg("steps"));
 }
 
