@@ -65,9 +65,7 @@ def eigsh(
 ) -> tuple[Tensor, Tensor, Tensor, int, Tensor, str, float, list[int]]:
     """values, vectors (k, P), residuals, number of products, converged, status, probability of a miss, origins."""
 
-def sample_trace(
-    op: SymmetricOperator, *, range: int, samples: int, generator: Generator
-) -> tuple[float, list[float]]:
+def sample_trace(op: SymmetricOperator, *, range: int, samples: int, generator: Generator) -> tuple[float, list[float]]:
     """The trace on the range of H on random vectors, and zᵀ H z for random z of ±1 without their part in it."""
 
 def tridiagonalize(op: SymmetricOperator, start: Tensor, steps: int) -> tuple[list[float], list[float]]: ...

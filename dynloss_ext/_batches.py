@@ -44,6 +44,11 @@ def check_params(params: Iterable[Tensor], name: str = "params") -> list[Tensor]
             )
         if not p.requires_grad:
             raise ValueError(f"{name}[{i}] of shape {tuple(p.shape)} does not require grad")
+        if p._backward_hooks:
+            raise ValueError(
+                f"{name}[{i}] of shape {tuple(p.shape)} has a hook (Tensor.register_hook), which every backward pass of"
+                " a product would call: remove it for as long as the operator is used"
+            )
     if len({id(p) for p in checked}) < len(checked):
         raise ValueError(f"{name} holds the same tensor twice")
     if sum(p.numel() for p in checked) == 0:
@@ -66,11 +71,17 @@ def check_loss(loss: object, name: str = "loss") -> Tensor:
     return loss
 
 
+_random_state = threading.RLock()
+
+
 @contextmanager
 def random_state_kept(device: torch.device, seed: int | None = None) -> Iterator[None]:
-    """Leaves torch's generators of the CPU and of `device` as they were; inside, they start from the seed, if any."""
+    """Leaves torch's generators of the CPU and of `device` as they were; inside, they start from the seed, if any.
+
+    One thread at a time: the generators are everybody's.
+    """
     cuda = device.type == "cuda"
-    with torch.random.fork_rng(devices=[device] if cuda else [], device_type="cuda"):
+    with _random_state, torch.random.fork_rng(devices=[device] if cuda else [], device_type="cuda"):
         if seed is not None:  # not by torch.manual_seed, which seeds every device
             torch.default_generator.manual_seed(seed)
             if cuda:
@@ -179,8 +190,8 @@ CHUNK = 2**20  # elements hashed at once: the memory that a fingerprint takes
 @cache
 def _multipliers(device: torch.device) -> Tensor:
     """(CHUNK,) random int64, the same on every device."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.empty(CHUNK, dtype=torch.int64).random_(generator=generator).to(device)
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    return torch.empty(CHUNK, dtype=torch.int64, device="cpu").random_(generator=generator).to(device)
 
 
 def fingerprint(tensors: Sequence[Tensor]) -> Tensor:
@@ -232,11 +243,11 @@ class BatchSums:
         self._record, self._parts, self._closure = record, parts, closure
         self._batches, self._group = batches, process_group
         self._processes = 1 if process_group is None else distributed.get_world_size(process_group)
-        given = list(params) if isinstance(params, Iterable) and not isinstance(params, Tensor) else params
+        given = _listed(params)
         self._device = _message_device(given, process_group)
         self._params: list[Tensor] = []
         self._passes = 0
-        self._totals = self._expected = self._margin = torch.empty(0)
+        self._expected = self._margin = torch.empty(0)
         self._tolerance = 0.0
         _, (weight, count, statistics, dependent, *alike) = self._reduce(partial(self._survey, given), 30)
         if not all_alike(alike, self._processes):
@@ -262,24 +273,45 @@ class BatchSums:
 
     def product(self, v: Tensor) -> Tensor:
         """The matrix times v; the one method that the driver calls."""
-        local = partial(self._pass, v)
-        total, (changed, *alike) = self._reduce(local, self.size + 27, keep=self.size, dtype=v.dtype)
+        sums = torch.zeros(3, dtype=torch.float64, device=self._device)
+        total, (changed, *alike) = self._reduce_product(partial(self._pass, v, sums))
         if not all_alike(alike, self._processes):
             raise RuntimeError(
                 "v must be the same in all processes of process_group, got different values: they make different"
                 " calls, or their devices do not round alike"
             )
         if changed:
-            (loss, weight), (now_loss, now_weight) = self._expected.tolist(), self._totals[:2].tolist()
-            where = "" if self._group is None else f" (differing in {changed:.0f} of {self._processes} processes)"
+            where = "" if self._group is None else f" in {changed:.0f} of {self._processes} processes"
+            if self._changed(sums):
+                (loss, weight), (now_loss, now_weight) = self._expected.tolist(), sums[:2].tolist()
+                where += (
+                    f"; loss_sums and weight_sums added up to {loss!r} and {weight!r} when this operator was made, and"
+                    f" to {now_loss!r} and {now_weight!r} now"
+                )
             raise ValueError(
-                "every pass over batches must give the same losses, got loss_sums and weight_sums that added up to"
-                f" {loss!r} and {weight!r} when this operator was made, and to {now_loss!r} and {now_weight!r}"
-                f" now{where}: switch off dropout, random augmentation, and shuffling with drop_last"
+                f"every pass over batches must give the same losses, got others{where}: switch off dropout, random"
+                " augmentation, and shuffling with drop_last; autocast must be as it was"
             )
         return total / self._weight
 
-    def _pass(self, v: Tensor) -> Tensor:
+    def fail(self, error: Exception) -> None:
+        """Raises what kept this process from asking for a product; the others, which wait for it, are told."""
+
+        def refuse() -> Tensor:
+            raise error
+
+        self._reduce_product(refuse)
+
+    def _reduce_product(self, compute: Callable[[], Tensor]) -> tuple[Tensor, list[float]]:
+        return self._reduce(compute, self.size + 27, keep=self.size, dtype=self.like.dtype)
+
+    def _changed(self, sums: Tensor) -> Tensor:
+        """Whether this process's losses or weights add up to something else than when the operator was made: 0-d."""
+        now, before = sums[:2], self._expected
+        same = ((now - before).abs() <= self._margin) | (now == before) | (now.isnan() & before.isnan())
+        return ~same.all()
+
+    def _pass(self, v: Tensor, sums: Tensor) -> Tensor:
         """This process's sum of products, whether its losses changed, and the fingerprint of v."""
         if self._versions() != self._snapshot:
             raise RuntimeError(
@@ -287,19 +319,16 @@ class BatchSums:
                 " Build a new operator."
             )
         total = torch.zeros_like(v)
-        self._totals = torch.zeros_like(self._totals)
         with self._pass_state():
             for batch in self._batches:
-                self._add_product(batch, v, total)
-        now, before = self._totals[:2], self._expected
-        same = ((now - before).abs() <= self._margin) | (now == before) | (now.isnan() & before.isnan())
-        return torch.cat([total, (~same.all()).to(total).view(1), self._fingerprint([v]).to(total)])
+                self._add_product(batch, v, total, sums)
+        return torch.cat([total, self._changed(sums).to(total).view(1), self._fingerprint([v]).to(total)])
 
-    def _add_product(self, batch: Any, v: Tensor, total: Tensor) -> None:
+    def _add_product(self, batch: Any, v: Tensor, total: Tensor, sums: Tensor) -> None:
         # A function of its own: what it leaves behind must be free before the next batch's graph is built.
         with torch.enable_grad(), buffers_kept():
             graph, weight = self._evaluate(batch)
-            self._tally(graph[0], weight)
+            _tally(sums, graph[0], weight)
             operator = self._record(self._params, *graph)
             if operator is not None:
                 total += operator.apply(v)
@@ -307,6 +336,8 @@ class BatchSums:
     def _survey(self, params: Any) -> Tensor:
         """This process's weight, number of batches, whether one couples its samples, whether one depends on params,
         and the fingerprint of params."""
+        if isinstance(params, BaseException):
+            raise params
         if not callable(self._closure):
             raise TypeError(f"closure must be callable, got {type(self._closure).__name__}")
         if isinstance(self._batches, Iterator) or not isinstance(self._batches, Iterable):
@@ -316,24 +347,24 @@ class BatchSums:
             )
         self._params = check_params(params)
         self._snapshot = self._versions()
-        self._totals = torch.zeros(3, dtype=torch.float64, device=self._device)
+        sums = torch.zeros(3, dtype=torch.float64, device=self._device)
         count, statistics, dependent = 0, False, False
         with self._pass_state():
             for batch in self._batches:
-                coupled, dependent = self._inspect(batch, twice=count == 0, dependent=dependent)
+                coupled, dependent = self._inspect(batch, sums, twice=count == 0, dependent=dependent)
                 count, statistics = count + 1, statistics or coupled
-        _, weight, magnitude = self._totals
-        self._expected = self._totals[:2]
+        _, weight, magnitude = sums
+        self._expected = sums[:2]
         self._margin = (self._tolerance * torch.stack([magnitude, weight.abs()])).nan_to_num(0.0, 0.0)
-        found = self._totals.new_tensor([count, statistics, dependent])
+        found = sums.new_tensor([count, statistics, dependent])
         return torch.cat([weight.view(1), found, self._fingerprint(self._params)])
 
-    def _inspect(self, batch: Any, twice: bool, dependent: bool) -> tuple[bool, bool]:
+    def _inspect(self, batch: Any, sums: Tensor, twice: bool, dependent: bool) -> tuple[bool, bool]:
         """Whether the batch couples its samples, and whether it, or one before it, depends on params."""
         with torch.enable_grad(), buffers_kept() as calls:
             evaluate = partial(self._evaluate, batch)
             graph, weight = repeatable(evaluate, lambda answer: answer[0][0], self._device) if twice else evaluate()
-            self._tally(graph[0], weight)
+            _tally(sums, graph[0], weight)
             self._tolerance = max(self._tolerance, _tolerance(graph[0].dtype))
             coupled = calls.batch_statistics or uses_batch_statistics(graph[0])
             return coupled, dependent or self._record(self._params, *graph) is not None
@@ -362,13 +393,6 @@ class BatchSums:
                 ) from error
         return [check_loss(loss, self._parts[0]), *others], weight
 
-    def _tally(self, loss: Tensor, weight: Tensor | float) -> None:
-        """Adds to Σ loss_sum, Σ weight_sum and Σ |loss_sum|, without a word from the device."""
-        value = loss.detach().to(self._totals)
-        self._totals[0] += value
-        self._totals[1] += weight
-        self._totals[2] += value.abs()
-
     def _fingerprint(self, tensors: Sequence[Tensor]) -> Tensor:
         return tensors[0].new_empty(0) if self._group is None else fingerprint(tensors)
 
@@ -396,11 +420,31 @@ class BatchSums:
             raise failure
         *tail, failed = message[keep:].tolist()
         if failed:
-            raise RuntimeError(f"{failed:.0f} other process(es) of the group failed in this operator's closure")
+            raise RuntimeError(
+                f"{failed:.0f} other process(es) of process_group failed in this call; their own errors say why"
+            )
         return message[:keep], tail
 
     def _versions(self) -> list[tuple[int, int]]:
         return [(p._version, p.data_ptr()) for p in self._params]
+
+
+def _tally(sums: Tensor, loss: Tensor, weight: Tensor | float) -> None:
+    """Adds to Σ loss_sum, Σ weight_sum and Σ |loss_sum|, without a word from the device."""
+    value = loss.detach().to(sums)
+    sums[0] += value
+    sums[1] += weight
+    sums[2] += value.abs()
+
+
+def _listed(params: Any) -> Any:
+    """Params as a list, where they are an iterable; or what was raised on the way, to be raised where others hear."""
+    if isinstance(params, Tensor) or not isinstance(params, Iterable):
+        return params
+    try:
+        return list(params)
+    except BaseException as error:
+        return error
 
 
 def _message_device(params: Any, group: ProcessGroup | None) -> torch.device:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -45,10 +44,10 @@ class EigenResult:
             completed.
         status: "converged", "max_hvp", "noise floor" (the noise of the operator's products, seen in their
             asymmetry, does not let the residual fall further) or "non-finite product".
-        miss_probability: with which the audit would have overlooked an eigenvector beyond the returned ones, if
-            there is one that the other products did not show; it stops below 0.08, or after 24 products where
-            the spectrum is too crowded for that, or fewer where ``max_basis`` leaves it no room. NaN where no
-            audit was due.
+        miss_probability: with which the audit would have overlooked an eigenvector whose value lies beyond the
+            returned ones by more than the tolerance, if there is one that the other products did not show. It stops
+            below 0.08, or after 24 products (48 for "LM", which looks beyond both ends) where the spectrum is too
+            crowded for that, or fewer where ``max_basis`` leaves it no room. NaN where no audit was due.
     """
 
     values: Tensor
@@ -125,7 +124,8 @@ class EigenTracker:
         tol: relative tolerance of the residuals, as in `eigsh`.
         audit_every: updates from one audit to the next; 1 audits every update.
         max_basis: most basis vectors to hold, the knob of memory: as for `eigsh`, plus k · P for the last vectors.
-        max_hvp: most products to spend on one update, at least k.
+        max_hvp: most products to spend on one update, at least k. An audit that it cuts short is not converged, and is
+            made up for ``audit_every`` updates later.
         max_interval: `due` lets up to this many steps pass without an update while the eigenvalues rest.
         rest: relative change of the leading eigenvalue from update to update that still counts as rest.
         seed: of the random vectors.
@@ -134,7 +134,8 @@ class EigenTracker:
         result: of the last update, or None.
         identities: (k,) int64: a number for every eigenpair of ``result`` that stays with the eigenvector where
             values cross: pairs are matched by overlap with the last update's, and one that overlaps with none
-            (less than 0.5) is given a new number. Its sign stays, too.
+            (less than 0.5) is given a new number. Its sign stays, too. An update with a product that was not finite
+            is passed over: the next one starts from, and is matched with, the one before.
         num_updates: number of updates so far.
         num_hvp: number of products so far.
     """
@@ -163,6 +164,7 @@ class EigenTracker:
         self.identities = torch.arange(k, device="cpu")
         self.num_updates = 0
         self.num_hvp = 0
+        self._start: Tensor | None = None  # the vectors of the last update whose products were finite
         self._next_identity = int(k)
         self._since_audit = 0
         self._interval = 1
@@ -184,7 +186,7 @@ class EigenTracker:
         Warns:
             ConvergenceWarning: not every pair converged; the result says which and why.
         """
-        old = None if self.result is None else self.result.vectors
+        old = self._start
         op, size, options = _resolve(H, n, dtype, device, old if n is None else None)
         check_count("k", self._settings["k"], 1, size, "the size of H")
         if old is not None and (len(old), old.dtype, old.device) != (size, options.dtype, options.device):
@@ -192,9 +194,7 @@ class EigenTracker:
                 f"H must be of the size, dtype and device of the last update's, {len(old)}, {old.dtype} on"
                 f" {old.device}; got {size}, {options.dtype} on {options.device}: use a new tracker"
             )
-        if self._found_nothing():
-            old = None
-        audited = audit or old is None or self._since_audit + 1 >= self._schedule["audit_every"]
+        audited = bool(audit) or old is None or self._since_audit + 1 >= self._schedule["audit_every"]
         result, origins = _solve(
             op,
             **self._settings,
@@ -202,20 +202,19 @@ class EigenTracker:
             seed=self._seed + self.num_updates,
             audit=audited,
         )
-        if old is not None:
-            self._identify(origins)
         self._adapt(result)
-        self._since_audit = 0 if audited and result.status == "converged" else self._since_audit + 1
+        if result.status == "non-finite product":
+            self._since_audit = self._schedule["audit_every"]
+        else:
+            if old is not None:
+                self._identify(origins)
+            self._start = result.vectors
+            self._since_audit = 0 if audited else self._since_audit + 1
         self.num_updates += 1
         self.num_hvp += result.num_hvp
         self.result = result
         _warn_unless_converged(result, "EigenTracker.update")
         return result
-
-    def _found_nothing(self) -> bool:
-        """Whether the last update got no finite product at all."""
-        result = self.result
-        return result is not None and result.status == "non-finite product" and math.isnan(result.values[0].item())
 
     def due(self, steps_since_update: int) -> bool:
         """Whether it is time for an update: after every step while the leading eigenvalue moves by more than ``rest``
@@ -251,7 +250,13 @@ class EigenTracker:
         result = None if self.result is None else {f.name: getattr(self.result, f.name) for f in fields(self.result)}
         counters = {name: getattr(self, name) for name in self._COUNTERS}
         settings = self._settings | self._schedule
-        return {"settings": settings, "result": result, "identities": self.identities.clone(), **counters}
+        return {
+            "settings": settings,
+            "result": result,
+            "start": self._start,
+            "identities": self.identities.clone(),
+            **counters,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes over a `state_dict`.
@@ -261,13 +266,25 @@ class EigenTracker:
         """
         if not isinstance(state, Mapping):
             raise TypeError(f"state must be a dict from state_dict, got {type(state).__name__}")
-        missing = {"settings", "result", "identities", *self._COUNTERS} - state.keys()
+        missing = {"settings", "result", "start", "identities", *self._COUNTERS} - state.keys()
         if missing:
             raise ValueError(f"state lacks {sorted(missing)}")
         settings = self._settings | self._schedule
-        if dict(state["settings"]) != settings:
-            raise ValueError(f"state is of a tracker with {dict(state['settings'])}, this one has {settings}")
+        if state["settings"] != settings:
+            raise ValueError(f"state is of a tracker with {state['settings']}, this one has {settings}")
+        names = {f.name for f in fields(EigenResult)}
+        expected = {
+            "result": state["result"] is None
+            or (isinstance(state["result"], Mapping) and state["result"].keys() == names),
+            "start": state["start"] is None or isinstance(state["start"], Tensor),
+            "identities": isinstance(state["identities"], Tensor) and state["identities"].shape == (settings["k"],),
+            **{name: isinstance(state[name], int) for name in self._COUNTERS},
+        }
+        wrong = [name for name, good in expected.items() if not good]
+        if wrong:
+            raise ValueError(f"state is not from state_dict: got {state[wrong[0]]!r} for {wrong[0]}")
         self.result = None if state["result"] is None else EigenResult(**state["result"])
+        self._start = state["start"]
         self.identities = state["identities"].clone()
         for name in self._COUNTERS:
             setattr(self, name, state[name])
@@ -278,7 +295,7 @@ class EigenTracker:
 def _check_settings(k: int, which: str, tol: float, max_hvp: int, max_basis: int, size: int | None) -> dict[str, Any]:
     """The settings of the driver, if they can work; size is P where it is known."""
     k = check_count("k", k, 1, size, "the size of H")
-    if which not in ("LA", "SA", "LM"):
+    if not isinstance(which, str) or which not in ("LA", "SA", "LM"):
         raise ValueError(f'which must be "LA", "SA" or "LM", got {which!r}')
     return {
         "k": k,
@@ -333,9 +350,10 @@ def _resolve(
             raise ValueError("v0 must have shape (P,) or (P, m), got ()")
         n = v0.shape[0]
     n = check_count("n", n, 1)
+    asked = "dtype" if dtype is not None or v0 is None else "dtype of v0"
     dtype = dtype or (v0.dtype if v0 is not None else torch.get_default_dtype())
     if dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
+        raise ValueError(f"{asked} must be torch.float32 or torch.float64, got {dtype}")
     like = torch.empty(0, dtype=dtype, device=device or (v0.device if v0 is not None else "cpu"))
     return _C.PythonOperator(H, n, like), n, Options(like.dtype, like.device)
 

@@ -54,7 +54,12 @@ class CurvatureOperator:
 
         Nothing is recorded for autograd: the product is a constant, also where v or a parameter requires grad.
         """
-        _check_vector(v, self)
+        try:
+            _check_vector(v, self)
+        except (TypeError, ValueError) as error:
+            if isinstance(self._source, BatchSums):
+                self._source.fail(error)
+            raise
         op, v = self._op, v.detach()
         if v.dim() == 1:
             return op.apply(v.contiguous())
@@ -85,6 +90,11 @@ class CurvatureOperator:
             self.shape, matvec=vector_product, rmatvec=vector_product, matmat=product, rmatmat=product, dtype=name
         )
 
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            f"a {type(self).__name__} holds recorded graphs and cannot be copied or pickled: make another one"
+        )
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}(shape={self.shape}, dtype={self.dtype}, device={self.device})"
 
@@ -100,8 +110,8 @@ class HessianOperator(CurvatureOperator):
             and must return the same value both times: the Hessian of a random function (dropout) is not defined.
             The buffers of its modules and torch's random state stay as they were.
         params: the parameters, in the order in which they make up the flat vector of length P; tensors of one
-            dtype (float32 or float64) on one device that require grad. A part of them gives that block of the
-            Hessian; see `layers` for many blocks of one backward pass.
+            dtype (float32 or float64) on one device that require grad and have no hooks. A part of them gives that
+            block of the Hessian; see `layers` for many blocks of one backward pass.
 
     Raises:
         TypeError, ValueError: for anything else; ``params`` on which the loss does not depend count as zero rows,
@@ -111,7 +121,8 @@ class HessianOperator(CurvatureOperator):
 
     Attributes:
         gradients: the recorded gradient of each parameter (None where the loss does not depend on it). A training
-            step that uses these pays for no backward pass of its own. Empty for `from_batches`.
+            step that uses these pays for no backward pass of its own; ``detach().clone()`` them, as autograd may hand
+            out one number seen many times. Empty for `from_batches`.
     """
 
     gradients: tuple[Tensor | None, ...] = ()
@@ -130,7 +141,8 @@ class HessianOperator(CurvatureOperator):
         """The diagonal block of the Hessian for every named group of parameters, from one recorded backward pass.
 
         ``HessianOperator.layers(loss, {name: [p] for name, p in model.named_parameters()})`` gives the spectra of
-        single tensors. Groups must not overlap; arguments and errors are those of `HessianOperator`.
+        single tensors. Groups must not overlap; one on which the loss does not depend has the block 0. Arguments and
+        errors are those of `HessianOperator` otherwise.
         """
         if not isinstance(groups, Mapping):
             raise TypeError(f"groups must be a mapping from names to params, got {type(groups).__name__}")
@@ -162,7 +174,7 @@ class HessianOperator(CurvatureOperator):
 
         Only one batch's graph lives at a time: small batches bound the memory, at the price of one forward and
         backward pass per batch and product. The model's mode and buffers and torch's random state stay as they were;
-        every pass starts from another random state.
+        every pass starts from another random state, and takes its turn with those of other threads.
 
         Args:
             closure: batch -> (loss_sum, weight_sum): the *sum* of the batch's losses, 0-d with its graph, and what

@@ -171,9 +171,7 @@ def trace(
     op, size, _ = _resolve(H, n, dtype, device, None)
     num_probes = check_count("num_probes", num_probes, 6 if method == "hutch++" else 2)
     third = min(num_probes // 3, size) if method == "hutch++" else 0
-    on_range, beside = _C.sample_trace(
-        op, range=third, samples=num_probes - 2 * third, generator=_generator(seed)
-    )
+    on_range, beside = _C.sample_trace(op, range=third, samples=num_probes - 2 * third, generator=_generator(seed))
     if not beside:
         return Estimate(on_range, 0.0)
     per_probe = torch.tensor(beside, dtype=torch.float64, device="cpu")

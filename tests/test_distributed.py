@@ -162,7 +162,39 @@ def products_go_wrong(rank, world_size):
         H = operator(rank, world_size, closure=noisy, params=params)
         H @ torch.ones(H.shape[0], dtype=torch.float64)
 
-    return outcomes(stale, other_vector, random, partial(operator, rank, world_size))
+    def vector_of_another_size():
+        H = operator(rank, world_size)
+        H @ torch.ones(H.shape[0] + rank, dtype=torch.float64)
+
+    def params_that_end_early():
+        _, params = problem()
+
+        def given():
+            yield params[0]
+            if rank == 1:
+                raise KeyError("no more of them")
+            yield from params[1:]
+
+        operator(rank, world_size, params=given())
+
+    def default_device():
+        closure, params = problem()
+        batches = shard(rank, world_size)
+        H = operator(rank, world_size, closure=closure, params=params, batches=batches)
+        v = torch.ones(H.shape[0], dtype=torch.float64)
+        with torch.device("meta"):
+            again = operator(rank, world_size, closure=closure, params=params, batches=batches)
+            assert torch.equal(again @ v, H @ v)
+
+    return outcomes(
+        stale,
+        other_vector,
+        random,
+        vector_of_another_size,
+        params_that_end_early,
+        default_device,
+        partial(operator, rank, world_size),
+    )
 
 
 def unequal_shards(rank, world_size):
@@ -247,7 +279,7 @@ def test_the_eigenvalues_of_one_process(world_size):
 @pytest.mark.parametrize(("work", "culprit"), [(one_fails_in_a_product, 1), (one_fails_at_the_start, 0)])
 def test_a_failure_ends_all(work, culprit):
     for rank, answer in spread(work, 2).items():
-        expected = "KeyError: 'my own failure'" if rank == culprit else "1 other process(es) of the group failed"
+        expected = "KeyError: 'my own failure'" if rank == culprit else "1 other process(es) of process_group failed"
         assert expected in answer
 
 
@@ -257,7 +289,7 @@ def test_wrong_arguments_of_one_process_end_all(world_size):
     expected = ["closure must be callable", "batches must be", "params must be", "require grad", "at least one tensor"]
     for rank, messages in answers.items():
         for message, own in zip(messages, expected, strict=True):
-            assert (own if rank == 1 else "1 other process(es) of the group failed") in message
+            assert (own if rank == 1 else "1 other process(es) of process_group failed") in message
 
 
 def test_params_that_differ_are_refused_by_all():
@@ -268,12 +300,15 @@ def test_params_that_differ_are_refused_by_all():
 
 
 def test_products_that_go_wrong_end_all():
-    for rank, (stale, vector, random, good) in spread(products_go_wrong, 2).items():
-        assert ("changed in place" if rank == 1 else "1 other process(es) of the group failed") in stale
+    for rank, (stale, vector, random, size, params, *good) in spread(products_go_wrong, 2).items():
+        assert ("changed in place" if rank == 1 else "1 other process(es) of process_group failed") in stale
         assert vector.startswith("RuntimeError: v must be the same in all processes of process_group")
         assert random.startswith("ValueError: every pass over batches must give the same losses")
-        assert "(differing in 1 of 2 processes)" in random
-        assert good is None
+        assert "got others in 1 of 2 processes" in random
+        assert ("added up to" in random) == (rank == 1)  # where it is this process's own losses, how they differ
+        for own, answer in (("v must have shape", size), ("no more of them", params)):
+            assert (own if rank == 1 else "1 other process(es) of process_group failed") in answer
+        assert good == [None, None]
 
 
 def test_unequal_shards():

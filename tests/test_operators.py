@@ -2,7 +2,9 @@
 
 import copy
 import gc
+import pickle
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -472,3 +474,46 @@ def test_scipy_bridge():
     for call in (operator.matvec, operator.rmatvec, operator.matmat, operator.rmatmat):
         with pytest.raises(TypeError, match="x must be real, got complex128"):
             call(x.reshape(-1, 1) * 1j)
+
+
+def test_hooks_of_params_are_refused():
+    """A product would call them in each of its backward passes: the result would be no Hessian."""
+    params = mlp()
+    hook = params[2].register_hook(lambda gradient: 0.5 * gradient)
+    for build in (
+        lambda: HessianOperator(loss_of(params), params),
+        lambda: HessianOperator.from_batches(summed(params), params, INDICES),
+        lambda: HessianOperator.layers(loss_of(params), {"last": params[2:]}),
+    ):
+        with pytest.raises(ValueError, match=r"\] of shape .* has a hook"):
+            build()
+    hook.remove()
+    params[0].register_post_accumulate_grad_hook(lambda p: p.grad.zero_())  # no product accumulates
+    assert torch.allclose(HessianOperator(loss_of(params), params).to_dense(), dense_hessian(params), atol=1e-13)
+
+
+@pytest.mark.parametrize("copying", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_operators_are_not_copied(copying):
+    params = mlp()
+    for H in (
+        HessianOperator(loss_of(params), params),
+        HessianOperator.from_batches(summed(params), params, INDICES),
+    ):
+        with pytest.raises(TypeError, match="a HessianOperator holds recorded graphs and cannot be copied or pickled"):
+            copying(H)
+
+
+def test_threads_share_an_operator_and_the_random_state():
+    params = mlp()
+    exact = torch.linalg.eigvalsh(dense_hessian(params))[-3:].flip(0)
+    shared = HessianOperator.from_batches(summed(params), params, INDICES)
+    state = torch.get_rng_state()
+
+    def work(i):
+        H = shared if i % 2 else HessianOperator.from_batches(summed(params), params, INDICES)
+        return eigsh(H, 3, tol=1e-8).values
+
+    with ThreadPoolExecutor(4) as pool:
+        for values in pool.map(work, range(12)):
+            assert torch.allclose(values, exact, rtol=1e-10)
+    assert torch.equal(torch.get_rng_state(), state)

@@ -227,11 +227,26 @@ def test_state_of_another_tracker_is_refused(other):
 
 
 @pytest.mark.parametrize(
-    ("state", "error", "match"), [({"settings": {}}, ValueError, "lacks"), (None, TypeError, "state must")]
+    ("change", "match"),
+    [
+        ({"settings": None}, "state is of a tracker with None"),
+        ({"result": {"values": 3}}, "for result"),
+        ({"start": 5}, "got 5 for start"),
+        ({"identities": [0, 1, 2]}, r"got \[0, 1, 2\] for identities"),
+        ({"identities": torch.arange(7)}, "for identities"),
+        ({"num_updates": "many"}, "got 'many' for num_updates"),
+    ],
 )
-def test_what_is_no_state_is_refused(state, error, match):
-    with pytest.raises(error, match=match):
-        EigenTracker(3).load_state_dict(state)
+def test_what_is_no_state_is_refused(change, match):
+    tracker = EigenTracker(3)
+    before = tracker.state_dict()
+    with pytest.raises(ValueError, match=match):
+        tracker.load_state_dict(before | change)
+    assert str(tracker.state_dict()) == str(before)
+    with pytest.raises(ValueError, match="lacks"):
+        tracker.load_state_dict({"settings": {}})
+    with pytest.raises(TypeError, match="state must"):
+        tracker.load_state_dict(None)
 
 
 def test_default_device_does_not_matter():
@@ -263,19 +278,55 @@ def test_budget_per_update():
     assert not result.converged.all()
 
 
-def test_recovers_from_a_product_that_was_not_finite():
+@pytest.mark.parametrize("good", [0, 1, 2, 4])
+def test_an_update_with_a_product_that_was_not_finite_is_passed_over(good):
+    """It is reported; the next update goes on from the one before it, with an audit."""
+    base = torch.cat([torch.tensor([9.0, 6.0, 4.0]), torch.linspace(-1, 1, 97)]).double()
+    tracker = EigenTracker(3)
+    tracker.update(lambda v: base * v, n=100, dtype=torch.float64)
+    swapped = base[[1, 0, *range(2, 100)]]
+    tracker.update(lambda v: swapped * v, audit=True)
+    identities = tracker.identities.tolist()
+    vectors = tracker.result.vectors
+    calls = itertools.count()
+    with pytest.warns(ConvergenceWarning, match="non-finite product"):
+        result = tracker.update(lambda v: swapped * v * (math.nan if next(calls) >= good else 1), audit=True)
+    assert result is tracker.result
+    assert result.values.isnan().sum() == max(3 - good, 0)
+    assert tracker.identities.tolist() == identities
+    other = EigenTracker(3)
+    other.load_state_dict(tracker.state_dict())
+    for survivor in (tracker, other):
+        recovered = survivor.update(lambda v: swapped * v)
+        assert recovered.values.tolist() == pytest.approx([9, 6, 4], rel=1e-6)
+        assert recovered.num_hvp < 12  # not from scratch
+        assert recovered.miss_probability < 0.08
+        assert survivor.identities.tolist() == identities
+        assert torch.allclose(recovered.vectors, vectors, atol=1e-3)  # with their signs
+
+
+def test_a_first_update_without_a_finite_product():
     base = torch.linspace(0, 5, 60, dtype=torch.float64)
     tracker = EigenTracker(2)
-    tracker.update(lambda v: base * v, n=60, dtype=torch.float64)
+    with pytest.warns(ConvergenceWarning):
+        tracker.update(lambda v: v * math.nan, n=60, dtype=torch.float64)
+    result = tracker.update(lambda v: base * v, n=60, dtype=torch.float64)
+    assert result.values[0] == pytest.approx(5.0, rel=1e-4)
+    assert result.miss_probability < 0.08
+    assert tracker.identities.tolist() == [0, 1]
+
+
+def test_a_budget_too_small_for_audits_spoils_only_those():
+    base = torch.cat([torch.tensor([9.0, 6.0, 5.0]), torch.linspace(-1, 4.5, 997)]).double()
+    start = EigenTracker(3, audit_every=5)
+    start.update(lambda v: base * v, n=1000, dtype=torch.float64)
+    vectors = start.result.vectors
+    tracker = EigenTracker(3, audit_every=5, max_hvp=12)
+    tracker._start = vectors
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        assert tracker.update(lambda v: v * float("nan")).status == "non-finite product"
-    lost = tracker.identities.tolist()
-    recovered = tracker.update(lambda v: base * v)
-    assert recovered.values[0] == pytest.approx(5.0, rel=1e-4)
-    first = EigenTracker(2, seed=2).update(lambda v: base * v, n=60, dtype=torch.float64)
-    assert recovered.num_hvp == first.num_hvp  # from scratch, with its audit
-    assert tracker.identities.tolist() == lost
+        status = [tracker.update(lambda v: base * v).status for _ in range(15)]
+    assert status == ([*["converged"] * 4, "max_hvp"] * 3)
 
 
 @pytest.mark.parametrize(("which", "lead"), [("LA", 9.0), ("SA", -9.0), ("LM", -9.0), ("LM", 9.0)])

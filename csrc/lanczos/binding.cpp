@@ -100,7 +100,8 @@ std::pair<std::vector<double>, std::vector<double>> run_tridiagonalize(Symmetric
 
 std::pair<double, std::vector<double>> run_sample_trace(SymmetricOperator& op, int64_t range, int64_t samples,
                                                         const at::Generator& generator) {
-  TraceSamples result = without_gil([&] { return sample_trace(op, range, samples, generator, SignalCheck()); });
+  TraceSamples result =
+      without_gil([&] { return sample_trace(op, range, samples, generator, SignalCheck()); });
   return {result.on_range, std::move(result.beside_it)};
 }
 
@@ -136,8 +137,8 @@ void bind_lanczos(py::module_& module) {
              py::arg("audit"));
   module.def("take_device_path", &take_device_path, py::arg("on"));
   module.def("num_reads", &num_reads);
-  module.def("sample_trace", &run_sample_trace, py::arg("op"), py::kw_only(), py::arg("range"), py::arg("samples"),
-             py::arg("generator"));
+  module.def("sample_trace", &run_sample_trace, py::arg("op"), py::kw_only(), py::arg("range"),
+             py::arg("samples"), py::arg("generator"));
   module.def("tridiagonalize", &run_tridiagonalize, py::arg("op"), py::arg("start"), py::arg("steps"));
 }
 

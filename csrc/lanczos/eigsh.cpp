@@ -261,7 +261,8 @@ class Solver {
     return at::randn({length_}, generator_, op_.options().device(at::kCPU)).to(op_.options());
   }
 
-  // A Krylov space cannot see a second eigenvector of the same eigenvalue, nor one that its start is orthogonal to.
+  // A Krylov space cannot see a second eigenvector of the same eigenvalue, nor one that its start is
+  // orthogonal to.
   Step audit() {
     check_symmetric();
     audited_ = true;
@@ -281,14 +282,15 @@ class Solver {
     return step;
   }
 
-  // Looks for eigenvalues above a bound (below it for side = -1) other than the wanted ones. Let C be the complement
-  // of the basis, U its Ritz vectors other than the wanted ones, t their values and R = P_C H U their residuals. All t
-  // are below the bound μ; then H has as many eigenvalues above μ on U + C as the Schur complement
+  // Looks for eigenvalues above a bound (below it for side = -1) other than the wanted ones. Let C be the
+  // complement of the basis, U its Ritz vectors other than the wanted ones, t their values and R = P_C H U
+  // their residuals. All t are below the bound μ; then H has as many eigenvalues above μ on U + C as the
+  // Schur complement
   //     A = P_C H P_C + R (μ - t)⁻¹ Rᵀ
-  // has on C (Haynsworth 1968). So a Lanczos process with A starts from a random vector x of C, and goes on until ‖p(A) x‖
-  // for the best polynomial with p(μ) = 1 is so small that an eigenvector with a value beyond μ could hide only if x
-  // had almost none of it: its component is a normal number over the root of the dimension. What comes up is taken
-  // into the basis, and the audit has to be repeated.
+  // has on C (Haynsworth 1968). So a Lanczos process with A starts from a random vector x of C, and goes on
+  // until ‖p(A) x‖ for the best polynomial with p(μ) = 1 is so small that an eigenvector with a value beyond
+  // μ could hide only if x had almost none of it: its component is a normal number over the root of the
+  // dimension. What comes up is taken into the basis, and the audit has to be repeated.
   Step search_beyond(double bound, double side) {
     const int64_t m = basis_.size(), complement = length_ - m;
     if (complement == 0) return Step::kDone;
@@ -322,7 +324,8 @@ class Solver {
     if (const Step step = multiply(v, product); step != Step::kDone) return step;
     const auto [diagonal, off_diagonal] = basis_.advance_probe(product);
     if (!std::isfinite(diagonal) || !std::isfinite(off_diagonal)) {
-      // Too large for the unit that the basis has seen reason for, if it is finite: there, that is looked into.
+      // Too large for the unit that the basis has seen reason for, if it is finite: there, that is looked
+      // into.
       audited_ = false;
       return expand([&] { return basis_.propose(v, 1.0); });
     }

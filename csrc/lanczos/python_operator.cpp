@@ -30,11 +30,12 @@ at::Tensor PythonOperator::apply(const at::Tensor& v) {
                          std::string(py::str(py::type::of(answer).attr("__name__"))));
   }
   const at::Tensor product = py::detail::cast_op<at::Tensor&>(tensor).detach();
-  if (product.dim() != 1 || product.size(0) != size_ || product.scalar_type() != v.scalar_type() ||
-      product.device() != v.device()) {
-    throw py::value_error("H(v) must return a tensor like v, of shape (" + std::to_string(size_) + ",), " +
-                          c10::toString(v.scalar_type()) + " on " + v.device().str() + "; got shape " +
-                          c10::str(product.sizes()) + ", " + c10::toString(product.scalar_type()) + " on " +
+  if (product.layout() != at::kStrided || product.dim() != 1 || product.size(0) != size_ ||
+      product.scalar_type() != v.scalar_type() || product.device() != v.device()) {
+    throw py::value_error("H(v) must return a dense tensor like v, of shape (" + std::to_string(size_) +
+                          ",), " + c10::toString(v.scalar_type()) + " on " + v.device().str() +
+                          "; got shape " + c10::str(product.sizes()) + ", " +
+                          c10::toString(product.scalar_type()) + ", " + c10::str(product.layout()) + " on " +
                           product.device().str());
   }
   // In plain memory, where an expanded tensor and torch's symbolic zeros are not.

@@ -16,7 +16,8 @@
 namespace dynloss {
 namespace {
 
-// Squares that cancel to less than this, in units of the rounding of the largest, are not good to a thousandth any more.
+// Squares that cancel to less than this, in units of the rounding of the largest, are not good to a
+// thousandth any more.
 constexpr double kCancelled = 1e4;
 
 // Squared lengths of products that leave room, in float32 too, for the squares of residuals and of sums.
@@ -234,7 +235,8 @@ std::vector<double> RitzBasis::residual_norms(const std::vector<double>& coeffic
   std::vector<size_t> cancelled;
   for (size_t i = 0; i < values.size(); ++i) {
     const double* c = &coefficients[i * m];
-    const double square = std::inner_product(c, c + m, times_product_squares(c).begin(), -values[i] * values[i]);
+    const double square =
+        std::inner_product(c, c + m, times_product_squares(c).begin(), -values[i] * values[i]);
     norms.push_back(std::sqrt(std::max(square, cancelled_below)));
     if (square > cancelled_below || norms.back() <= enough[i]) continue;
     cancelled.push_back(i);

@@ -16,8 +16,8 @@ namespace dynloss {
 // Krylov vectors, old eigenvectors, random probes. Products are kept in a unit, a power of two, in which no
 // square of theirs overflows or vanishes; so are projection, residuals and what else is said of H here.
 //
-// On a device the basis grows without a word to the host: `settle` reads in one go what was found since the last time,
-// and everything that speaks of numbers on the host comes after it.
+// On a device the basis grows without a word to the host: `settle` reads in one go what was found since the
+// last time, and everything that speaks of numbers on the host comes after it.
 class RitzBasis {
  public:
   RitzBasis(int64_t capacity, int64_t length, const at::TensorOptions& options);
@@ -26,8 +26,8 @@ class RitzBasis {
   bool on_host() const { return Rows(rows_).on_host(); }
 
   // Makes the part of x orthogonal to the basis, normalised, the candidate for the next basis vector
-  // (classical Gram-Schmidt, twice). False, and no candidate, where x, of the given norm, lies in the basis to
-  // rounding; on a device that is not said before `settle`.
+  // (classical Gram-Schmidt, twice). False, and no candidate, where x, of the given norm, lies in the basis
+  // to rounding; on a device that is not said before `settle`.
   bool propose(const Rows& x, double norm);
   // The same for the product taken in last, whose overlaps with the basis are known already; not after a
   // restart.
@@ -56,14 +56,15 @@ class RitzBasis {
   // Σ_j coefficients[i, j] v_j, shape (rows, length).
   at::Tensor combine(const std::vector<double>& coefficients) const;
 
-  // Norms of the residuals H y - θ y of Ritz pairs, to a thousandth; or bounds of them which are at most `enough`.
+  // Norms of the residuals H y - θ y of Ritz pairs, to a thousandth; or bounds of them which are at most
+  // `enough`.
   std::vector<double> residual_norms(const std::vector<double>& coefficients,
                                      const std::vector<double>& values,
                                      const std::vector<double>& enough) const;
 
-  // The Lanczos process with H + W S Wᵀ in the complement of the basis, by its three-term recurrence: it keeps no
-  // vectors, so that its length is not bound by the basis, which stays as it is. It works in kProbeColumns free
-  // columns. S is the coupling, row-major (size, size).
+  // The Lanczos process with H + W S Wᵀ in the complement of the basis, by its three-term recurrence: it
+  // keeps no vectors, so that its length is not bound by the basis, which stays as it is. It works in
+  // kProbeColumns free columns. S is the coupling, row-major (size, size).
   static constexpr int64_t kProbeColumns = 2;
   void start_probe(const at::Tensor& x, std::vector<double> coupling);
   at::Tensor probe() const { return probe_row().vector(); }  // the vector to be multiplied next
@@ -90,8 +91,8 @@ class RitzBasis {
  private:
   Rows vectors() const { return {rows_, 0, size_, 2}; }
   Rows candidate_row() const { return {rows_, 2 * size_, 1}; }
-  // The overlaps and squares that come with the product of the j-th vector: (2 (j + 1), 2), on its device. Entry
-  // (2 i + a, b) is the inner product of {v_i, H v_i}[a] with {v_j, H v_j}[b].
+  // The overlaps and squares that come with the product of the j-th vector: (2 (j + 1), 2), on its device.
+  // Entry (2 i + a, b) is the inner product of {v_i, H v_i}[a] with {v_j, H v_j}[b].
   at::Tensor overlaps_of_pair(int64_t j) const;
   bool finish_candidate(double norm);
   void append(const double* overlaps);
@@ -107,10 +108,10 @@ class RitzBasis {
   int64_t length_;
   int64_t size_ = 0;
   double epsilon_;
-  at::Tensor rows_;  // (2 * capacity, length): v_j before w_j, so that one GEMM reaches both
-  int64_t settled_ = 0;             // vectors whose overlaps are on the host,
+  at::Tensor rows_;                  // (2 * capacity, length): v_j before w_j, so that one GEMM reaches both
+  int64_t settled_ = 0;              // vectors whose overlaps are on the host,
   std::vector<at::Tensor> waiting_;  // and the overlaps of the others
-  std::vector<double> projection_;      // (settled_, settled_)
+  std::vector<double> projection_;   // (settled_, settled_)
   std::vector<double> product_squares_;  // W Wᵀ, likewise
   double unit_ = 1.0;
   double largest_square_ = 0.0;  // of the length of a product

@@ -39,15 +39,15 @@ class Plainly {
   at::NoTF32Guard no_tf32_;
 };
 
-// Columns that are taken at a time: forty rows of a block fit into the second cache. On a device they are also what
-// is summed in the dtype of the rows. The sums of blocks are added in double precision, in an order that depends on no
-// number of threads.
+// Columns that are taken at a time: forty rows of a block fit into the second cache. On a device they are
+// also what is summed in the dtype of the rows. The sums of blocks are added in double precision, in an order
+// that depends on no number of threads.
 constexpr int64_t kBlock = 4096;
 // Numbers that are worth a thread.
 constexpr int64_t kGrain = 1 << 16;
 
-// In double precision, where products of floats are exact; a quarter of the sum at a time, as one addition would wait
-// for the last.
+// In double precision, where products of floats are exact; a quarter of the sum at a time, as one addition
+// would wait for the last.
 #define PRODUCT(i) (static_cast<double>(a[i]) * static_cast<double>(b[i]))
 #define DEFINE_LOOPS(T)                                                                 \
   PER_INSTRUCTION_SET double dot(const T* a, const T* b, int64_t length) {              \
@@ -283,7 +283,8 @@ void subtract_combination(const Rows& out, const Rows& x, const at::Tensor& coef
       std::array<scalar_t, kBlock> sum;
       std::fill_n(sum.data(), columns, scalar_t(0));
       for (int64_t j = 0; j < rows.count(); ++j) {
-        add_scaled(sum.data(), static_cast<scalar_t>(weights[j * step]), rows.row<scalar_t>(j) + first, columns);
+        add_scaled(sum.data(), static_cast<scalar_t>(weights[j * step]), rows.row<scalar_t>(j) + first,
+                   columns);
       }
       if (from != to) std::copy_n(from + first, columns, to + first);
       add_scaled(to + first, scalar_t(-1), sum.data(), columns);

@@ -16,7 +16,8 @@ namespace {
 
 class Sampler {
  public:
-  Sampler(SymmetricOperator& op, int64_t range, const at::Generator& generator, const std::function<void()>& poll)
+  Sampler(SymmetricOperator& op, int64_t range, const at::Generator& generator,
+          const std::function<void()>& poll)
       : op_(op),
         generator_(generator),
         poll_(poll),
@@ -102,8 +103,8 @@ class Sampler {
 
 }  // namespace
 
-TraceSamples sample_trace(SymmetricOperator& op, int64_t range, int64_t samples, const at::Generator& generator,
-                          const std::function<void()>& poll) {
+TraceSamples sample_trace(SymmetricOperator& op, int64_t range, int64_t samples,
+                          const at::Generator& generator, const std::function<void()>& poll) {
   const at::NoGradGuard no_grad;
   Sampler sampler(op, range, generator, poll);
   TraceSamples out;

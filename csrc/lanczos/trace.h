@@ -17,10 +17,10 @@ struct TraceSamples {
   std::vector<double> beside_it;
 };
 
-// range: random vectors that span Q, none for Hutchinson's estimator; at most op.size(), where nothing is beside it.
-// Products: 2 range + samples. generator: on the CPU. poll is called before every product and may throw. Throws
-// std::runtime_error on a non-finite product.
-TraceSamples sample_trace(SymmetricOperator& op, int64_t range, int64_t samples, const at::Generator& generator,
-                          const std::function<void()>& poll);
+// range: random vectors that span Q, none for Hutchinson's estimator; at most op.size(), where nothing is
+// beside it. Products: 2 range + samples. generator: on the CPU. poll is called before every product and may
+// throw. Throws std::runtime_error on a non-finite product.
+TraceSamples sample_trace(SymmetricOperator& op, int64_t range, int64_t samples,
+                          const at::Generator& generator, const std::function<void()>& poll);
 
 }  // namespace dynloss
