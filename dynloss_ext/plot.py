@@ -13,7 +13,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import Normalize
+from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, MaxNLocator
@@ -23,8 +23,21 @@ from dynloss_ext.instability import Instability, PeriodSegment, instability_thre
 
 Array = NDArray[Any]
 
-CLASS_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#999999")
-EIGENVALUE_COLOURS = ("#1b1b1b", "#0072b2", "#e69f00", "#009e73", "#cc79a7")
+# Okabe and Ito's colours, which colour-blind readers tell apart; ten of them for CIFAR-10, with Tol's wine and indigo.
+_OKABE_ITO = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442")
+CLASS_COLOURS = (*_OKABE_ITO, "#999999", "#882255", "#332288")
+EIGENVALUE_COLOURS = ("#1b1b1b", *_OKABE_ITO, "#882255", "#332288")
+LINE_STYLES = ("-", "--", "-.", ":")  # one after the other where a palette is used up
+PERIOD_COLOURS: dict[int | None, str] = {
+    1: "#1b1b1b",
+    2: "#0072b2",
+    4: "#e69f00",
+    8: "#009e73",
+    16: "#cc79a7",
+    None: "#d7191c",
+}
+OTHER_PERIOD_COLOUR = "#56b4e9"
+LINEAR_CHANGE = 1e-3  # changes of F up to it are drawn on a linear scale
 START_COLOUR, STOP_COLOUR = "#1a9641", "#d7191c"
 STYLE: Any = {
     "font.size": 8,
@@ -60,6 +73,9 @@ def trajectory(
 ) -> Figure:
     """The paper's Fig. 4: class weights, loss, its change, accuracy and curvature along a run.
 
+    The loss of the whole run is drawn on a logarithmic scale, on a linear one if F or `loss` is nowhere positive or
+    somewhere negative; its change on a linear scale up to 1e-3 and logarithmically beyond.
+
     Args:
         step: (S,) steps of the per-step arrays.
         weights: (S, C) class weights Γ.
@@ -72,12 +88,13 @@ def trajectory(
         threshold: the dashed line, by default `instability_threshold(instabilities)`.
         limit: the optimizer's stability limit, one number or (S,) where the learning rate changes.
         ntk: (M,) largest eigenvalue of the neural tangent kernel, for one more panel.
-        zoom: (first, last) step of a second column.
+        zoom: (first, last) step of a second column, with at least one of `step` between them.
         class_names: C names for the legend.
         title: a line above everything.
 
     Raises:
-        ValueError: an array whose length differs from its steps'.
+        ValueError: an array whose length differs from its steps', a zoom without a step inside.
+        TypeError: an array of anything but real numbers.
     """
     threshold = instability_threshold(instabilities) if threshold is None else threshold
     step, eig_step = _array("step", step, 1), _array("eig_step", eig_step, 1)
@@ -100,6 +117,7 @@ def trajectory(
     panels = 4 + (len(eig_step) > 0) + (ntk is not None)
     spans = [_span(step)]
     if zoom is not None:
+        zoom = _steps_around("zoom", zoom, step)
         spans.append(_span(zoom))
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(5.2 * len(spans) if zoom else 7.2, 1.55 * panels + 0.6), layout="constrained")
@@ -148,15 +166,17 @@ def phase_diagram(
     Args:
         periods: (n,) periods T in steps.
         amplitudes: (m,) amplitudes A.
-        values: (m, n) quantity, row per amplitude; NaN where there is no run, drawn hatched.
-        spread: (m, n) standard deviation over seeds, written below the value.
+        values: (m, n) quantity, row per amplitude. A cell is hatched where its value is not finite: NaN for no
+            run, or what a diverged one left.
+        spread: (m, n) standard deviation over seeds, written below the value where it is finite.
         label: the quantity's name.
         baseline: its value without oscillations (A = 1), marked on the colour bar; colours then diverge from
-            it.
+            it. One that is not finite counts as none.
         title: a line above the map.
 
     Raises:
         ValueError: `values` or `spread` of another shape than (m, n), no period or no amplitude.
+        TypeError: an array of anything but real numbers.
     """
     periods, amplitudes = _array("periods", periods, 1), _array("amplitudes", amplitudes, 1)
     values = _array("values", values, 2, len(amplitudes))
@@ -168,6 +188,8 @@ def phase_diagram(
         spread = _array("spread", spread, 2, len(amplitudes))
         if spread.shape != values.shape:
             raise ValueError(f"spread: got shape {spread.shape}, expected {values.shape}")
+    if baseline is not None and not math.isfinite(baseline):
+        baseline = None
     with matplotlib.rc_context(STYLE):
         size = (1.8 + max(3.0, 0.62 * len(periods)), 1.2 + max(2.2, 0.45 * len(amplitudes)))
         figure = Figure(figsize=size, layout="constrained")
@@ -179,8 +201,8 @@ def phase_diagram(
         image = axis.imshow(values, origin="lower", aspect="auto", norm=norm, cmap=colours, interpolation="nearest")
         if values.size <= 200:
             _write_cells(axis, values, spread, norm, matplotlib.colormaps[colours])
-        axis.set_xticks(range(len(periods)), [f"{value:g}" for value in periods])
-        axis.set_yticks(range(len(amplitudes)), [f"{value:g}" for value in amplitudes])
+        axis.set_xticks(range(len(periods)), [_tick(value) for value in periods])
+        axis.set_yticks(range(len(amplitudes)), [_tick(value) for value in amplitudes])
         axis.tick_params(length=0)
         axis.spines[:].set_visible(False)
         axis.set_xlabel("period $T$ (steps)")
@@ -210,13 +232,14 @@ def spectral_density(
         grid: (G,) points λ, or (D, G).
         density: (G,) density, or (D, G) for D moments of a run, coloured by `step`. What is not finite is left
             out, as everywhere.
-        stderr: standard error of `density`, drawn as a band.
-        step: (D,) steps of the rows of a (D, G) density.
+        stderr: standard error of `density`, in its shape, drawn as a band.
+        step: (D,) steps of the rows of a (D, G) density, for the colour bar; by default it numbers the rows from 0.
         eigenvalues: (k,) eigenvalues known exactly, drawn as ticks; the axis reaches all of them.
         title: a line above the axes.
 
     Raises:
         ValueError: shapes that do not fit together, no point to draw, a grid that is not finite.
+        TypeError: an array of anything but real numbers.
     """
     density = _array("density", density, None)
     if density.ndim not in (1, 2):
@@ -229,25 +252,27 @@ def spectral_density(
         raise ValueError(f"grid: got shape {np.shape(grid)}, expected {curves.shape[1:]} or {curves.shape}")
     if not np.all(np.isfinite(grids)):
         raise ValueError("grid: expected finite points")
-    errors = None if stderr is None else np.atleast_2d(_array("stderr", stderr, density.ndim))
-    if errors is not None and errors.shape != curves.shape:
-        raise ValueError(f"stderr: got shape {errors.shape}, expected {curves.shape}")
-    steps = None if step is None else _array("step", np.atleast_1d(to_numpy(step)), 1, len(curves))
+    errors = None if stderr is None else _array("stderr", stderr, None)
+    if errors is not None and errors.shape != density.shape:
+        raise ValueError(f"stderr: got shape {errors.shape}, expected {density.shape}")
+    rows = np.arange(len(curves))
+    steps = rows if step is None else _array("step", np.atleast_1d(to_numpy(step)), 1, len(curves))
     exact = _finite(_array("eigenvalues", [] if eigenvalues is None else eigenvalues, 1))
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(5.6, 3.4), layout="constrained")
         axis = figure.subplots()
-        span = (float(steps.min()), float(steps.max())) if steps is not None else (0.0, float(len(curves)))
-        norm, colours = Normalize(*span), matplotlib.colormaps["viridis"]
+        norm = Normalize(float(steps.min()), float(steps.max()))
+        colours = ListedColormap(matplotlib.colormaps["viridis"](np.linspace(0, 0.92, 256)))  # no yellow on white
         positive = curves[np.isfinite(curves) & (curves > 0)]
         top = float(positive.max()) if positive.size else 1.0
         for index, (x, y) in enumerate(zip(grids, curves, strict=True)):
-            shade = norm(steps[index] if steps is not None else index)
-            colour = colours(0.92 * float(shade)) if len(curves) > 1 else EIGENVALUE_COLOURS[1]
+            colour = colours(float(norm(steps[index]))) if len(curves) > 1 else EIGENVALUE_COLOURS[1]
             axis.plot(x, y, color=colour, lw=1.0 if len(curves) == 1 else 0.7)
             if errors is not None:
-                low, high = np.maximum(y - errors[index], top * 1e-12), y + errors[index]
-                axis.fill_between(x, low, high, color=colour, alpha=0.25, lw=0)
+                error = np.atleast_2d(errors)[index]
+                low, high = np.maximum(y - error, top * 1e-12), y + error
+                axis.fill_between(x, low, high, color=colour, alpha=0.25, lw=0 if len(x) > 1 else 1.0)
+        _dot_single_points(axis)
         for value in exact:
             axis.axvline(value, 0, 0.06, color=START_COLOUR, lw=1.0)
         axis.set_ylim(top * 1e-7, top * 3)  # before the scale, which warns of a density that is 0 everywhere
@@ -255,8 +280,9 @@ def spectral_density(
         axis.set_xlim(_reach(grids, exact))
         axis.set_xlabel(r"eigenvalue $\lambda$")
         axis.set_ylabel(r"density $\rho(\lambda)$")
-        if len(curves) > 1 and steps is not None:
-            figure.colorbar(matplotlib.cm.ScalarMappable(norm, "viridis"), ax=axis, label="step")
+        if len(curves) > 1:
+            label, ticks = ("row" if step is None else "step"), MaxNLocator(7, integer=True, min_n_ticks=1)
+            figure.colorbar(matplotlib.cm.ScalarMappable(norm, colours), ax=axis, label=label, ticks=ticks)
         if title:
             axis.set_title(title)
     return figure
@@ -274,6 +300,8 @@ def bifurcation(
 ) -> Figure:
     """The cascade in an unstable window: F, one dot per step, coloured by its measured period, above λ_max.
 
+    Periods 1, 2, 4, 8, 16 and chaos each have their own colour; all others share one and an entry in the legend.
+
     Args:
         step: (S,) steps of the window.
         loss: (S,) dynamical loss F.
@@ -285,6 +313,7 @@ def bifurcation(
 
     Raises:
         ValueError: an array whose length differs from its steps'.
+        TypeError: an array of anything but real numbers.
     """
     step, eig_step = _array("step", step, 1), _array("eig_step", eig_step, 1)
     loss = _array("loss", loss, 1, len(step))
@@ -302,17 +331,19 @@ def bifurcation(
             axes[0].plot(step[inside], loss[inside], color=_period_colour(segment.period), **dots)
         axes[0].plot(step[~covered], loss[~covered], color="#bbbbbb" if segments else "black", **dots)
         axes[0].set_ylabel("dynamical loss $F$")
-        periods = sorted({segment.period for segment in segments}, key=lambda period: period or math.inf)
-        if periods:
-            names = {1: "smooth", None: "chaos"}
-            handles = [Line2D([], [], color=_period_colour(period), marker=".", ls="") for period in periods]
-            labels = [names.get(period, f"period {period}") for period in periods]
-            axes[0].legend(handles, labels, ncols=len(labels), loc="lower right", bbox_to_anchor=(1.0, 0.99))
+        names = _period_names({segment.period for segment in segments})
+        if names:
+            style: dict[str, Any] = {"marker": ".", "ls": ""}
+            _legend_above(
+                axes[0], [Line2D([], [], color=colour, label=name, **style) for colour, name in names.items()]
+            )
         if panels == 2:
             axes[1].plot(eig_step, lambda_max, color=EIGENVALUE_COLOURS[0], lw=0.9)
             axes[1].set_ylabel(r"$\lambda_{\max}$")
             if limit is not None and math.isfinite(limit):
-                axes[1].axhline(limit, color=STOP_COLOUR, lw=1.2, ls=":")
+                label = f"stability limit {limit:.3g}"
+                axes[1].axhline(limit, color=STOP_COLOUR, lw=1.2, ls=":", label=label)
+                _legend_above(axes[1])
         axes[0].set_xlim(_span(step))
         axes[-1].set_xlabel("step")
         axes[-1].xaxis.set_major_locator(MaxNLocator(7, integer=True, min_n_ticks=1))
@@ -334,6 +365,7 @@ def layer_spectra(spectra: Mapping[str, Any], *, whole: Any = None, title: str |
 
     Raises:
         ValueError: no layer, or values that are not one-dimensional.
+        TypeError: values that are not real numbers.
     """
     if not spectra:
         raise ValueError("spectra: got no layer, expected at least one")
@@ -368,6 +400,8 @@ def layer_spectra(spectra: Mapping[str, Any], *, whole: Any = None, title: str |
 
 def _array(name: str, value: Any, ndim: int | None, length: int | None = None) -> Array:
     array = to_numpy(value)
+    if array.dtype.kind not in "biuf":
+        raise TypeError(f"{name}: got dtype {array.dtype}, expected real numbers")
     if ndim is not None and array.ndim != ndim:
         raise ValueError(f"{name}: got shape {array.shape}, expected {ndim} dimension(s)")
     if length is not None and len(array) != length:
@@ -377,6 +411,15 @@ def _array(name: str, value: Any, ndim: int | None, length: int | None = None) -
 
 def _finite(values: Array) -> Array:
     return values[np.isfinite(values)]
+
+
+def _steps_around(name: str, ends: Any, step: Array) -> tuple[float, float]:
+    """The ends of an interval that holds at least one of the steps."""
+    first, last = _array(name, ends, 1, 2).tolist()
+    if not (math.isfinite(first) and math.isfinite(last) and np.any((step >= first) & (step <= last))):
+        run = f"{step[0]} to {step[-1]}" if len(step) else "none"
+        raise ValueError(f"{name}: got ({first}, {last}), expected first <= last around steps of the run ({run})")
+    return first, last
 
 
 def _span(step: Any) -> tuple[float, float]:
@@ -407,7 +450,7 @@ def _step_panels(axes: Array, step: Array, rows: dict[str, Array], names: list[s
     if fine:
         style = {"rasterized": True, "lw": 0.2, "marker": ".", "ms": 1.8, "mew": 0}
     for index, name in enumerate(names):
-        axes[0].plot(step, rows["weights"][:, index], color=_colour(CLASS_COLOURS, index), label=name, lw=0.9)
+        axes[0].plot(step, rows["weights"][:, index], label=name, lw=0.9, **_curve_style(CLASS_COLOURS, index))
     axes[0].set_ylabel(r"class weight $\Gamma_i$")
     if "loss" in rows and not fine:
         axes[1].plot(step, rows["loss"], color="#bbbbbb", label="plain cross-entropy", **style)
@@ -420,18 +463,37 @@ def _step_panels(axes: Array, step: Array, rows: dict[str, Array], names: list[s
     axes[3].plot(step, rows["accuracy"], color="#2c7bb6", **style)
     axes[3].set_ylabel("accuracy")
     if not fine:
-        axes[1].set_yscale("log")
-        axes[2].set_yscale("symlog", linthresh=1e-3)
-        axes[2].yaxis.set_major_locator(FixedLocator([-100, -1, -1e-2, 0, 1e-2, 1, 100]))
+        if all(_fits_log_scale(rows[name]) for name in ("weighted_loss", "loss") if name in rows):
+            axes[1].set_yscale("log")
+        _scale_changes(axes[2], change)
         _legend_above(axes[1])
         if len(names) <= 10:
-            _legend_above(axes[0], title_left="class")
+            _legend_above(axes[0], title_left="class", columns=5)  # the column's own title is beside it
+
+
+def _fits_log_scale(values: Array) -> bool:
+    values = _finite(values)
+    return bool(np.any(values > 0) and np.all(values >= 0))
+
+
+def _scale_changes(axis: Axes, change: Array) -> None:
+    """Zero in sight, and a logarithmic scale on either side if the changes leave the linear range."""
+    reach = float(np.max(np.abs(_finite(change)), initial=0.0))
+    if reach > LINEAR_CHANGE:
+        axis.set_yscale("symlog", linthresh=LINEAR_CHANGE)
+        top = math.floor(math.log10(reach))
+        zero = round(math.log10(LINEAR_CHANGE)) - 1  # the linear range is drawn as wide as a decade
+        stride = math.ceil((top - zero) / 3)  # one to three ticks a side, and none closer to 0 than to each other
+        decades = 10.0 ** np.arange(top, zero + stride - 1, -stride)
+        axis.yaxis.set_major_locator(FixedLocator([*-decades, 0.0, *decades]))
+    axis.axhline(0, color="#dddddd", lw=0.5, zorder=0.4)
+    axis.autoscale_view(scalex=False)  # else the margins of the linear scale stay, thousands of times too wide at 0
 
 
 def _eigenvalue_panel(axis: Axes, step: Array, values: Array, threshold: float, limit: Any) -> None:
     for index in range(values.shape[1]):  # the largest on top
-        style: dict[str, Any] = {"color": _colour(EIGENVALUE_COLOURS, index), "zorder": 2.5 - 0.01 * index}
-        axis.plot(step, values[:, index], lw=0.9, label=f"$\\lambda_{index + 1}$", **style)
+        style: dict[str, Any] = {**_curve_style(EIGENVALUE_COLOURS, index), "zorder": 2.5 - 0.01 * index}
+        axis.plot(step, values[:, index], lw=0.9, label=f"$\\lambda_{{{index + 1}}}$", **style)
     if math.isfinite(threshold):
         axis.axhline(threshold, color="#555555", lw=1.0, ls="--", label=f"threshold {threshold:.2f}", zorder=3)
     style = {"color": STOP_COLOUR, "lw": 1.2, "ls": ":", "zorder": 3}
@@ -443,27 +505,44 @@ def _eigenvalue_panel(axis: Axes, step: Array, values: Array, threshold: float, 
 
 
 def _period_colour(period: int | None) -> str:
-    """1, 2, 4, 8, 16 and chaos each have their own; other periods share one."""
-    known = {1: "#1b1b1b", 2: "#0072b2", 4: "#e69f00", 8: "#009e73", 16: "#cc79a7", None: "#d7191c"}
-    return known.get(period, "#56b4e9")
+    return PERIOD_COLOURS.get(period, OTHER_PERIOD_COLOUR)
 
 
-def _colour(palette: Sequence[str], index: int) -> str:
-    return palette[index % len(palette)]
+def _period_names(periods: set[int | None]) -> dict[str, str]:
+    """Colour -> name, for a legend with one entry a colour: the doublings, the others, chaos."""
+    groups: dict[str, list[int | None]] = {}
+    for period in sorted(periods, key=lambda period: (period is None, period not in PERIOD_COLOURS, period or 0)):
+        groups.setdefault(_period_colour(period), []).append(period)
+    names = {1: "smooth", None: "chaos"}
+    return {
+        colour: names.get(first, f"period {first}") if not more else f"other: {_listed([first, *more])}"
+        for colour, (first, *more) in groups.items()
+    }
 
 
-def _legend_above(axis: Axes, title_left: str | None = None) -> None:
-    """A legend in one row on top of the axes, where it hides no data."""
-    handles, labels = axis.get_legend_handles_labels()
+def _listed(periods: Sequence[int | None], limit: int = 12) -> str:
+    return ", ".join([str(period) for period in periods[:limit]] + ["…"] * (len(periods) > limit))
+
+
+def _curve_style(palette: Sequence[str], index: int) -> dict[str, Any]:
+    turn, place = divmod(index, len(palette))
+    return {"color": palette[place], "ls": LINE_STYLES[turn % len(LINE_STYLES)]}
+
+
+def _legend_above(axis: Axes, handles: Sequence[Any] = (), *, title_left: str | None = None, columns: int = 6) -> None:
+    """A legend on top of the axes, where it hides no data; in rows of `columns` at most, which fit the figure."""
+    handles = list(handles) or axis.get_legend_handles_labels()[0]
     if title_left:
-        handles, labels = [Line2D([], [], lw=0), *handles], [title_left, *labels]
+        handles = [Line2D([], [], lw=0, label=title_left), *handles]
+    rows = max(1, math.ceil(len(handles) / columns))
     place: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1.0, 0.97), "borderpad": 0.1}
-    axis.legend(handles, labels, ncols=len(handles), handlelength=1.4, columnspacing=1.2, **place)
+    ncols = math.ceil(len(handles) / rows)
+    axis.legend(handles=handles, ncols=ncols, handlelength=1.4, columnspacing=1.2, **place)
 
 
 def _dot_single_points(axis: Axes) -> None:
     for line in axis.get_lines():
-        if np.size(line.get_xdata()) == 1:  # no line leads to it
+        if np.isfinite(line.get_ydata()).sum() == 1:  # no line leads to it
             line.set_marker(".")
 
 
@@ -495,5 +574,29 @@ def _write_cells(axis: Axes, values: Array, spread: Array | None, norm: Normaliz
             continue
         red, green, blue, _ = colours(norm(value))
         ink = "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "white"
-        text = f"{value:.3f}" if spread is None else f"{value:.3f}\n±{spread[row, column]:.3f}"
+        text = _number(value)
+        if spread is not None and np.isfinite(spread[row, column]):
+            text += f"\n±{_number(spread[row, column])}"
         axis.text(column, row, text, ha="center", va="center", fontsize=6.5, color=ink)
+
+
+def _number(value: Any) -> str:
+    """Three significant digits, but three decimals at most; a power of ten where that would be long or 0.000."""
+    size = abs(float(value))
+    if size == 0:
+        return "0"
+    if 1e-3 <= size < 1e5:
+        decimals = 3 if size <= 1 else max(0, 3 - len(f"{size:.0f}"))
+        return f"{value:.{decimals}f}"
+    return _short_power(f"{value:.2e}")
+
+
+def _tick(value: Any) -> str:
+    text = f"{value:g}"
+    return _short_power(f"{value:.3g}") if "e" in text else text
+
+
+def _short_power(text: str) -> str:
+    """1.5e6 from Python's 1.5e+06."""
+    mantissa, exponent = text.split("e")
+    return f"{mantissa}e{int(exponent)}"

@@ -44,6 +44,27 @@ def rendered(figure):
     return buffer.getvalue()
 
 
+def labelled_ticks(axis):
+    """Values of the labelled ticks in sight, once drawn."""
+    axis.figure.draw_without_rendering()
+    low, high = axis.get_ylim()
+    ticks = zip(axis.get_yticks(), axis.get_yticklabels(), strict=True)
+    return sorted(value for value, label in ticks if low <= value <= high and label.get_text())
+
+
+def legend(axis):
+    return [text.get_text() for text in axis.get_legend().get_texts()]
+
+
+def is_inside(axis, artist):
+    figure = axis.figure
+    figure.draw_without_rendering()
+    box = artist.get_window_extent()
+    return (
+        figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 and figure.bbox.y0 <= box.y0 and box.y1 <= figure.bbox.y1
+    )
+
+
 def lines_with_label(axis, label):
     return [line for line in axis.get_lines() if line.get_label() == label]
 
@@ -58,7 +79,7 @@ def test_trajectory_draws_the_recorded_arrays(run):
     np.testing.assert_array_equal(change.get_lines()[0].get_ydata(), np.diff(run["weighted_loss"]))
     np.testing.assert_array_equal(accuracy.get_lines()[0].get_ydata(), run["accuracy"])
     for index in range(3):
-        (line,) = lines_with_label(eigen, f"$\\lambda_{index + 1}$")
+        (line,) = lines_with_label(eigen, f"$\\lambda_{{{index + 1}}}$")
         np.testing.assert_array_equal(line.get_xdata(), run["eig_step"])
         np.testing.assert_array_equal(line.get_ydata(), run["eigenvalues"][:, index])
     assert rendered(figure)
@@ -101,6 +122,70 @@ def test_stability_limit_may_change_along_the_run(run):
     np.testing.assert_array_equal(line.get_ydata(), limit)
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("change", "ticks"),
+    [
+        ([-2e-3, -1.5e-3], [-1e-3, 0]),
+        ([3e-3, 8e-3], [0, 1e-3]),
+        ([-0.02, 0.02], [-1e-2, -1e-3, 0, 1e-3, 1e-2]),
+        ([-3.0, 5.0], [-1, -1e-2, 0, 1e-2, 1]),
+        ([30.0, 50.0], [0, 1e-1, 10]),
+        ([5e-2, 2e3], [0, 1, 1e3]),
+        ([-2e8, 3e5, np.inf, np.nan], [-1e8, -1e4, -1, 0, 1, 1e4]),
+    ],
+)
+def test_ticks_of_the_change_follow_its_range(change, ticks):
+    loss = 1e9 + np.cumsum([0.0, *change])
+    size = len(loss)
+    figure = plot.trajectory(range(size), weights=np.ones((size, 1)), weighted_loss=loss, accuracy=np.ones(size))
+    np.testing.assert_allclose(labelled_ticks(figure.axes[2]), ticks)
+
+
+@pytest.mark.parametrize("slope", [0.0, -1e-9, 4e-4])
+def test_a_calm_run_has_a_linear_scale_of_changes(slope):
+    loss = 0.5 + slope * np.arange(20)
+    figure = plot.trajectory(range(20), weights=np.ones((20, 1)), weighted_loss=loss, accuracy=loss)
+    assert figure.axes[2].get_yscale() == "linear"
+    assert len(labelled_ticks(figure.axes[2])) >= 2
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("loss", "scale"),
+    [(0.0, "linear"), (-1.0, "linear"), ([-1.0, 1.0], "linear"), (np.nan, "linear"), ([0.0, 1.0], "log")],
+)
+def test_a_loss_that_is_not_positive_has_a_linear_scale(loss, scale):
+    ones = np.ones(2)
+    for curves in ({"weighted_loss": loss}, {"weighted_loss": ones, "loss": loss}):
+        curves = {name: np.broadcast_to(value, 2) for name, value in curves.items()}
+        figure = plot.trajectory([0, 1], weights=np.ones((2, 1)), accuracy=ones, **curves)
+        assert figure.axes[1].get_yscale() == scale
+        assert rendered(figure)
+
+
+@pytest.mark.parametrize("zoom", [None, (100, 150)])
+def test_ten_classes_and_ten_eigenvalues_are_told_apart(zoom):
+    steps = np.arange(200)
+    names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+    rows = np.ones((200, 10)) * np.arange(10)
+    curves = {"weights": rows, "weighted_loss": 1 + steps, "accuracy": steps, "eigenvalues": rows}
+    options = {"class_names": names, "limit": 2.0, "threshold": 1.9, "zoom": zoom}
+    axes = plot.trajectory(steps, eig_step=steps, **curves, **options).axes
+    weights, eigen = axes[0], axes[8 if zoom else 4]
+    assert [label for label in legend(weights) if label != "class"] == names
+    assert legend(eigen)[:10] == [f"$\\lambda_{{{index}}}$" for index in range(1, 11)]
+    for axis in (weights, eigen):
+        assert len({line.get_color() for line in axis.get_lines()[:10]}) == 10
+        assert is_inside(axis, axis.get_legend())
+
+
+def test_more_curves_than_colours_differ_in_line_style():
+    rows = np.ones((4, 25))
+    figure = plot.trajectory(range(4), weights=rows, weighted_loss=np.ones(4), accuracy=np.ones(4))
+    assert len({(line.get_color(), line.get_linestyle()) for line in figure.axes[0].get_lines()}) == 25
+
+
 def test_tensors_are_accepted(run):
     tensors = {name: torch.from_numpy(np.asarray(value)) for name, value in run.items()}
     assert len(draw(tensors).axes) == 5
@@ -114,11 +199,34 @@ def test_tensors_are_accepted(run):
         ({"eigenvalues": np.zeros((3, 3))}, "eigenvalues: got 3 rows, expected 200"),
         ({"limit": np.zeros(3)}, "limit: got 3 rows, expected 5000"),
         ({"class_names": ["a", "b"]}, "class_names: got 2, expected 3"),
+        ({"zoom": (150, 100)}, r"zoom: got \(150, 100\), expected first <= last .* run \(0 to 4999\)"),
+        ({"zoom": (6000, 7000)}, r"zoom: got \(6000, 7000\), expected"),
+        ({"zoom": (0.2, 0.8)}, "zoom: got"),
+        ({"zoom": (0, np.inf)}, "zoom: got"),
+        ({"zoom": (np.nan, 100)}, "zoom: got"),
+        ({"zoom": (0, 1, 2)}, "zoom: got 3 rows, expected 2"),
     ],
 )
 def test_trajectory_refuses_arrays_that_do_not_fit(run, change, message):
     with pytest.raises(ValueError, match=message):
         draw(run, **change)
+
+
+def test_a_zoom_into_a_run_without_steps_is_refused():
+    with pytest.raises(ValueError, match=r"zoom: got \(0, 1\), .* run \(none\)"):
+        plot.trajectory([], weights=np.ones((0, 1)), weighted_loss=[], accuracy=[], zoom=(0, 1))
+
+
+def test_what_is_not_a_number_is_refused_by_name(run):
+    for name in ("weights", "weighted_loss", "accuracy", "loss"):
+        with pytest.raises(TypeError, match=f"^{name}: got dtype .*, expected real numbers"):
+            draw(run, **{name: run[name].astype(str)})
+    with pytest.raises(TypeError, match="values: got dtype object"):
+        plot.phase_diagram([1], [2], [[None]])
+    with pytest.raises(TypeError, match="density: got dtype <U1"):
+        plot.spectral_density([1.0], ["a"])
+    with pytest.raises(TypeError, match="loss: got dtype complex128"):
+        plot.bifurcation([0], [1j])
 
 
 @pytest.mark.filterwarnings("error")
@@ -166,8 +274,57 @@ def test_phase_diagram_puts_amplitudes_in_rows():
     assert rendered(figure)
 
 
-def test_phase_diagram_without_any_run_can_be_drawn():
-    assert rendered(plot.phase_diagram([1, 2], [3], np.full((1, 2), np.nan)))
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("baseline", [None, np.nan, np.inf])
+def test_phase_diagram_without_any_run_can_be_drawn(baseline):
+    for nothing in (np.nan, np.inf):
+        assert rendered(plot.phase_diagram([1, 2], [3], np.full((1, 2), nothing), baseline=baseline))
+
+
+def test_a_baseline_that_is_not_finite_is_none():
+    values = [[0.7, 0.8]]
+    plain, nan = (plot.phase_diagram([1, 2], [3], values, baseline=baseline) for baseline in (None, np.nan))
+    images = [figure.axes[0].get_images()[0] for figure in (plain, nan)]
+    assert images[1].get_clim() == images[0].get_clim() == (0.7, 0.8)
+    assert images[1].get_cmap() == images[0].get_cmap()
+    assert not nan.axes[1].texts  # no A = 1 on the bar
+
+
+def written(values, **options):
+    values = np.atleast_2d(values)
+    axis = plot.phase_diagram(range(values.shape[1]), range(values.shape[0]), values, **options).axes[0]
+    return {text.get_position()[0]: text.get_text() for text in axis.texts}
+
+
+def test_cells_hold_what_is_finite():
+    spread = [[0.01, np.nan, 0.01, np.inf]]
+    assert written([0.5, 0.6, np.inf, 0.7], spread=spread) == {0: "0.500\n±0.010", 1: "0.600", 3: "0.700"}
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0"),
+        (1.234e-5, "1.23e-5"),
+        (0.00123, "0.001"),
+        (0.1234, "0.123"),
+        (1, "1.000"),
+        (-1.234, "-1.23"),
+        (9.999, "10.0"),
+        (123.4, "123"),
+        (12345.6, "12346"),
+        (440377.153, "4.40e5"),
+        (-1e300, "-1.00e300"),
+    ],
+)
+def test_numbers_in_cells_fit_their_magnitude(value, text):
+    assert written([value]) == {0: text}
+
+
+def test_ticks_of_large_and_small_values_are_short():
+    axis = plot.phase_diagram([0.5, 12000, 1e6, 1234567], [1e-5], np.ones((1, 4))).axes[0]
+    assert [text.get_text() for text in axis.get_xticklabels()] == ["0.5", "12000", "1e6", "1.23e6"]
+    assert [text.get_text() for text in axis.get_yticklabels()] == ["1e-5"]
 
 
 def test_phase_diagram_refuses_a_transposed_map():
@@ -191,11 +348,29 @@ def test_spectral_density_of_one_moment_and_of_several():
     assert rendered(several)
 
 
+def test_spectral_density_numbers_its_rows_without_steps():
+    grid = np.linspace(-1, 3, 50)
+    figure = plot.spectral_density(grid, np.exp(-(grid**2)) * [[1], [2], [3]])
+    axis, bar = figure.axes
+    assert bar.get_ylabel() == "row"
+    assert labelled_ticks(bar) == [0, 1, 2]
+    mappable = bar._colorbar.mappable
+    assert [line.get_color() for line in axis.get_lines()] == [tuple(mappable.to_rgba(row)) for row in range(3)]
+
+
+@pytest.mark.parametrize("density", [[2.0], [np.nan, 2.0], [np.nan, 2.0, np.nan]])
+def test_spectral_density_of_a_single_point_is_a_dot(density):
+    axis = plot.spectral_density(np.arange(len(density)), density, stderr=np.ones(len(density))).axes[0]
+    assert [line.get_marker() for line in axis.get_lines()] == ["."]
+
+
 def test_spectral_density_refuses_shapes_that_do_not_fit():
     with pytest.raises(ValueError, match=r"grid: got shape \(3,\)"):
         plot.spectral_density(np.zeros(3), np.ones(4))
-    with pytest.raises(ValueError, match=r"stderr: got shape \(1, 3\)"):
+    with pytest.raises(ValueError, match=r"stderr: got shape \(3,\), expected \(4,\)"):
         plot.spectral_density(np.zeros(4), np.ones(4), stderr=np.ones(3))
+    with pytest.raises(ValueError, match=r"stderr: got shape \(4,\), expected \(2, 4\)"):
+        plot.spectral_density(np.zeros(4), np.ones((2, 4)), stderr=np.ones(4))
     with pytest.raises(ValueError, match="step: got 3 rows, expected 2"):
         plot.spectral_density(np.zeros(4), np.ones((2, 4)), step=[1, 2, 3])
 
@@ -240,7 +415,8 @@ def test_bifurcation_colours_every_step_by_its_period(run):
     dots = figure.axes[0].get_lines()
     assert [len(line.get_xdata()) for line in dots] == [200, 400, 300, 100]  # the last: measured by nobody
     assert len({line.get_color() for line in dots}) == 4
-    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["smooth", "period 2", "chaos"]
+    assert legend(figure.axes[0]) == ["smooth", "period 2", "chaos"]
+    assert legend(figure.axes[1]) == ["stability limit 2"]
     np.testing.assert_array_equal(figure.axes[1].get_lines()[0].get_ydata(), curvature["lambda_max"])
     assert rendered(figure)
     assert len(plot.bifurcation(step, loss).axes) == 1
@@ -248,6 +424,20 @@ def test_bifurcation_colours_every_step_by_its_period(run):
         plot.bifurcation(step, loss[:3])
     with pytest.raises(ValueError, match="lambda_max: got 0 rows"):
         plot.bifurcation(step, loss, eig_step=[4000])
+
+
+@pytest.mark.filterwarnings("error")
+def test_bifurcation_names_every_colour_once():
+    periods = [None, 16, 14, 12, 10, 8, 7, 6, 5, 4, 3, 2, 1]
+    segments = [PeriodSegment(10 * index, 10 * index + 9, period) for index, period in enumerate(periods)]
+    curvature = {"eig_step": [0, 129], "lambda_max": [1, 2], "limit": 2.0}
+    axis = plot.bifurcation(range(130), np.ones(130), segments=segments, **curvature).axes[0]
+    doublings = [f"period {period}" for period in (2, 4, 8, 16)]
+    assert legend(axis) == ["smooth", *doublings, "other: 3, 5, 6, 7, 10, 12, 14", "chaos"]
+    assert is_inside(axis, axis.get_legend())
+    assert axis.get_window_extent().width > 0.8 * axis.figure.bbox.width
+    one = plot.bifurcation(range(130), np.ones(130), segments=[PeriodSegment(0, 9, 3)])
+    assert legend(one.axes[0]) == ["period 3"]
 
 
 def test_layer_spectra_has_a_row_for_every_layer():
