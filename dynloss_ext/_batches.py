@@ -140,7 +140,7 @@ def _plain(buffer: Tensor | None) -> Tensor | None:
     return buffer
 
 
-def _tolerance(dtype: torch.dtype) -> float:
+def relative_rounding(dtype: torch.dtype) -> float:
     """How far two evaluations of the same loss may differ: not bit for bit, as sums may take another order."""
     return min(1e3 * torch.finfo(dtype).eps, 0.03)
 
@@ -159,7 +159,7 @@ def repeatable(evaluate: Callable[[], T], loss_of: Callable[[T], Tensor], device
     loss = loss_of(answer)
     second = float(loss.detach())
     both_nan = math.isnan(first) and math.isnan(second)
-    if not both_nan and not math.isclose(first, second, rel_tol=_tolerance(loss.dtype)):
+    if not both_nan and not math.isclose(first, second, rel_tol=relative_rounding(loss.dtype)):
         raise ValueError(
             f"loss must return the same value for the same parameters, got {first!r} and then {second!r}: "
             "switch dropout and other randomness off"
@@ -365,7 +365,7 @@ class BatchSums:
             evaluate = partial(self._evaluate, batch)
             graph, weight = repeatable(evaluate, lambda answer: answer[0][0], self._device) if twice else evaluate()
             _tally(sums, graph[0], weight)
-            self._tolerance = max(self._tolerance, _tolerance(graph[0].dtype))
+            self._tolerance = max(self._tolerance, relative_rounding(graph[0].dtype))
             coupled = calls.batch_statistics or uses_batch_statistics(graph[0])
             return coupled, dependent or self._record(self._params, *graph) is not None
 

@@ -353,7 +353,7 @@ def _resolve(
     asked = "dtype" if dtype is not None or v0 is None else "dtype of v0"
     dtype = dtype or (v0.dtype if v0 is not None else torch.get_default_dtype())
     if dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"{asked} must be torch.float32 or torch.float64, got {dtype}")
+        raise ValueError(f"{asked} must be torch.float32 or torch.float64, got {dtype!r}")
     like = torch.empty(0, dtype=dtype, device=device or (v0.device if v0 is not None else "cpu"))
     return _C.PythonOperator(H, n, like), n, Options(like.dtype, like.device)
 

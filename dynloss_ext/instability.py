@@ -153,7 +153,8 @@ def detect_periods(
     The window is cut into segments of `segment` steps and each is classified by itself:
 
     * Smooth (period 1): the fourth differences are below the second differences in root mean square, as for
-      every oscillation slower than six steps, or the amplitude rms(Δ⁴F)/16 is at most `min_amplitude`.
+      every oscillation slower than six steps, or the amplitude rms(Δ⁴F)/16 is at most `min_amplitude` or rounding of
+      the dtype that `loss` comes in.
       (Differences of that order do not see the trend of F; for F = a(-1)^t the amplitude is a.)
     * Period p: let q <= `max_period` be the smallest period whose misfit rms(F(t+q) - 2F(t) + F(t-q)) / rms(Δ²F)
       is at most `tolerance`; then p is the smallest of q, 2q, 4q, ... <= `max_period` whose misfit is at most 3
@@ -186,6 +187,7 @@ def detect_periods(
         ValueError: bad shapes or bounds, or a step that is missing within the window.
         TypeError: values or bounds that are not real numbers, or a `max_period` or `segment` that is no integer.
     """
+    epsilon = _epsilon(loss)
     step, loss = _series("step", step, "loss", loss)
     max_period = check_count("max_period", max_period, 1)
     segment = check_count("segment", segment, 1)
@@ -206,7 +208,7 @@ def detect_periods(
     segments: list[PeriodSegment] = []
     count = max(1, len(step) // segment)
     for part in np.array_split(np.arange(len(step)), count):
-        period = _period(loss[part], max_period, tolerance, min_amplitude)
+        period = _period(loss[part], epsilon, max_period, tolerance, min_amplitude)
         first, last = int(step[part[0]]), int(step[part[-1]])
         if segments and segments[-1].period == period:
             first = segments.pop().start
@@ -261,6 +263,14 @@ def to_numpy(value: Any) -> Array:
     return np.asarray(value)
 
 
+def _epsilon(value: Any) -> float:
+    """Relative rounding of the numbers as they were recorded: float32's are jagged to float64."""
+    if isinstance(value, torch.Tensor):
+        return torch.finfo(value.dtype).eps if value.is_floating_point() else 0.0
+    array = np.asarray(value)
+    return float(np.finfo(array.dtype).eps) if array.dtype.kind == "f" else 0.0
+
+
 def _series(step_name: str, step: Any, value_name: str, value: Any) -> tuple[Array, Array]:
     step, value = _vector(step_name, step), _vector(value_name, value)
     if len(step) != len(value):
@@ -298,12 +308,13 @@ def _value_at(when: int, step: Array, value: Array) -> float:
     return float(value[min(int(np.searchsorted(step, when)), len(step) - 1)])
 
 
-def _period(loss: Array, max_period: int, tolerance: float, min_amplitude: float) -> int | None:
+def _period(loss: Array, epsilon: float, max_period: int, tolerance: float, min_amplitude: float) -> int | None:
     if not np.all(np.isfinite(loss)):
         return None
+    size = float(np.max(np.abs(loss))) or 1.0
+    loss = loss / size  # whose squares are in range
     second, fourth = _rms(np.diff(loss, 2)), _rms(np.diff(loss, 4))
-    rounding = float(np.finfo(loss.dtype).eps * np.max(np.abs(loss)))
-    if fourth < second or fourth / 16 <= max(min_amplitude, rounding):
+    if fourth < second or fourth / 16 <= max(min_amplitude / size, epsilon):
         return 1
     misfit = {
         period: _rms(loss[2 * period :] - 2 * loss[period:-period] + loss[: -2 * period]) / second

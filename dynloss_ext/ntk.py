@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 
 from dynloss_ext._arguments import check_count
+from dynloss_ext._batches import random_state_kept, relative_rounding
 
 __all__ = ["ntk_eigenvalues"]
 
@@ -20,10 +23,12 @@ def ntk_eigenvalues(model: nn.Module, inputs: Tensor, k: int = 1, *, outputs: st
     * ``outputs="mean"``: K_ij = (1/C) Σ_c J_ic · J_jc, of shape (N, N), as in the paper's notebook;
     * ``outputs="full"``: J Jᵀ of shape (N C, N C).
 
-    The Jacobian is held in memory: N · C · P numbers.
+    The Jacobian is held in memory, N · C · P numbers in the dtype of the model, and besides the part of it that belongs
+    to the largest parameter in float64.
 
     Args:
-        model: maps (N, ...) to (N, C), each sample by itself; its parameters, `.grad`s and mode stay as they are.
+        model: maps (N, ...) to (N, C), each sample by itself; its parameters, `.grad`s, buffers and mode stay as they
+            are, as does torch's random state.
         inputs: (N, ...).
         k: how many, at most N ("mean") or N C ("full").
         outputs: "mean" or "full".
@@ -48,34 +53,46 @@ def ntk_eigenvalues(model: nn.Module, inputs: Tensor, k: int = 1, *, outputs: st
     if not params:
         raise ValueError("model must have a parameter that requires grad, got none")
     _refuse_coupled_samples(model)
-    with torch.no_grad():
-        batch = model(inputs)
-    if not isinstance(batch, Tensor):
-        raise TypeError(f"model must return a torch.Tensor, got {type(batch).__name__}")
-    shape = batch.shape
-    if len(shape) != 2 or shape[0] != len(inputs):
-        raise ValueError(f"model must return shape ({len(inputs)}, C), got {tuple(shape)}")
-    size = shape[0] if outputs == "mean" else shape.numel()
-    k = check_count("k", k, 1, size, "the size of the kernel")
+    buffers = dict(model.named_buffers())
 
-    def outputs_of_one(values: dict[str, Tensor], sample: Tensor) -> Tensor:
-        result: Tensor = functional_call(model, values, (sample.unsqueeze(0),))
-        return result.squeeze(0)
+    def outputs_of(values: dict[str, Tensor], batch: Tensor) -> Any:
+        # Copies of the buffers: a model that counts its calls, say, must find them as they were.
+        return functional_call(model, (values, {name: buffer.clone() for name, buffer in buffers.items()}), (batch,))
 
-    try:
-        jacobians = vmap(jacrev(outputs_of_one), in_dims=(None, 0))(params, inputs.detach())
-    except RuntimeError as error:
-        if "randomness" not in str(error):
-            raise
-        raise ValueError("model must not be random, but it draws random numbers, such as for dropout") from error
-    jacobian = torch.cat([part.flatten(2) for part in jacobians.values()], dim=2)  # (N, C, P)
-    if not bool(jacobian.isfinite().all()):
-        raise RuntimeError("a gradient of the outputs is not finite")
-    if outputs == "mean":
-        rows = jacobian.flatten(1).double() / shape[1] ** 0.5
-    else:
-        rows = jacobian.flatten(0, 1).double()
-    values: Tensor = torch.linalg.eigvalsh(rows @ rows.t())
+    def outputs_of_one(values: dict[str, Tensor], sample: Tensor) -> tuple[Tensor, Tensor]:
+        result = outputs_of(values, sample.unsqueeze(0)).squeeze(0)
+        return result, result
+
+    with random_state_kept(inputs.device):
+        with torch.no_grad():
+            together = outputs_of(params, inputs)
+        if not isinstance(together, Tensor):
+            raise TypeError(f"model must return a torch.Tensor, got {type(together).__name__}")
+        shape = together.shape
+        if len(shape) != 2 or shape[0] != len(inputs):
+            raise ValueError(f"model must return shape ({len(inputs)}, C), got {tuple(shape)}")
+        size = shape[0] if outputs == "mean" else shape.numel()
+        k = check_count("k", k, 1, size, "the size of the kernel")
+        try:
+            jacobian_of_each = vmap(jacrev(outputs_of_one, has_aux=True), in_dims=(None, 0))
+            jacobian, alone = jacobian_of_each(params, inputs.detach())
+        except RuntimeError as error:
+            if "randomness" not in str(error):
+                raise
+            raise ValueError("model must not be random, but it draws random numbers, such as for dropout") from error
+    apart = (alone - together).abs().max() / together.abs().max().clamp_min(torch.finfo(together.dtype).tiny)
+    if apart > relative_rounding(together.dtype):
+        raise ValueError(
+            "model must treat each sample by itself, but its outputs for one sample alone differ from those for it"
+            f" among others by {float(apart):.2g} of the largest"
+        )
+    kernel = torch.zeros(size, size, dtype=torch.float64, device=together.device)
+    for name in list(jacobian):
+        rows = jacobian.pop(name).flatten(2).flatten(*((1, 2) if outputs == "mean" else (0, 1))).double()
+        kernel.addmm_(rows, rows.t())
+    if not bool(kernel.isfinite().all()):
+        raise RuntimeError("a gradient of the outputs is not finite, or overflows in the kernel")
+    values: Tensor = torch.linalg.eigvalsh(kernel / shape[1] if outputs == "mean" else kernel)
     return values.flip(0)[:k]
 
 
@@ -84,7 +101,7 @@ def _refuse_coupled_samples(model: nn.Module) -> None:
     batch_norm, instance_norm = nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm
     for name, module in model.named_modules():
         layer = f"{name or 'it'} is a {type(module).__name__}"
-        random = isinstance(module, nn.modules.dropout._DropoutNd)
+        random = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
         stateful = isinstance(module, batch_norm) or (isinstance(module, instance_norm) and module.track_running_stats)
         if module.training and (random or stateful):
             raise ValueError(f"model must treat each sample by itself, but {layer} in training mode: call model.eval()")

@@ -29,8 +29,10 @@ class SpectralDensity:
 
     Attributes:
         grid: (G,) eigenvalues at which the density is given.
-        density: (G,) eigenvalues per unit of the grid, as a share of all: it integrates to 1.
-        stderr: (G,) its standard error over the probes; NaN for a single probe.
+        density: (G,) eigenvalues per unit of the grid, as a share of all: it integrates to 1, and so do the values
+            on the grid where its spacing is at most about the bandwidth.
+        stderr: (G,) its standard error over the probes; NaN for a single probe. It knows nothing of the bias of few
+            steps, which may exceed it: with more of them the density must not change.
         nodes: (num_probes, m) Ritz values of each probe, ascending; where a probe's Krylov space ended early, the
             rest has weight 0.
         weights: (num_probes, m) their quadrature weights, each row summing to 1.
@@ -69,6 +71,18 @@ def _quadrature(diagonal: list[float], off_diagonal: list[float], length: int) -
     return torch.cat([nodes, nodes[-1:].expand(missing)]), torch.cat([vectors[0] ** 2, nodes.new_zeros(missing)])
 
 
+def _default_bandwidth(low: float, high: float, dtype: torch.dtype) -> float:
+    """A hundredth of the range of the nodes; of their size, where they differ by rounding alone."""
+    size, spread = max(abs(low), abs(high)), high - low
+    return (spread if spread > 1e3 * torch.finfo(dtype).eps * size else size or 1.0) / 100
+
+
+def _broadened(nodes: Tensor, weights: Tensor, grid: Tensor, bandwidth: float) -> Tensor:
+    """(G,): the sum of a probe's weights, each spread by a Gaussian around its node."""
+    distance = (grid[:, None] - nodes) / bandwidth
+    return torch.exp(-0.5 * distance**2) @ weights / (bandwidth * math.sqrt(2 * math.pi))
+
+
 def _standard_error(samples: Tensor) -> Tensor:
     """Of the mean over the first dimension; scaled, since the squares of what is finite may overflow."""
     scale = samples.abs().amax().clamp_min(torch.finfo(samples.dtype).tiny)
@@ -95,9 +109,11 @@ def spectral_density(
 
     Args:
         H: A :class:`HessianOperator`, or any callable v -> H v with ``n``, ``dtype`` and ``device`` given.
-        num_steps: Lanczos steps per probe; memory is num_steps vectors of length P.
+        num_steps: Lanczos steps per probe; memory is num_steps + 1 vectors of length P, and afterwards
+            (num_probes + 2 num_steps) grid_size numbers.
         num_probes: Random vectors; the standard error falls with their square root.
-        bandwidth: Standard deviation of the Gaussian; default: a hundredth of the range of the nodes.
+        bandwidth: Standard deviation of the Gaussian; default: a hundredth of the range of the nodes,
+            or of their size where they are all equal to rounding.
         grid_size: Points of the grid, which reaches five bandwidths beyond the outermost nodes.
         seed: Of the probes. The global random state is left alone.
 
@@ -121,11 +137,9 @@ def spectral_density(
     nodes, weights = (torch.stack(part) for part in zip(*quadratures, strict=True))
     low, high = float(nodes.min()), float(nodes.max())
     if bandwidth is None:
-        bandwidth = (high - low) / 100 or max(abs(high), 1.0) / 100
+        bandwidth = _default_bandwidth(low, high, options.dtype)
     grid = torch.linspace(low - 5 * bandwidth, high + 5 * bandwidth, grid_size, dtype=torch.float64, device="cpu")
-    distance = (grid[:, None, None] - nodes) / bandwidth
-    gaussians = torch.exp(-0.5 * distance**2) / (bandwidth * math.sqrt(2 * math.pi))
-    per_probe = (gaussians * weights).sum(-1).T
+    per_probe = torch.stack([_broadened(*probe, grid, bandwidth) for probe in zip(nodes, weights, strict=True)])
     return SpectralDensity(
         grid=grid,
         density=per_probe.mean(0),
@@ -161,7 +175,8 @@ def trace(
         seed: Of the probes. The global random state is left alone.
 
     Returns:
-        The estimate and its standard error, for Hutch++ that of the residual probes; 0 where the range is everything.
+        The estimate and its standard error, for Hutch++ that of the residual probes, which is itself uncertain where
+        these are few (a third of num_probes); 0 where the range is everything.
 
     Raises:
         TypeError, ValueError: naming the argument. RuntimeError: a product is not finite.

@@ -9,6 +9,7 @@ largest Hessian eigenvalues are tracked along the way. Writes a run folder, see 
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -76,23 +77,26 @@ class SpiralConfig(BaseConfig):
             "period",
             "width",
             "points",
-            "classes",
             "num_eigenvalues",
             "threads",
             "checkpoint_every",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
-        for name in ("eig_every", "density_every"):
-            if getattr(self, name) < 0:
+        if self.classes < 2:
+            raise ValueError(f"classes: got {self.classes}, expected at least 2")
+        for name in ("eig_every", "density_every", "data_seed", "noise"):
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected 0 or more")
         for name in ("lr", "tol"):
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected a positive number")
         if self.density_every and (not self.eig_every or self.density_every % self.eig_every):
             raise ValueError(
                 f"density_every: got {self.density_every}, expected a multiple of eig_every {self.eig_every}"
             )
+        if self.rule == "lambda" and not self.eig_every:
+            raise ValueError("rule: got lambda, which looks at eigenvalues, but eig_every is 0")
         if self.ntk and not self.eig_every:
             raise ValueError("ntk: it is measured with the eigenvalues, but eig_every is 0")
 
@@ -113,7 +117,8 @@ class SpiralRun:
             classes, config.amplitude, config.period, closed=config.closed, stop_step=config.stop_step
         )
         self.no_oscillation = Oscillation(classes, 1.0, config.period)
-        self.tracker = EigenTracker(config.num_eigenvalues, tol=config.tol)
+        k = config.num_eigenvalues
+        self.tracker = EigenTracker(k, tol=config.tol, max_basis=max(24, 2 * k), max_hvp=max(1000, 20 * k))
         self.step = 0  # the next forward pass: parameters after `step` updates, weights Γ(step)
         self.seconds = self.eigen_seconds = 0.0
         self.rows = Table("weighted_loss", "loss", "accuracy")
@@ -292,11 +297,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     torch.set_num_threads(config.threads)
     try:
         run = SpiralRun(config)
+        if config.resume:
+            run.load_state_dict(RunFolder(config.out).read_checkpoint(resolve_device(config.device)))
+        if run.step > config.steps:
+            raise ValueError(f"steps: got {config.steps}, but the run in {config.out} has {run.step} already")
         folder = open_run(config)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f"spiral_mlp.py: {error}") from None
-    if config.resume:
-        run.load_state_dict(folder.read_checkpoint(resolve_device(config.device)))
     train(run, folder)
     return finish(run, folder)
 

@@ -27,6 +27,17 @@ def test_branch_threshold_averages_the_branches_and_survives_a_leap():
         assert analysis.branch_threshold == pytest.approx(2.0, abs=1e-12)
 
 
+def test_branch_threshold_of_a_run_that_diverged():
+    """Its last window has no end, and no eigenvalue there."""
+    recorded = metrics(1.6)
+    recorded["weighted_loss"][5000:] = np.nan
+    recorded["eigenvalues"][recorded["eig_step"] >= 5000] = np.nan
+    analysis = analyse(recorded)
+    assert analysis.branch_threshold == pytest.approx(2.0, abs=1e-12)
+    recorded["eigenvalues"][:] = np.nan
+    assert np.isnan(analyse(recorded).branch_threshold)
+
+
 def test_cascade_in_words():
     periods = (1, 2, 4, None, 2)
     segments = [PeriodSegment(64 * i, 64 * i + 63, period) for i, period in enumerate(periods)]

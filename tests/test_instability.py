@@ -439,3 +439,19 @@ def test_bad_arguments_of_detect_periods_are_named():
         detect_periods(np.arange(0, 200, 2), np.zeros(100))
     with pytest.raises(TypeError, match="loss: got dtype"):
         detect_periods(np.arange(3), ["a", "b", "c"])
+
+
+@pytest.mark.parametrize("size", [1.0, 1e4, 1e5, 1e30])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_smooth_losses_are_smooth_in_any_dtype_and_of_any_size(dtype, size):
+    """A summed loss in float32 moves in jagged steps of its rounding."""
+    loss = (size * (1 - 1e-6 * torch.arange(256, dtype=torch.float64))).to(dtype)
+    assert [part.period for part in detect_periods(np.arange(256), loss)] == [1]
+    if dtype != torch.bfloat16:
+        assert [part.period for part in detect_periods(np.arange(256), loss.numpy())] == [1]
+
+
+@pytest.mark.parametrize("size", [1e-300, 1e-3, 1e300])
+def test_periods_of_losses_of_any_size(size):
+    loss = size * np.tile([1.0, 2.0, 1.3, 2.4], 64)
+    assert [part.period for part in detect_periods(np.arange(256), loss, min_amplitude=0)] == [4]

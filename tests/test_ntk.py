@@ -143,3 +143,61 @@ def test_half_precision_loses_nothing_after_the_gradients(inputs):
     expected = torch.linalg.eigvalsh(rows @ rows.T).flip(0)
     values = ntk_eigenvalues(nn.Linear(4, 3).bfloat16(), inputs, 5)
     torch.testing.assert_close(values, expected, rtol=1e-12, atol=1e-12)
+
+
+class Counting(nn.Module):
+    """Counts its calls."""
+
+    def __init__(self, inplace):
+        super().__init__()
+        self.inplace = inplace
+        self.linear = nn.Linear(4, 3).double()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        if self.inplace:
+            self.calls += 1
+        else:
+            self.calls = self.calls + 1
+        return self.linear(x)
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+def test_buffers_stay_as_they_were(inputs, inplace):
+    model = Counting(inplace)
+    calls = model.calls
+    values = ntk_eigenvalues(model, inputs, 2)
+    assert model.calls is calls
+    assert calls == 0
+    torch.testing.assert_close(values, ntk_eigenvalues(model.linear, inputs, 2))
+    normed = nn.utils.parametrizations.spectral_norm(nn.Linear(4, 3).double()).train()
+    before = {name: buffer.clone() for name, buffer in normed.named_buffers()}
+    ntk_eigenvalues(normed, inputs)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in normed.named_buffers())
+
+
+def test_the_random_state_stays_as_it_was(inputs):
+    class Noisy(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + torch.randn(3, dtype=x.dtype)
+
+    model = Noisy(4, 3).double()
+    state = torch.get_rng_state()
+    with pytest.raises(ValueError, match="must not be random"):
+        ntk_eigenvalues(model, inputs)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_samples_that_the_model_couples_by_itself_are_refused(inputs):
+    class Centred(nn.Linear):
+        def forward(self, x):
+            y = super().forward(x)
+            return y - y.mean(0)
+
+    with pytest.raises(ValueError, match="outputs for one sample alone differ"):
+        ntk_eigenvalues(Centred(4, 3).double(), inputs)
+
+
+def test_dropout_of_nothing_is_not_random(model, inputs):
+    with_dropout = nn.Sequential(model, nn.Dropout(0.0)).train()
+    torch.testing.assert_close(ntk_eigenvalues(with_dropout, inputs), ntk_eigenvalues(model, inputs))

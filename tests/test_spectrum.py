@@ -124,6 +124,30 @@ def test_what_is_finite_in_the_products_stays_finite(small: torch.Tensor, scale:
         assert scaled.stderr == pytest.approx(estimate.stderr * scale, rel=1e-9, abs=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("value", [3.0, -1.3, 1e-20])
+def test_eigenvalues_equal_to_rounding_are_one_peak(dtype: torch.dtype, value: float) -> None:
+    """Curvature that is the same in all directions: of what rounding makes of it no spectrum is drawn."""
+    Q = torch.linalg.qr(torch.randn(20, 20, generator=torch.Generator().manual_seed(0), dtype=dtype))[0]
+    density = spectral_density(lambda v: value * (Q @ (Q.T @ v)), n=20, dtype=dtype)
+    assert density.bandwidth == pytest.approx(abs(value) / 100, rel=1e-3)
+    assert torch.trapezoid(density.density, density.grid) == pytest.approx(1, rel=1e-6)
+    assert float(density.grid[density.density.argmax()]) == pytest.approx(value, rel=1e-3)
+
+
+def test_memory_of_the_density() -> None:
+    """Beyond the Lanczos vectors, which are few here, it is linear in probes and in steps."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        spectral_density(lambda v: v, n=10, dtype=torch.float64, num_steps=10, num_probes=50, grid_size=4096)
+    events = profile.profiler.kineto_results.events()
+    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
+    held, most = 0, 0
+    for _, change in sorted(changes, key=lambda change: change[0]):
+        held += change
+        most = max(most, held)
+    assert most < 8 * 4096 * (3 * 50 + 4 * 10)
+
+
 @pytest.mark.parametrize("scale", [1e-100, 1e100])
 def test_density_scales_with_the_operator(small: torch.Tensor, scale: float) -> None:
     H, settings = arguments(small)

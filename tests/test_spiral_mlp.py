@@ -251,6 +251,19 @@ def test_an_extended_run_equals_an_uninterrupted_one(tmp_path):
     assert_same_metrics(parts, whole)
 
 
+def test_a_run_cannot_be_cut_by_resuming_it(tmp_path):
+    run(tmp_path / "run", *SMALL)
+    before = {file.name: file.read_bytes() for file in (tmp_path / "run").iterdir()}
+    with pytest.raises(SystemExit, match=r"steps: got 300, but the run in .* has 400 already"):
+        run(tmp_path / "run", "--resume", "--steps", 300)
+    assert {file.name: file.read_bytes() for file in (tmp_path / "run").iterdir()} == before
+
+
+def test_many_eigenvalues(tmp_path):
+    _, summary = run(tmp_path / "run", *SMALL, "--steps", 100, "--num-eigenvalues", 30)
+    assert summary["unconverged_updates"] == 0
+
+
 def test_ctrl_c_leaves_a_run_that_continues_exactly(tmp_path):
     out = tmp_path / "parts"
     command = [sys.executable, str(ROOT / "python_examples" / "spiral_mlp.py"), "--out", str(out)]
@@ -293,6 +306,13 @@ def test_another_run_in_the_folder_is_refused(tmp_path):
         (("--init", "nowhere.npz"), "nowhere.npz"),
         (("--ntk", "--eig-every", 0), "ntk"),
         (("--lr", "nan"), "lr: got nan"),
+        (("--lr", "inf"), "lr: got inf"),
+        (("--noise", "nan"), "noise: got nan"),
+        (("--noise", "-1"), "noise: got -1"),
+        (("--data-seed", "-1"), "data_seed: got -1"),
+        (("--classes", "1"), "classes: got 1, expected at least 2"),
+        (("--rule", "lambda", "--eig-every", "0"), "rule: got lambda"),
+        (("--init", __file__), "is not an .npz file"),
         (("--resume",), "holds no run to continue"),
     ],
 )

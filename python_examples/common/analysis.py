@@ -134,4 +134,6 @@ def _branch_threshold(windows: list[Instability], lambda_step: NDArray[Any], lam
     if not edges or len(lambda_step) == 0:
         return math.nan
     after = np.minimum(np.searchsorted(lambda_step, edges), len(lambda_step) - 1)
-    return float(np.median((lambda_max[after] + lambda_max[np.maximum(after - 1, 0)]) / 2))
+    means = (lambda_max[after] + lambda_max[np.maximum(after - 1, 0)]) / 2
+    means = means[np.isfinite(means)]  # the last window of a run that diverged has no end
+    return float(np.median(means)) if len(means) else math.nan

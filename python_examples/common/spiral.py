@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -85,11 +86,14 @@ def load_initial_values(path: Path) -> tuple[Tensor, Tensor, SpiralMLP]:
     if not path.is_file():
         raise ValueError(f"init: got {str(path)!r}, expected one of {', '.join(INITIALISATIONS)} or an .npz file")
     names = ("X", "y", "w1", "b1", "w2", "b2")
-    with np.load(path, allow_pickle=False) as archive:
-        missing = [name for name in names if name not in archive]
-        if missing:
-            raise ValueError(f"init: {path} lacks {', '.join(missing)}; expected {', '.join(names)}")
-        arrays = {name: archive[name] for name in names}
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in names if name in archive}
+    except (ValueError, OSError, AttributeError, zipfile.BadZipFile) as error:  # a text; an .npy; half an archive
+        raise ValueError(f"init: {path} is not an .npz file of plain arrays") from error
+    missing = [name for name in names if name not in arrays]
+    if missing:
+        raise ValueError(f"init: {path} lacks {', '.join(missing)}; expected {', '.join(names)}")
     _check_initial_values(path, arrays)
     x, y, *values = (torch.from_numpy(arrays[name]) for name in names)
     return x.double(), y.long(), SpiralMLP(*(value.double() for value in values))
