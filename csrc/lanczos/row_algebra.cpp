@@ -46,29 +46,47 @@ constexpr int64_t kBlock = 4096;
 // Numbers that are worth a thread.
 constexpr int64_t kGrain = 1 << 16;
 
-// In double precision, where products of floats are exact; a quarter of the sum at a time, as one addition
-// would wait for the last.
-#define PRODUCT(i) (static_cast<double>(a[i]) * static_cast<double>(b[i]))
-#define DEFINE_LOOPS(T)                                                                 \
-  PER_INSTRUCTION_SET double dot(const T* a, const T* b, int64_t length) {              \
-    const int64_t q = length / 4;                                                       \
-    double s0 = 0, s1 = 0, s2 = 0, s3 = 0;                                              \
-    _Pragma("omp simd reduction(+ : s0, s1, s2, s3)") for (int64_t i = 0; i < q; ++i) { \
-      s0 += PRODUCT(i);                                                                 \
-      s1 += PRODUCT(i + q);                                                             \
-      s2 += PRODUCT(i + 2 * q);                                                         \
-      s3 += PRODUCT(i + 3 * q);                                                         \
-    }                                                                                   \
-    for (int64_t i = 4 * q; i < length; ++i) s0 += PRODUCT(i);                          \
-    return (s0 + s1) + (s2 + s3);                                                       \
-  }                                                                                     \
-  PER_INSTRUCTION_SET void add_scaled(T* out, T factor, const T* x, int64_t length) {   \
-    _Pragma("omp simd") for (int64_t i = 0; i < length; ++i) out[i] += factor * x[i];   \
+// Products of floats that are summed as floats, before the sum goes on in double precision.
+constexpr int64_t kFloats = 512;
+
+// A quarter of the sum at a time: one addition would wait for the last.
+template <typename T>
+[[gnu::always_inline]] inline T dot_in_dtype(const T* a, const T* b, int64_t length) {
+  const int64_t q = length / 4;
+  T s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+#pragma omp simd reduction(+ : s0, s1, s2, s3)
+  for (int64_t i = 0; i < q; ++i) {
+    s0 += a[i] * b[i];
+    s1 += a[i + q] * b[i + q];
+    s2 += a[i + 2 * q] * b[i + 2 * q];
+    s3 += a[i + 3 * q] * b[i + 3 * q];
   }
-DEFINE_LOOPS(float)
-DEFINE_LOOPS(double)
-#undef DEFINE_LOOPS
-#undef PRODUCT
+  for (int64_t i = 4 * q; i < length; ++i) s0 += a[i] * b[i];
+  return (s0 + s1) + (s2 + s3);
+}
+
+template <typename T>
+[[gnu::always_inline]] inline void add_scaled_of(T* out, T factor, const T* x, int64_t length) {
+#pragma omp simd
+  for (int64_t i = 0; i < length; ++i) out[i] += factor * x[i];
+}
+
+PER_INSTRUCTION_SET double dot(const float* a, const float* b, int64_t length) {
+  double sum = 0;
+  for (int64_t i = 0; i < length; i += kFloats) {
+    sum += static_cast<double>(dot_in_dtype(a + i, b + i, std::min(kFloats, length - i)));
+  }
+  return sum;
+}
+PER_INSTRUCTION_SET double dot(const double* a, const double* b, int64_t length) {
+  return dot_in_dtype(a, b, length);
+}
+PER_INSTRUCTION_SET void add_scaled(float* out, float factor, const float* x, int64_t length) {
+  add_scaled_of(out, factor, x, length);
+}
+PER_INSTRUCTION_SET void add_scaled(double* out, double factor, const double* x, int64_t length) {
+  add_scaled_of(out, factor, x, length);
+}
 
 // work(first column, columns, number of the block) for every block of columns; `rows` of each are touched.
 template <typename Work>
