@@ -7,9 +7,9 @@
 `spiral` follows gradient descent along the paper's spiral experiment; the reference is the dense Hessian. `myrtle5`
 takes 300 CIFAR-10 images (random ones without --data) and plain SGD steps; its dense Hessian does not fit, so the
 reference is SciPy's ARPACK on the same products, at a tolerance of 1e-12 in float64, and of 1e-5 in float32, where
-rounding hides more. SciPy's solver runs on our cached product, the others on their own. Every solver sees the same
-states by turns, and times are medians over them; "warm" ones start from what they found at the last one. --json
-merges the figures into FILE.
+rounding hides more. `mlp` is a fully connected network on the same images: many parameters, cheap products. SciPy's
+solver runs on our cached product, the others on their own. Every solver sees the same states by turns, and times are
+medians over them; "warm" ones start from what they found at the last one. --json merges the figures into FILE.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -243,8 +244,13 @@ def images(arguments: argparse.Namespace) -> Problem:
     batches = Batches(data.train.subset(10, arguments.images), None, dtype=getattr(torch, arguments.dtype))
     batch = batches.get(0)
     inputs, target = batch.images.to(arguments.device), batch.labels.to(arguments.device)
-    model = myrtle5(10, width=arguments.width).to(inputs)
-    return Problem(model, inputs, target, Oscillation(10, 10.0, 100), lr=0.02, dense=False)
+    if arguments.problem == "myrtle5":
+        model: nn.Module = myrtle5(10, width=arguments.width)
+    else:
+        sizes = [inputs[0].numel(), arguments.width, arguments.width]
+        hidden = [part for pair in pairwise(sizes) for part in (nn.Linear(*pair), nn.ReLU())]
+        model = nn.Sequential(nn.Flatten(), *hidden, nn.Linear(sizes[-1], 10))
+    return Problem(model.to(inputs), inputs, target, Oscillation(10, 10.0, 100), lr=0.02, dense=False)
 
 
 def measure(problem: Problem, solvers: dict[str, Solver | None], states: int, gap: int, warm: int) -> dict[str, Any]:
@@ -376,7 +382,7 @@ def write_json(path: Path, problem: str, figures: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("problem", choices=("spiral", "myrtle5"))
+    parser.add_argument("problem", choices=("spiral", "myrtle5", "mlp"))
     parser.add_argument("--states", type=int, default=40, help="measured states")
     parser.add_argument("--gap", type=int, default=25, help="steps of training from one to the next")
     parser.add_argument("--start", type=int, default=0, help="steps of training before the first")
