@@ -272,7 +272,8 @@ class Solver {
     }
     const double last = ritz_.values[options_.count - 1];
     const double edge = options_.which == Which::kMagnitude ? std::abs(last) : last;
-    const double margin = std::max(limit(last), residual_norms_[options_.count - 1]);
+    // What lies beyond by less cannot be told from the last wanted value.
+    const double margin = std::max({limit(last), residual_norms_[options_.count - 1], basis_.noise()});
     Step step = Step::kDone;
     if (options_.which != Which::kSmallest) step = search_beyond(edge + margin, 1.0);
     if (options_.which != Which::kLargest && step == Step::kDone && audited_) {

@@ -9,6 +9,7 @@
 #include <cmath>
 #include <limits>
 #include <numeric>
+#include <optional>
 #include <utility>
 
 #include "row_algebra.h"
@@ -39,26 +40,27 @@ bool RitzBasis::propose(const Rows& x, double norm) {
     copy(slot, x);
     return normalise(slot, 0.0);
   }
-  subtract_combination(slot, x, inner_products(v, x), v);
-  return finish_candidate(norm);
+  return finish_candidate(x, inner_products(v, x), norm);
 }
 
 bool RitzBasis::propose_product() {
-  subtract_combination(candidate_row(), Rows(rows_, 2 * size_ - 1, 1), product_overlaps_, vectors());
   // Rounding that is left of a product is as large as H makes it, however short the product is.
-  return finish_candidate(std::sqrt(largest_square_));
+  return finish_candidate(Rows(rows_, 2 * size_ - 1, 1), product_overlaps_, std::sqrt(largest_square_));
 }
 
 bool RitzBasis::propose_residual(const double* coefficients, double value, double norm) {
-  const Rows v = vectors(), slot = candidate_row();
-  combine_into(slot, to_device(residual_factors(coefficients, value), 2 * size_, rows_), pairs());
-  subtract_combination(slot, slot, inner_products(v, slot), v);
-  return finish_candidate(norm);
+  std::vector<double> minus_factors = residual_factors(coefficients, value);
+  for (double& factor : minus_factors) factor = -factor;
+  const at::Tensor weights = to_device(minus_factors, 1, at::empty({0}, rows_.options().dtype(at::kDouble)));
+  const Rows slot = candidate_row();
+  // The basis has no part in a residual but what rounding left, which may be all of it.
+  const at::Tensor rest = subtract_and_overlap(slot, std::nullopt, weights.view(-1), pairs(), vectors());
+  return finish_candidate(slot, rest, norm);
 }
 
-bool RitzBasis::finish_candidate(double norm) {
+bool RitzBasis::finish_candidate(const Rows& x, const at::Tensor& overlaps, double norm) {
   const Rows v = vectors(), slot = candidate_row();
-  subtract_combination(slot, slot, inner_products(v, slot), v);
+  subtract_combination(slot, slot, subtract_and_overlap(slot, x, overlaps, v, v), v);
   return normalise(slot, 100.0 * epsilon_ * norm);  // below this what is left is rounding
 }
 

@@ -94,7 +94,7 @@ class RitzBasis {
   // The overlaps and squares that come with the product of the j-th vector: (2 (j + 1), 2), on its device.
   // Entry (2 i + a, b) is the inner product of {v_i, H v_i}[a] with {v_j, H v_j}[b].
   at::Tensor overlaps_of_pair(int64_t j) const;
-  bool finish_candidate(double norm);
+  bool finish_candidate(const Rows& x, const at::Tensor& overlaps, double norm);
   void append(const double* overlaps);
   Rows pairs() const { return {rows_, 0, 2 * size_}; }
   // Factors of v_j and H v_j by turns which give the residuals of Ritz pairs.

@@ -13,6 +13,7 @@
 #include <ATen/ops/mm.h>
 #include <ATen/ops/stack.h>
 #include <ATen/ops/where.h>
+#include <ATen/ops/zeros.h>
 
 #include <algorithm>
 #include <array>
@@ -141,6 +142,34 @@ void combine_columns(T* to, int64_t stride, const Rows& coefficients, const Rows
   }
 }
 
+// Some columns of out = x - coefficients · rows.
+template <typename T>
+void subtract_columns(const Rows& out, const std::optional<Rows>& x, const at::Tensor& coefficients,
+                      const Rows& rows, int64_t first, int64_t columns) {
+  const auto* weights = coefficients.const_data_ptr<double>();
+  const int64_t step = coefficients.stride(0);
+  // The sum first: x is rounded once, and not the same way in all its entries.
+  std::array<T, kBlock> sum;
+  std::fill_n(sum.data(), columns, T(0));
+  for (int64_t j = 0; j < rows.count(); ++j) {
+    add_scaled(sum.data(), static_cast<T>(weights[j * step]), rows.row<T>(j) + first, columns);
+  }
+  T* to = out.row<T>(0) + first;
+  if (!x) {
+    std::fill_n(to, columns, T(0));
+  } else if (const T* from = x->row<T>(0) + first; from != to) {
+    std::copy_n(from, columns, to);
+  }
+  add_scaled(to, T(-1), sum.data(), columns);
+}
+
+void subtract_on_device(const Rows& out, const std::optional<Rows>& x, const at::Tensor& coefficients,
+                        const Rows& rows) {
+  at::Tensor to = out.vector();
+  const at::Tensor weights = coefficients.to(to.scalar_type());
+  at::addmv_out(to, x ? x->vector() : to, rows.tensor().t(), weights, x ? 1 : 0, -1);
+}
+
 // The whole blocks of the columns of x: (blocks, rows, columns of a block); and what is left of them.
 std::pair<at::Tensor, at::Tensor> blocks_and_rest(const at::Tensor& x) {
   const int64_t blocks = x.size(1) / kBlock, rest = x.size(1) % kBlock;
@@ -220,21 +249,6 @@ at::Tensor combinations(const Rows& coefficients, const Rows& rows) {
   return out;
 }
 
-void combine_into(const Rows& out, const Rows& coefficients, const Rows& rows) {
-  const Plainly plainly;
-  if (!rows.on_host()) {
-    at::Tensor to = out.tensor();
-    at::mm_out(to, coefficients.tensor(), rows.tensor());
-    return;
-  }
-  AT_DISPATCH_FLOATING_TYPES(rows.matrix().scalar_type(), "combine_into", [&] {
-    auto* to = out.row<scalar_t>(0);
-    for_blocks(rows.length(), rows.count(), [&](int64_t first, int64_t columns, int64_t) {
-      combine_columns(to + first, columns, coefficients, rows, first, columns);
-    });
-  });
-}
-
 std::vector<double> combination_norms(const Rows& coefficients, const Rows& rows) {
   const Plainly plainly;
   const int64_t count = coefficients.count();
@@ -284,30 +298,39 @@ void replace_by_combinations(const at::Tensor& rows, const Rows& coefficients) {
   });
 }
 
-void subtract_combination(const Rows& out, const Rows& x, const at::Tensor& coefficients, const Rows& rows) {
+void subtract_combination(const Rows& out, const std::optional<Rows>& x, const at::Tensor& coefficients,
+                          const Rows& rows) {
   const Plainly plainly;
-  if (!rows.on_host()) {
-    at::Tensor to = out.vector();
-    at::addmv_out(to, x.vector(), rows.tensor().t(), coefficients.to(to.scalar_type()), 1, -1);
-    return;
-  }
+  if (!rows.on_host()) return subtract_on_device(out, x, coefficients, rows);
   AT_DISPATCH_FLOATING_TYPES(rows.matrix().scalar_type(), "subtract_combination", [&] {
-    const auto* weights = coefficients.const_data_ptr<double>();
-    const int64_t step = coefficients.stride(0);
-    const auto* from = x.row<scalar_t>(0);
-    auto* to = out.row<scalar_t>(0);
     for_blocks(rows.length(), rows.count(), [&](int64_t first, int64_t columns, int64_t) {
-      // The sum first: x is rounded once, and not the same way in all its entries.
-      std::array<scalar_t, kBlock> sum;
-      std::fill_n(sum.data(), columns, scalar_t(0));
-      for (int64_t j = 0; j < rows.count(); ++j) {
-        add_scaled(sum.data(), static_cast<scalar_t>(weights[j * step]), rows.row<scalar_t>(j) + first,
-                   columns);
-      }
-      if (from != to) std::copy_n(from + first, columns, to + first);
-      add_scaled(to + first, scalar_t(-1), sum.data(), columns);
+      subtract_columns<scalar_t>(out, x, coefficients, rows, first, columns);
     });
   });
+}
+
+at::Tensor subtract_and_overlap(const Rows& out, const std::optional<Rows>& x, const at::Tensor& coefficients,
+                                const Rows& rows, const Rows& against) {
+  const Plainly plainly;
+  if (!rows.on_host()) {
+    subtract_on_device(out, x, coefficients, rows);
+    return inner_products(against, out);
+  }
+  const int64_t count = against.count(), blocks = (rows.length() + kBlock - 1) / kBlock;
+  std::vector<double> partial(blocks * count);
+  AT_DISPATCH_FLOATING_TYPES(rows.matrix().scalar_type(), "subtract_and_overlap", [&] {
+    for_blocks(rows.length(), rows.count() + count, [&](int64_t first, int64_t columns, int64_t block) {
+      subtract_columns<scalar_t>(out, x, coefficients, rows, first, columns);
+      for (int64_t i = 0; i < count; ++i) {
+        partial[block * count + i] =
+            dot(against.row<scalar_t>(i) + first, out.row<scalar_t>(0) + first, columns);
+      }
+    });
+  });
+  const at::Tensor overlaps = at::zeros({count}, at::TensorOptions(at::kDouble));
+  auto* sums = overlaps.mutable_data_ptr<double>();
+  for (size_t i = 0; i < partial.size(); ++i) sums[i % count] += partial[i];
+  return overlaps;
 }
 
 void copy(const Rows& out, const Rows& x) {

@@ -3,6 +3,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 namespace dynloss {
@@ -46,18 +47,20 @@ at::Tensor inner_products(const Rows& a, const Rows& b);
 // coefficients · rows: shape (rows of coefficients, length).
 at::Tensor combinations(const Rows& coefficients, const Rows& rows);
 
-// The same for a single row of coefficients, into a row which is not one of those.
-void combine_into(const Rows& out, const Rows& coefficients, const Rows& rows);
-
 // The lengths of the rows of that, on the host, without holding them.
 std::vector<double> combination_norms(const Rows& coefficients, const Rows& rows);
 
 // Replaces the first rows of a (count, length) matrix by combinations of all of them.
 void replace_by_combinations(const at::Tensor& rows, const Rows& coefficients);
 
-// out = x - coefficients · rows for single rows x and out, which may be the same, and coefficients
-// as inner_products gives them.
-void subtract_combination(const Rows& out, const Rows& x, const at::Tensor& coefficients, const Rows& rows);
+// out = x - coefficients · rows for single rows x and out, which may be the same, and coefficients as
+// inner_products gives them. Without an x, out = -coefficients · rows, where out is none of the rows.
+void subtract_combination(const Rows& out, const std::optional<Rows>& x, const at::Tensor& coefficients,
+                          const Rows& rows);
+
+// The same, and the inner products of `against` with it, at one pass over rows that are in both.
+at::Tensor subtract_and_overlap(const Rows& out, const std::optional<Rows>& x, const at::Tensor& coefficients,
+                                const Rows& rows, const Rows& against);
 
 // out = x for single rows.
 void copy(const Rows& out, const Rows& x);
