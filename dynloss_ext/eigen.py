@@ -47,7 +47,8 @@ class EigenResult:
         miss_probability: with which the audit would have overlooked an eigenvector whose value lies beyond the
             returned ones by more than the tolerance, if there is one that the other products did not show. It stops
             below 0.08, or after 24 products (48 for "LM", which looks beyond both ends) where the spectrum is too
-            crowded for that, or fewer where ``max_basis`` leaves it no room. NaN where no audit was due.
+            crowded for that, or fewer where ``max_basis`` leaves it no room. 1 where it found
+            nothing but the noise of the products, again and again. NaN where no audit was due.
     """
 
     values: Tensor
@@ -78,6 +79,9 @@ def eigsh(
     A pair counts as converged when ‖H v − θ v‖ ≤ max(tol·|θ|, ε^(2/3)·max|θ|). Before convergence is claimed, the
     complement of the basis is searched from a random vector, since a Krylov space does not show a second
     eigenvector of the same eigenvalue; the result's ``miss_probability`` says how well.
+
+    Vectors stay on their device. What a decision needs is read from there at once: in float64 at most one small matrix
+    per product and two besides.
 
     Peak memory beyond the model is at most (2 · max_basis + max(3, k + 2)) · P numbers: the basis and its products; the
     recorded gradient; a product in two forms or, at the end, the k vectors. To that add what one product alone

@@ -27,6 +27,8 @@ constexpr int64_t kExtraKept = 3;
 // probability, or after so many products.
 constexpr double kMissProbability = 0.08;
 constexpr int64_t kMaxAuditProducts = 24;
+// Audits that found what turned out to be nothing, one after the other, before there are no more of them.
+constexpr int kDeceptions = 2;
 // The noise floor: so many products without progress at least, and how far above the noise of a product a
 // residual may then stand, for each of them: the longer it stands still, the less the noise has to explain.
 constexpr int64_t kStagnation = 8;
@@ -82,7 +84,12 @@ class Solver {
       } else if (const std::optional<int64_t> lost = lost_start()) {
         step = expand([&] { return basis_.propose(Rows(start_, *lost, 1), start_norms_[*lost]); });
       } else if (options_.audit && !audited_) {
-        step = audit();
+        if (deceived_ < kDeceptions) {
+          step = audit();
+        } else {
+          audited_ = true;
+          miss_probability_ = 1.0;
+        }
       } else {
         return all_converged() ? "converged" : "noise floor";
       }
@@ -150,7 +157,7 @@ class Solver {
     basis_.accept(product);
     start_overlaps_.clear();
     nothing_new_ = false;
-    return basis_.on_host() ? settle() : Step::kDone;
+    return basis_.blind() && basis_.num_waiting() < 2 ? Step::kDone : settle();
   }
 
   Step expand_krylov() {
@@ -192,8 +199,8 @@ class Solver {
       ritz_.values.push_back(pairs.values[i]);
       ritz_.vectors.insert(ritz_.vectors.end(), &pairs.vectors[i * m], &pairs.vectors[i * m] + m);
     }
-    scale_ = 0.0;
-    for (const double value : pairs.values) scale_ = std::max(scale_, std::abs(value));
+    for (const double value : pairs.values) largest_ = std::max(largest_, std::abs(value) / basis_.unit());
+    scale_ = largest_ * basis_.unit();
 
     std::vector<double> allowed;
     for (int64_t i = 0; i < std::min(options_.count, m); ++i) allowed.push_back(limit(ritz_.values[i]));
@@ -246,8 +253,9 @@ class Solver {
 
   // One product along the worst wanted residual.
   Step expand_by_residual() {
+    if (const Step step = make_room(1); step != Step::kDone) return step;
     int64_t worst = 0;
-    for (int64_t i = 1; i < options_.count; ++i) {
+    for (int64_t i = 1; i < std::min(options_.count, basis_.size()); ++i) {
       if (excess(i) > excess(worst)) worst = i;
     }
     return expand([&] {
@@ -273,7 +281,8 @@ class Solver {
     const double last = ritz_.values[options_.count - 1];
     const double edge = options_.which == Which::kMagnitude ? std::abs(last) : last;
     // What lies beyond by less cannot be told from the last wanted value.
-    const double margin = std::max({limit(last), residual_norms_[options_.count - 1], basis_.noise()});
+    const double noise = 3.0 * basis_.noise() / std::sqrt(static_cast<double>(length_));
+    const double margin = std::max({limit(last), residual_norms_[options_.count - 1], noise});
     Step step = Step::kDone;
     if (options_.which != Which::kSmallest) step = search_beyond(edge + margin, 1.0);
     if (options_.which != Which::kLargest && step == Step::kDone && audited_) {
@@ -315,7 +324,16 @@ class Solver {
     const auto found = std::max_element(pairs.values.begin(), pairs.values.end(),
                                         [&](double a, double b) { return side * a < side * b; });
     if (side * *found <= side * bound) return Step::kDone;
-    return take_in(&pairs.vectors[(found - pairs.values.begin()) * num_probed()]);
+    const auto beyond = [&] {
+      return std::count_if(ritz_.values.begin(), ritz_.values.end(),
+                           [&](double value) { return side * value > side * bound; });
+    };
+    const auto before = beyond();
+    Step step = take_in(&pairs.vectors[(found - pairs.values.begin()) * num_probed()]);
+    if (step == Step::kDone) step = project();
+    // There is one more Ritz value beyond the bound now, unless it was rounding or noise that came up.
+    deceived_ = beyond() > before ? 0 : deceived_ + 1;
+    return step;
   }
 
   // One step of the Lanczos process in the complement of the basis.
@@ -458,11 +476,13 @@ class Solver {
   std::vector<int64_t> unseen_;         // start vectors other than 0 that were not yet looked for
   EigenPairs ritz_;                     // wanted first
   std::vector<double> residual_norms_;  // of the wanted pairs
-  double scale_ = 0.0;                  // max |θ|: a lower bound of ‖H‖
+  double largest_ = 0.0;                // max |θ| of all that was seen: a lower bound of ‖H‖
+  double scale_ = 0.0;                  // the same in the basis's unit
   int64_t num_products_ = 0;
   std::vector<double> alpha_, beta_;  // the Lanczos matrix of the last audit
   bool audited_ = false;
   double miss_probability_ = 0.0;
+  int deceived_ = 0;
   double best_ = std::numeric_limits<double>::infinity();
   int64_t best_at_ = 0;
 };

@@ -32,20 +32,22 @@ RitzBasis::RitzBasis(int64_t capacity, int64_t length, const at::TensorOptions& 
       epsilon_(options.dtype() == at::kFloat ? std::numeric_limits<float>::epsilon()
                                              : std::numeric_limits<double>::epsilon()),
       // Where the basis may span all but one dimension, a probe of that one still has its columns.
-      rows_(at::empty({2 * (capacity < length ? capacity : capacity + 1), length}, options)) {}
+      rows_(at::empty({2 * (capacity < length ? capacity : capacity + 1), length}, options)),
+      blind_(!Rows(rows_).on_host()) {}
 
 bool RitzBasis::propose(const Rows& x, double norm) {
   const Rows v = vectors(), slot = candidate_row();
   if (size_ == 0) {
     copy(slot, x);
-    return normalise(slot, 0.0);
+    return make_unit(slot, 0.0);
   }
   return finish_candidate(x, inner_products(v, x), norm);
 }
 
 bool RitzBasis::propose_product() {
   // Rounding that is left of a product is as large as H makes it, however short the product is.
-  return finish_candidate(Rows(rows_, 2 * size_ - 1, 1), product_overlaps_, std::sqrt(largest_square_));
+  const Rows product(rows_, 2 * size_ - 1, 1);
+  return finish_candidate(product, product_overlaps_, std::sqrt(largest_square_), product_square_);
 }
 
 bool RitzBasis::propose_residual(const double* coefficients, double value, double norm) {
@@ -58,10 +60,21 @@ bool RitzBasis::propose_residual(const double* coefficients, double value, doubl
   return finish_candidate(slot, rest, norm);
 }
 
-bool RitzBasis::finish_candidate(const Rows& x, const at::Tensor& overlaps, double norm) {
+bool RitzBasis::finish_candidate(const Rows& x, const at::Tensor& overlaps, double norm,
+                                 const at::Tensor& square) {
   const Rows v = vectors(), slot = candidate_row();
   subtract_combination(slot, slot, subtract_and_overlap(slot, x, overlaps, v, v), v);
-  return normalise(slot, 100.0 * epsilon_ * norm);  // below this what is left is rounding
+  const double rounding =
+      100.0 * epsilon_;  // in units of what x was: below this what is left is nothing else
+  return make_unit(slot, rounding * norm, square.defined() ? square.sqrt().mul_(rounding) : square);
+}
+
+bool RitzBasis::make_unit(const Rows& x, double negligible, const at::Tensor& or_this) const {
+  if (!blind_) return normalise(x, negligible);
+  const at::AutoDispatchBelowADInplaceOrView below;
+  const at::Tensor known = at::full({}, negligible, rows_.options().dtype(at::kDouble));
+  normalise_blindly(x, or_this.defined() ? known.maximum(or_this) : known);
+  return true;
 }
 
 std::vector<double> RitzBasis::overlaps(const Rows& x) const {
@@ -76,9 +89,14 @@ void RitzBasis::accept(const at::Tensor& product) {
   const Rows w(rows_, 2 * size_ + 1, 1);
   copy(w, product);
   if (unit_ != 1.0) scale(w, unit_);
-  waiting_.push_back(overlaps_of_pair(size_));
-  ++size_;
-  product_overlaps_ = waiting_.back().as_strided({size_}, {4}, 1);
+  const at::Tensor overlaps = overlaps_of_pair(size_++);
+  remember_product(overlaps);
+  waiting_.push_back(overlaps);
+}
+
+void RitzBasis::remember_product(const at::Tensor& overlaps) {
+  product_overlaps_ = overlaps.as_strided({size_}, {4}, 1);
+  product_square_ = overlaps.as_strided({}, {}, 4 * size_ - 1);
 }
 
 RitzBasis::Settled RitzBasis::settle() {
@@ -87,7 +105,10 @@ RitzBasis::Settled RitzBasis::settle() {
   const int64_t proposed = std::exchange(size_, settled_);
   for (const double* overlaps = read.data(); size_ < proposed; overlaps += 4 * size_) {
     const int64_t j = size_;
-    if (overlaps[4 * j] == 0.0) return Settled::kNothingNew;
+    if (overlaps[4 * j] == 0.0) {
+      blind_ = false;
+      return Settled::kNothingNew;
+    }
     const double square = overlaps[4 * j + 3];
     std::vector<double> again;
     if (!(square <= kLargestSquare) || std::max(largest_square_, square) < kSmallestSquare) {
@@ -98,7 +119,6 @@ RitzBasis::Settled RitzBasis::settle() {
         change_unit(factor);
         scale(w, factor);
         const at::Tensor overlaps_again = overlaps_of_pair(j);
-        product_overlaps_ = overlaps_again.as_strided({j + 1}, {4}, 1);
         again = to_host({overlaps_again});
         overlaps = again.data();
       }
@@ -108,7 +128,9 @@ RitzBasis::Settled RitzBasis::settle() {
       return Settled::kNonFinite;
     }
     append(overlaps);
-    if (!again.empty()) break;  // what came after it is in the old unit
+    if (again.empty()) continue;
+    remember_product(overlaps_of_pair(j));
+    break;  // what came after it is in the old unit
   }
   return Settled::kGood;
 }
@@ -154,7 +176,7 @@ void RitzBasis::start_probe(const at::Tensor& x, std::vector<double> coupling) {
   const Rows first = spare_row(2), v = vectors();
   subtract_combination(first, x, inner_products(v, x), v);
   subtract_combination(first, first, inner_products(v, first), v);
-  normalise(first, 0.0);
+  make_unit(first, 0.0);
   restart_probe();
 }
 
@@ -178,7 +200,9 @@ std::pair<double, double> RitzBasis::advance_probe(const at::Tensor& product) {
   subtract_combination(next, next, at::mv(minus_coupling_, inner_products(v, next)), w);
   const at::Tensor overlap = inner_products(now, next);
   subtract_combination(next, next, overlap, now);
-  subtract_combination(next, next, inner_products(v, next), v);
+  // Twice: of W it has a large part in the basis, and what is left of that the coupling would magnify.
+  const at::Tensor rest = subtract_and_overlap(next, next, inner_products(v, next), v, v);
+  subtract_combination(next, next, rest, v);
   const std::vector<double> read = to_host({overlap, lengths(next)});
   const double diagonal = read[0], length = read[1];
   largest_probed_ = std::max({largest_probed_, std::abs(diagonal), length});

@@ -16,18 +16,21 @@ namespace dynloss {
 // Krylov vectors, old eigenvectors, random probes. Products are kept in a unit, a power of two, in which no
 // square of theirs overflows or vanishes; so are projection, residuals and what else is said of H here.
 //
-// On a device the basis grows without a word to the host: `settle` reads in one go what was found since the
-// last time, and everything that speaks of numbers on the host comes after it.
+// On a device the basis grows blindly, without a word to the host: `settle` reads in one go what was found
+// since the last time, and everything that speaks of numbers on the host comes after it. Once a Krylov space
+// has come to its end, as that of an operator with few eigenvalues does again and again, it asks every time.
 class RitzBasis {
  public:
   RitzBasis(int64_t capacity, int64_t length, const at::TensorOptions& options);
 
   int64_t size() const { return size_; }
-  bool on_host() const { return Rows(rows_).on_host(); }
+  // Whether a candidate may turn out to be none, and a product not to be finite, when they are read only.
+  bool blind() const { return blind_; }
+  int64_t num_waiting() const { return static_cast<int64_t>(waiting_.size()); }
 
   // Makes the part of x orthogonal to the basis, normalised, the candidate for the next basis vector
   // (classical Gram-Schmidt, twice). False, and no candidate, where x, of the given norm, lies in the basis
-  // to rounding; on a device that is not said before `settle`.
+  // to rounding; while the basis is blind that is not said before `settle`.
   bool propose(const Rows& x, double norm);
   // The same for the product taken in last, whose overlaps with the basis are known already; not after a
   // restart.
@@ -94,8 +97,15 @@ class RitzBasis {
   // The overlaps and squares that come with the product of the j-th vector: (2 (j + 1), 2), on its device.
   // Entry (2 i + a, b) is the inner product of {v_i, H v_i}[a] with {v_j, H v_j}[b].
   at::Tensor overlaps_of_pair(int64_t j) const;
-  bool finish_candidate(const Rows& x, const at::Tensor& overlaps, double norm);
+  // x of the given norm; `square`, where it is defined, is that of a length beside which x may be rounding,
+  // too.
+  bool finish_candidate(const Rows& x, const at::Tensor& overlaps, double norm,
+                        const at::Tensor& square = {});
+  // Divides a row by its length, blindly if so; false where that is at most `negligible`, or the other, if it
+  // is defined.
+  bool make_unit(const Rows& x, double negligible, const at::Tensor& or_this = {}) const;
   void append(const double* overlaps);
+  void remember_product(const at::Tensor& overlaps);
   Rows pairs() const { return {rows_, 0, 2 * size_}; }
   // Factors of v_j and H v_j by turns which give the residuals of Ritz pairs.
   std::vector<double> residual_factors(const double* coefficients, double value) const;
@@ -108,10 +118,11 @@ class RitzBasis {
   int64_t length_;
   int64_t size_ = 0;
   double epsilon_;
-  at::Tensor rows_;                  // (2 * capacity, length): v_j before w_j, so that one GEMM reaches both
-  int64_t settled_ = 0;              // vectors whose overlaps are on the host,
-  std::vector<at::Tensor> waiting_;  // and the overlaps of the others
-  std::vector<double> projection_;   // (settled_, settled_)
+  at::Tensor rows_;  // (2 * capacity, length): v_j before w_j, so that one GEMM reaches both
+  bool blind_;
+  int64_t settled_ = 0;                  // vectors whose overlaps are on the host,
+  std::vector<at::Tensor> waiting_;      // and the overlaps of the others
+  std::vector<double> projection_;       // (settled_, settled_)
   std::vector<double> product_squares_;  // W Wᵀ, likewise
   double unit_ = 1.0;
   double largest_square_ = 0.0;  // of the length of a product
@@ -119,7 +130,8 @@ class RitzBasis {
   double asymmetry_squares_ = 0.0;  // their sum over num_pairs_
   int64_t num_pairs_ = 0;
 
-  at::Tensor product_overlaps_;  // v_i · w for the product w taken in last
+  at::Tensor product_overlaps_;  // v_i · w for the product w taken in last,
+  at::Tensor product_square_;    // and w · w
 
   int64_t probed_ = 0;  // products of the probe
   at::Tensor minus_coupling_;

@@ -379,17 +379,16 @@ at::Tensor lengths(const Rows& x) {
 }
 
 bool normalise(const Rows& x, double negligible) {
-  const at::Tensor length = lengths(x);
-  if (!x.on_host()) {
-    const Plainly plainly;
-    const at::Tensor row = x.vector();
-    row.div_(at::where(length > negligible, length, INFINITY).squeeze(0));
-    return true;
-  }
-  const double divisor = *length.const_data_ptr<double>();
-  if (!(divisor > negligible)) return false;
-  scale(x, 1.0 / divisor);
+  const double length = to_host({lengths(x)}).front();
+  if (!(length > negligible)) return false;
+  scale(x, 1.0 / length);
   return true;
+}
+
+void normalise_blindly(const Rows& x, const at::Tensor& negligible) {
+  const Plainly plainly;
+  const at::Tensor length = lengths(x).squeeze(0);
+  x.vector().div_(at::where(length > negligible, length, INFINITY));
 }
 
 double normalising_power_of_two(const Rows& x) {

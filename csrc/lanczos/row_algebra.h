@@ -71,9 +71,11 @@ void scale(const Rows& x, double factor);
 // The lengths of rows in double precision: shape (rows of x,), on their device.
 at::Tensor lengths(const Rows& x);
 
-// Divides a single row by its length, unless that is at most `negligible` or NaN. On the host this then
-// returns false; on a device, where it would take a read, the row becomes zeros (or NaN) and nothing is said.
+// Divides a single row by its length; false, and nothing done, where that is at most `negligible` or NaN.
 bool normalise(const Rows& x, double negligible);
+
+// The same without a reading: such a row becomes zeros, or NaN. `negligible` is a number on the device of x.
+void normalise_blindly(const Rows& x, const at::Tensor& negligible);
 
 // The power of two that brings the largest entry of a row to [1, 2); 0 for zeros; what is not finite where an
 // entry is not.
