@@ -47,7 +47,9 @@ bool RitzBasis::propose(const Rows& x, double norm) {
 bool RitzBasis::propose_product() {
   // Rounding that is left of a product is as large as H makes it, however short the product is.
   const Rows product(rows_, 2 * size_ - 1, 1);
-  return finish_candidate(product, product_overlaps_, std::sqrt(largest_square_), product_square_);
+  const at::Tensor overlaps = product_overlaps_.as_strided({size_}, {4}, 1);
+  const at::Tensor square = blind_ ? product_overlaps_.as_strided({}, {}, 4 * size_ - 1) : at::Tensor();
+  return finish_candidate(product, overlaps, std::sqrt(largest_square_), square);
 }
 
 bool RitzBasis::propose_residual(const double* coefficients, double value, double norm) {
@@ -89,14 +91,8 @@ void RitzBasis::accept(const at::Tensor& product) {
   const Rows w(rows_, 2 * size_ + 1, 1);
   copy(w, product);
   if (unit_ != 1.0) scale(w, unit_);
-  const at::Tensor overlaps = overlaps_of_pair(size_++);
-  remember_product(overlaps);
-  waiting_.push_back(overlaps);
-}
-
-void RitzBasis::remember_product(const at::Tensor& overlaps) {
-  product_overlaps_ = overlaps.as_strided({size_}, {4}, 1);
-  product_square_ = overlaps.as_strided({}, {}, 4 * size_ - 1);
+  product_overlaps_ = overlaps_of_pair(size_++);
+  waiting_.push_back(product_overlaps_);
 }
 
 RitzBasis::Settled RitzBasis::settle() {
@@ -118,8 +114,8 @@ RitzBasis::Settled RitzBasis::settle() {
       if (factor > 0.0) {
         change_unit(factor);
         scale(w, factor);
-        const at::Tensor overlaps_again = overlaps_of_pair(j);
-        again = to_host({overlaps_again});
+        product_overlaps_ = overlaps_of_pair(j);
+        again = to_host({product_overlaps_});
         overlaps = again.data();
       }
     }
@@ -128,9 +124,7 @@ RitzBasis::Settled RitzBasis::settle() {
       return Settled::kNonFinite;
     }
     append(overlaps);
-    if (again.empty()) continue;
-    remember_product(overlaps_of_pair(j));
-    break;  // what came after it is in the old unit
+    if (!again.empty()) break;  // what came after it is in the old unit
   }
   return Settled::kGood;
 }

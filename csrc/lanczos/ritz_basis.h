@@ -105,7 +105,6 @@ class RitzBasis {
   // is defined.
   bool make_unit(const Rows& x, double negligible, const at::Tensor& or_this = {}) const;
   void append(const double* overlaps);
-  void remember_product(const at::Tensor& overlaps);
   Rows pairs() const { return {rows_, 0, 2 * size_}; }
   // Factors of v_j and H v_j by turns which give the residuals of Ritz pairs.
   std::vector<double> residual_factors(const double* coefficients, double value) const;
@@ -130,8 +129,7 @@ class RitzBasis {
   double asymmetry_squares_ = 0.0;  // their sum over num_pairs_
   int64_t num_pairs_ = 0;
 
-  at::Tensor product_overlaps_;  // v_i · w for the product w taken in last,
-  at::Tensor product_square_;    // and w · w
+  at::Tensor product_overlaps_;  // of the pair taken in last
 
   int64_t probed_ = 0;  // products of the probe
   at::Tensor minus_coupling_;
