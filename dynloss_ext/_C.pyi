@@ -68,6 +68,10 @@ def eigsh(
 def sample_trace(op: SymmetricOperator, *, range: int, samples: int, generator: Generator) -> tuple[float, list[float]]:
     """The trace on the range of H on random vectors, and zᵀ H z for random z of ±1 without their part in it."""
 
-def tridiagonalize(op: SymmetricOperator, start: Tensor, steps: int) -> tuple[list[float], list[float]]: ...
+def tridiagonalize(
+    op: SymmetricOperator, *, steps: int, probes: int, generator: Generator
+) -> list[tuple[list[float], list[float]]]:
+    """Diagonal and off-diagonal of the Lanczos matrix from each of some random vectors of ±1."""
+
 def take_device_path(on: bool) -> None: ...
 def num_reads() -> int: ...

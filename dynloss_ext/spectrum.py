@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dynloss_ext import _C
 from dynloss_ext._arguments import check_count, check_number, check_seed
-from dynloss_ext.eigen import Operator, Options, _resolve
+from dynloss_ext.eigen import Operator, _resolve
 
 __all__ = ["Estimate", "SpectralDensity", "spectral_density", "trace"]
 
@@ -52,12 +52,6 @@ class SpectralDensity:
 def _generator(seed: int) -> torch.Generator:
     """On the CPU whatever the device, so that a seed stands for the same probes everywhere."""
     return torch.Generator(device="cpu").manual_seed(check_seed(seed))
-
-
-def _rademacher(size: int, options: Options, generator: torch.Generator) -> Tensor:
-    """(size,) of ±1; one byte each until they are on the device."""
-    signs = torch.randint(2, (size,), generator=generator, dtype=torch.int8, device="cpu").mul_(2).sub_(1)
-    return signs.to(options.device).to(options.dtype)
 
 
 def _quadrature(diagonal: list[float], off_diagonal: list[float], length: int) -> tuple[Tensor, Tensor]:
@@ -126,14 +120,9 @@ def spectral_density(
     grid_size = check_count("grid_size", grid_size, 2)
     if bandwidth is not None:
         bandwidth = check_number("bandwidth", bandwidth, 0, open_low=True)
-    generator = _generator(seed)
     length = min(num_steps, size)
-    num_hvp = 0
-    quadratures = []
-    for _ in range(num_probes):
-        diagonal, off_diagonal = _C.tridiagonalize(op, _rademacher(size, options, generator), length)
-        num_hvp += len(diagonal)
-        quadratures.append(_quadrature(diagonal, off_diagonal, length))
+    matrices = _C.tridiagonalize(op, steps=length, probes=num_probes, generator=_generator(seed))
+    quadratures = [_quadrature(diagonal, off_diagonal, length) for diagonal, off_diagonal in matrices]
     nodes, weights = (torch.stack(part) for part in zip(*quadratures, strict=True))
     low, high = float(nodes.min()), float(nodes.max())
     if bandwidth is None:
@@ -147,7 +136,7 @@ def spectral_density(
         nodes=nodes,
         weights=weights,
         bandwidth=bandwidth,
-        num_hvp=num_hvp,
+        num_hvp=sum(len(diagonal) for diagonal, _ in matrices),
     )
 
 

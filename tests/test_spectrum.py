@@ -1,6 +1,8 @@
 """Spectral density and trace against matrices whose spectrum is known."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -124,6 +126,19 @@ def test_what_is_finite_in_the_products_stays_finite(small: torch.Tensor, scale:
         assert scaled.stderr == pytest.approx(estimate.stderr * scale, rel=1e-9, abs=0)
 
 
+def peak_memory(work: Callable[[], object]) -> int:
+    """Most bytes that torch held at once."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        work()
+    events = profile.profiler.kineto_results.events()
+    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
+    held, most = 0, 0
+    for _, change in sorted(changes, key=lambda change: change[0]):
+        held += change
+        most = max(most, held)
+    return most
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("value", [3.0, -1.3, 1e-20])
 def test_eigenvalues_equal_to_rounding_are_one_peak(dtype: torch.dtype, value: float) -> None:
@@ -137,14 +152,9 @@ def test_eigenvalues_equal_to_rounding_are_one_peak(dtype: torch.dtype, value: f
 
 def test_memory_of_the_density() -> None:
     """Beyond the Lanczos vectors, which are few here, it is linear in probes and in steps."""
-    with torch.profiler.profile(profile_memory=True) as profile:
-        spectral_density(lambda v: v, n=10, dtype=torch.float64, num_steps=10, num_probes=50, grid_size=4096)
-    events = profile.profiler.kineto_results.events()
-    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
-    held, most = 0, 0
-    for _, change in sorted(changes, key=lambda change: change[0]):
-        held += change
-        most = max(most, held)
+    most = peak_memory(
+        lambda: spectral_density(lambda v: v, n=10, dtype=torch.float64, num_steps=10, num_probes=50, grid_size=4096)
+    )
     assert most < 8 * 4096 * (3 * 50 + 4 * 10)
 
 
@@ -186,15 +196,8 @@ def test_memory_of_the_trace() -> None:
 
     def peak(method: str) -> float:
         """In vectors of length n."""
-        with torch.profiler.profile(profile_memory=True) as profile:
-            trace(lambda v: 2 * v, method=method, num_probes=60, n=n, dtype=torch.float32)
-        events = profile.profiler.kineto_results.events()
-        changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
-        held, most = 0, 0
-        for _, change in sorted(changes, key=lambda change: change[0]):
-            held += change
-            most = max(most, held)
-        return most / (4 * n)
+        work = partial(trace, lambda v: 2 * v, method=method, num_probes=60, n=n, dtype=torch.float32)
+        return peak_memory(work) / (4 * n)
 
     assert peak("hutchinson") < 9
     assert peak("hutch++") < 20 + 11

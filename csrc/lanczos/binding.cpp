@@ -1,6 +1,7 @@
 #include "binding.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/tensor.h>
 #include <pybind11/stl.h>
@@ -9,6 +10,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
@@ -20,6 +22,7 @@
 #include "operator.h"
 #include "python_operator.h"
 #include "quadrature.h"
+#include "random_vector.h"
 #include "row_algebra.h"
 #include "trace.h"
 
@@ -91,11 +94,18 @@ py::tuple run_eigsh(SymmetricOperator& op, int64_t k, const std::string& which, 
                         std::move(result.status), result.miss_probability, std::move(result.origins));
 }
 
-std::pair<std::vector<double>, std::vector<double>> run_tridiagonalize(SymmetricOperator& op,
-                                                                       const at::Tensor& start,
-                                                                       int64_t steps) {
-  Tridiagonal result = without_gil([&] { return tridiagonalize(op, start, steps, SignalCheck()); });
-  return {std::move(result.diagonal), std::move(result.off_diagonal)};
+std::vector<std::pair<std::vector<double>, std::vector<double>>> run_tridiagonalize(
+    SymmetricOperator& op, int64_t steps, int64_t probes, const at::Generator& generator) {
+  std::vector<std::pair<std::vector<double>, std::vector<double>>> out;
+  without_gil([&] {
+    const at::NoGradGuard no_grad;
+    SignalCheck poll;
+    for (int64_t i = 0; i < probes; ++i) {
+      Tridiagonal probe = tridiagonalize(op, random_signs(op, generator), steps, std::ref(poll));
+      out.emplace_back(std::move(probe.diagonal), std::move(probe.off_diagonal));
+    }
+  });
+  return out;
 }
 
 std::pair<double, std::vector<double>> run_sample_trace(SymmetricOperator& op, int64_t range, int64_t samples,
@@ -139,7 +149,8 @@ void bind_lanczos(py::module_& module) {
   module.def("num_reads", &num_reads);
   module.def("sample_trace", &run_sample_trace, py::arg("op"), py::kw_only(), py::arg("range"),
              py::arg("samples"), py::arg("generator"));
-  module.def("tridiagonalize", &run_tridiagonalize, py::arg("op"), py::arg("start"), py::arg("steps"));
+  module.def("tridiagonalize", &run_tridiagonalize, py::arg("op"), py::kw_only(), py::arg("steps"),
+             py::arg("probes"), py::arg("generator"));
 }
 
 }  // namespace dynloss

@@ -2,7 +2,6 @@
 
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/core/grad_mode.h>
-#include <ATen/ops/randn.h>
 #include <ATen/ops/zeros.h>
 #include <c10/util/Exception.h>
 
@@ -15,6 +14,7 @@
 #include <stdexcept>
 
 #include "projected.h"
+#include "random_vector.h"
 #include "ritz_basis.h"
 #include "row_algebra.h"
 
@@ -266,7 +266,7 @@ class Solver {
 
   at::Tensor random_vector() {
     if (!generator_) generator_ = at::detail::createCPUGenerator(options_.seed);
-    return at::randn({length_}, generator_, op_.options().device(at::kCPU)).to(op_.options());
+    return random_normal(op_, *generator_);
   }
 
   // A Krylov space cannot see a second eigenvector of the same eigenvalue, nor one that its start is

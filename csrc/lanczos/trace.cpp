@@ -2,13 +2,12 @@
 
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/randint.h>
-#include <ATen/ops/randn.h>
 
 #include <cmath>
 #include <limits>
 #include <stdexcept>
 
+#include "random_vector.h"
 #include "row_algebra.h"
 
 namespace dynloss {
@@ -27,12 +26,9 @@ class Sampler {
 
   // Takes what is new in H z into Q.
   void extend_range() {
-    double unit = 1.0;
-    const at::Tensor product = multiply(random_signs(), unit);
-    copy(slot(), product);
-    scale(slot(), unit);  // in which no square overflows or vanishes
+    multiply_into_slot(random_signs(op_, generator_));
     // Where Q holds the whole range of H, any direction will do.
-    while (!make_orthonormal()) copy(slot(), to_operator(at::randn({op_.size()}, generator_, at::kDouble)));
+    while (!make_orthonormal()) copy(slot(), random_normal(op_, generator_));
     ++size_;
   }
 
@@ -43,7 +39,7 @@ class Sampler {
   }
 
   double sample_beside() {
-    const at::Tensor z = random_signs();
+    const at::Tensor z = random_signs(op_, generator_);
     remove_range(z);
     return quadratic_form(z);
   }
@@ -52,28 +48,20 @@ class Sampler {
   Rows range() const { return {rows_, 0, size_}; }
   Rows slot() const { return {rows_, size_, 1}; }
 
-  at::Tensor to_operator(const at::Tensor& x) const { return x.to(op_.options().device()).to(op_.options()); }
-
-  // One byte each until they are on the device.
-  at::Tensor random_signs() {
-    return to_operator(at::randint(2, {op_.size()}, generator_, at::kChar).mul_(2).sub_(1));
-  }
-
-  // H v, finite, and the unit to take it in.
-  at::Tensor multiply(const at::Tensor& v, double& unit) {
+  // The slot becomes H v in a unit in which no square overflows or vanishes, which is returned.
+  double multiply_into_slot(const at::Tensor& v) {
     poll_();
-    at::Tensor product = op_.apply(v);
-    unit = normalising_power_of_two(product);
+    const at::Tensor product = op_.apply(v);
+    const double unit = normalising_power_of_two(product);
     if (!std::isfinite(unit)) throw std::runtime_error("a product with the operator is not finite");
-    if (unit == 0.0) unit = 1.0;
-    return product;
+    copy(slot(), product);
+    if (unit == 0.0) return 1.0;
+    scale(slot(), unit);
+    return unit;
   }
 
   double quadratic_form(const at::Tensor& v) {
-    double unit = 1.0;
-    const at::Tensor product = multiply(v, unit);
-    copy(slot(), product);
-    scale(slot(), unit);
+    const double unit = multiply_into_slot(v);
     return to_host({inner_products(v, slot())}).front() / unit;
   }
 
