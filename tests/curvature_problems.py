@@ -7,7 +7,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from dynloss_ext import Oscillation, dynamic_cross_entropy
+from dynloss_ext import Oscillation, dynamic_cross_entropy, eigsh
 
 REFERENCE = Path(__file__).parent / "data/spiral_reference_5000.npz"
 
@@ -90,3 +90,41 @@ class Spiral:
             for p, g in zip(self.params, gradients, strict=True):
                 p.sub_(g)
         self.step += 1
+
+
+class Known:
+    """v -> Q diag(spectrum) Qᵀ v for a random orthogonal Q; counts its calls."""
+
+    def __init__(self, spectrum, dtype=torch.float64, seed=0):
+        self.spectrum = torch.as_tensor(spectrum, dtype=torch.float64)
+        n = len(self.spectrum)
+        generator = torch.Generator().manual_seed(seed)
+        self.Q, _ = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))
+        matrix = (self.Q * self.spectrum) @ self.Q.T
+        self.matrix = ((matrix + matrix.T) / 2).to(dtype)
+        self.calls = 0
+
+    def __call__(self, v):
+        self.calls += 1
+        return self.matrix @ v
+
+    def solve(self, k, **options):
+        n = len(self.spectrum)
+        return eigsh(self, k, n=n, dtype=self.matrix.dtype, **options)
+
+    def expected(self, k, which="LA"):
+        key = {"LA": -self.spectrum, "SA": self.spectrum, "LM": -self.spectrum.abs()}[which]
+        return self.spectrum[torch.argsort(key, stable=True)[:k]].sort(descending=True).values
+
+
+def check_eigenpairs(operator, result, k, which="LA", rtol=1e-8):
+    expected = operator.expected(k, which)
+    scale = operator.spectrum.abs().max()
+    assert torch.allclose(result.values, expected, rtol=rtol, atol=rtol * float(scale) * 1e-2)
+    assert result.converged.all()
+    assert result.status == "converged"
+    assert result.num_hvp == operator.calls
+    V = result.vectors
+    assert torch.allclose(V.T @ V, torch.eye(k, dtype=V.dtype), atol=1e-10)
+    true_residuals = torch.linalg.norm(operator.matrix @ V - V * result.values.to(V.dtype), dim=0)
+    assert torch.allclose(result.residuals, true_residuals.double(), rtol=1e-3, atol=1e-12 * float(scale))
