@@ -130,14 +130,13 @@ PyObject* cross_entropy(PyObject*, PyObject* const* args, Py_ssize_t count) {
 PyObject* cross_entropy_with_gradient(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   const Arguments x(args, count);
-  // On CUDA the gradient may have to be rescaled afterwards.
-  if (!x.plain || !x.logits.is_cpu()) return not_implemented();
+  if (!x.plain) return not_implemented();
   Tensor loss, gradient;
   {
     const pybind11::gil_scoped_release no_gil;
     auto results = ops::cross_entropy_with_gradient(x.logits, x.target, x.step, x.step_tensor, x.clock,
                                                     x.class_order, x.table, x.reduction, x.by_weights,
-                                                    x.ignore_index, x.label_smoothing);
+                                                    x.ignore_index, x.label_smoothing, /*finished=*/true);
     loss = std::get<0>(std::move(results));
     gradient = std::get<1>(std::move(results));
   }

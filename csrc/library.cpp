@@ -12,8 +12,9 @@
 //   weights      [E,] C, float64: Γ(step)
 //   normalizer   [E,] 2, float64: what the loss, and what `gradient`, has been divided by. They differ only
 //   where
-//                a one-pass kernel learns of ignored rows when the gradient is already written; rescale_
-//                mends it.
+//                a one-pass kernel learns of ignored rows when the gradient is already written, and in
+//                float16, which could not hold it; rescale_ mends that.
+//   finished     both are the same: the gradient is not to be rescaled
 //   reduction    0 none, 1 mean, 2 sum;   by_weights: a mean over Σ Γ_y instead of the number of samples
 #include <torch/library.h>
 
@@ -30,6 +31,9 @@ TORCH_LIBRARY(dynloss, library) {
       "num_classes) "
       "-> Tensor");
 
+  // x, from the CPU, on the device of `like`, while that device's current stream captures. CUDA only.
+  library.def("place(Tensor x, Tensor like) -> Tensor");
+
   // The loss: () or (E,) reduced, else of target's shape. Differentiable in logits; the other outputs are
   // constants.
   library.def("cross_entropy(" DYNLOSS_LOGITS_TARGET DYNLOSS_SCHEDULE DYNLOSS_OPTIONS
@@ -37,7 +41,7 @@ TORCH_LIBRARY(dynloss, library) {
 
   // The same and the gradient of the (summed) loss in one pass. Not differentiable.
   library.def("cross_entropy_with_gradient(" DYNLOSS_LOGITS_TARGET DYNLOSS_SCHEDULE DYNLOSS_OPTIONS
-              ") -> (Tensor loss, Tensor gradient, Tensor weights, Tensor normalizer)");
+              ", bool finished) -> (Tensor loss, Tensor gradient, Tensor weights, Tensor normalizer)");
 
   // The same with the gradient written over the logits.
   library.def("cross_entropy_into_logits(Tensor(a!) logits, Tensor target, " DYNLOSS_SCHEDULE DYNLOSS_OPTIONS

@@ -39,10 +39,11 @@ inline std::tuple<Tensor, Tensor, Tensor> cross_entropy(DYNLOSS_FORWARD_PARAMETE
   return op.call(DYNLOSS_FORWARD_ARGUMENTS);
 }
 
-inline std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_with_gradient(DYNLOSS_FORWARD_PARAMETERS) {
-  static const auto op = find<std::tuple<Tensor, Tensor, Tensor, Tensor>(DYNLOSS_FORWARD_PARAMETERS)>(
+inline std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_with_gradient(DYNLOSS_FORWARD_PARAMETERS,
+                                                                              bool finished) {
+  static const auto op = find<std::tuple<Tensor, Tensor, Tensor, Tensor>(DYNLOSS_FORWARD_PARAMETERS, bool)>(
       "dynloss::cross_entropy_with_gradient");
-  return op.call(DYNLOSS_FORWARD_ARGUMENTS);
+  return op.call(DYNLOSS_FORWARD_ARGUMENTS, finished);
 }
 
 inline std::tuple<Tensor, Tensor, Tensor> cross_entropy_into_logits(Tensor& logits, DYNLOSS_AFTER_LOGITS) {

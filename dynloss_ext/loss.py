@@ -172,9 +172,7 @@ def loss_and_gradient(
         if plain is not NotImplemented:
             return plain
     arguments = _arguments(logits, target, oscillation, step, *options)
-    loss, gradient, _, normalizer = _ops.cross_entropy_with_gradient(*arguments)
-    if gradient.is_cuda and reduction == "mean":  # sums are divided by nothing
-        _ops.rescale_(gradient, torch.ones(normalizer.shape[:-1], device=gradient.device), normalizer)
+    loss, gradient, _, _ = _ops.cross_entropy_with_gradient(*arguments, True)  # finished
     return loss, gradient
 
 

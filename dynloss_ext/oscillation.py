@@ -46,6 +46,14 @@ def _parameter(name: str, value: Any, minimum: float, maximum: float = 1e100) ->
     return tensor
 
 
+def _to(device: torch.device, x: Tensor) -> Tensor:
+    """A copy on ``device``, which outlives a CUDA graph that is being captured."""
+    if device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
+        copy: Tensor = torch.ops.dynloss.place(x, torch.empty(0, device=device))
+        return copy
+    return x.to(device)
+
+
 def check_step(name: str, value: Any) -> int:
     """``value``, if it is an int that float64 holds exactly."""
     if isinstance(value, bool) or not isinstance(value, int):
@@ -238,9 +246,9 @@ class Oscillation:
         """Clock, class order and table on ``device``, as the ops take them."""
         placed = self._placed.get(device)
         if placed is None:
-            order = None if self._class_order is None else self._class_order.to(device)
-            table = None if self._table is None else self._table.to(device)
-            placed = (self._clock.to(device), order, table)
+            order = None if self._class_order is None else _to(device, self._class_order)
+            table = None if self._table is None else _to(device, self._table)
+            placed = (_to(device, self._clock), order, table)
             if type(placed[0]) is Tensor:  # not one that a tracer made up
                 self._placed[device] = placed
         return placed

@@ -273,8 +273,10 @@ def op_arguments(name, dtype, ensemble):
     step = torch.tensor([1, 2, 3]) if ensemble else None
     schedule = (x, y, 3, step, clock, order, table)
     options = (1, True, -100, 0.1)
-    if name in ("cross_entropy", "cross_entropy_with_gradient"):
+    if name == "cross_entropy":
         return (*schedule, *options)
+    if name == "cross_entropy_with_gradient":
+        return (*schedule, *options, True)
     loss, weights, normalizer = torch.ops.dynloss.cross_entropy(*schedule, *options)
     grad_output = torch.ones_like(loss).detach().requires_grad_()
     directions = [normal(*shape, seed=i, dtype=dtype).requires_grad_() for i in (1, 2)]

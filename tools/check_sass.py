@@ -1,8 +1,9 @@
 """Checks the machine code of the CUDA kernels: `python tools/check_sass.py KERNEL.o [--cuobjdump PATH]`.
 
 Rows must be loaded and stored 16 bytes at a time, and no kernel may keep variables in local memory (a spilled
-register, an array indexed at run time): both cost bandwidth and neither shows in a test. cuobjdump is taken from
-$PATH, else from the triton package that comes with torch.
+register, an array indexed at run time): both cost bandwidth and neither shows in a test. Nor does a missing fence
+between the arrival of a block and the barrier that lets its threads read what others have written. cuobjdump is
+taken from $PATH, else from the triton package that comes with torch.
 """
 
 from __future__ import annotations
@@ -28,6 +29,10 @@ ROW_KERNELS = (
 WIDE_LOAD = re.compile(r"\bLDG?(?:\.\w+)*\.128\b")
 WIDE_STORE = re.compile(r"\bSTG?(?:\.\w+)*\.128\b")
 LOCAL_MEMORY = re.compile(r"\b(?:LDL|STL)\b")
+STRONG_STORE = re.compile(r"\bSTG?(?:\.\w+)*\.STRONG\b")
+#: From the arrival of a block to the barrier after it.
+ARRIVAL = re.compile(r"\bATOMG?\.(?:\w+\.)*ADD\b.*?\bBAR\.SYNC\b", re.DOTALL)
+FENCE = re.compile(r"\bMEMBAR\.(?:\w+\.)*GPU\b")
 
 
 def find_cuobjdump() -> str:
@@ -66,6 +71,13 @@ def faults(name: str, code: str) -> list[str]:
             result.append("no 16-byte load")
         if not WIDE_STORE.search(code):
             result.append("no 16-byte store")
+        if STRONG_STORE.search(code):
+            result.append("a store that other blocks are to see at once")
+        arrivals = ARRIVAL.findall(code)
+        if "forward" in name and not arrivals:
+            result.append("no arrival at the last block")
+        if not all(FENCE.search(part) for part in arrivals):
+            result.append("no fence between the arrival of a block and its barrier")
     return result
 
 

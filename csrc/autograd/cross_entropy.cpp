@@ -199,7 +199,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy(DYNLOSS_FORWARD_PARAMETERS) {
     at::AutoDispatchBelowADInplaceOrView guard;
     if (requires_grad && computes_gradient(logits, reduction))
       std::tie(loss, gradient, weights, normalizer) =
-          ops::cross_entropy_with_gradient(DYNLOSS_FORWARD_ARGUMENTS);
+          ops::cross_entropy_with_gradient(DYNLOSS_FORWARD_ARGUMENTS, /*finished=*/false);
     else
       std::tie(loss, weights, normalizer) = ops::cross_entropy(DYNLOSS_FORWARD_ARGUMENTS);
   }
@@ -283,7 +283,8 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_into_logits(Tensor& logits, DYN
   return {loss, weights, normalizer};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_with_gradient(DYNLOSS_FORWARD_PARAMETERS) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_with_gradient(DYNLOSS_FORWARD_PARAMETERS,
+                                                                       bool finished) {
   check_strided(logits);
   const bool differentiated =
       tangent_of(logits).defined() || (in_transform() && torch::autograd::compute_requires_grad(logits));
@@ -292,7 +293,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_with_gradient(DYNLOSS_F
               "torch.func "
               "transform or in forward mode; use dynamic_cross_entropy there");
   at::AutoDispatchBelowADInplaceOrView guard;
-  return ops::cross_entropy_with_gradient(DYNLOSS_FORWARD_ARGUMENTS);
+  return ops::cross_entropy_with_gradient(DYNLOSS_FORWARD_ARGUMENTS, finished);
 }
 
 // ---- gradient
@@ -479,6 +480,7 @@ TORCH_LIBRARY_IMPL(dynloss, Autograd, library) {
   library.impl("cross_entropy_third", &cross_entropy_third);
   library.impl("oscillation_weights", torch::autograd::autogradNotImplementedFallback());
   library.impl("rescale_", torch::autograd::autogradNotImplementedFallback());
+  library.impl("place", torch::autograd::autogradNotImplementedFallback());
 }
 
 }  // namespace dynloss

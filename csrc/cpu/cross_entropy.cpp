@@ -453,7 +453,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> cross_entropy(
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> cross_entropy_with_gradient(
     const at::Tensor& logits, const at::Tensor& target, int64_t step, const Optional& step_tensor,
     const at::Tensor& clock, const Optional& class_order, const Optional& table, int64_t reduction,
-    bool by_weights, int64_t ignore_index, double label_smoothing) {
+    bool by_weights, int64_t ignore_index, double label_smoothing, bool) {
   Forward result = forward(Gradient::fresh, logits, target, step, step_tensor, clock, class_order, table,
                            reduction, by_weights, ignore_index, label_smoothing);
   return {result.loss, result.gradient, result.weights, result.normalizer};

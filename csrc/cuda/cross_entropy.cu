@@ -33,6 +33,19 @@ __global__ void evaluate_weights(const Weights p, const Grid grid) {
   }
 }
 
+// What the losses of a member are divided by, in parts: the forward launch after it adds them up.
+__global__ void count_labels(const Forward p, const Grid grid) {
+  const int64_t member = member_index(grid);
+  const ClassWeights& weights = share_weights(p, member);
+  double sum[1] = {0.0};
+#pragma unroll 4
+  for (int64_t row = block_in_member(grid) * blockDim.x + threadIdx.x; row < p.rows;
+       row += grid.blocks * blockDim.x)
+    sum[0] += normalizer_term(p, weights, RowLabel(p, member, row));
+  block_sum(sum);
+  if (threadIdx.x == 0) p.counts[blockIdx.x] = sum[0];
+}
+
 template <typename S>
 __global__ void rescale_gradient(const Rescale p, const Grid grid) {
   using T = Arithmetic<S>;
@@ -56,7 +69,11 @@ __global__ void rescale_gradient(const Rescale p, const Grid grid) {
 
 constexpr size_t plain_block_memory = 48 * 1024;  // more has to be asked for
 constexpr int threads_per_multiprocessor = 2048;
-constexpr int64_t one_block_rows = 1024, one_block_elements = 16384;
+// Where a launch that counts the labels costs little beside the pass over the logits, and less than another
+// pass over the gradient, should some rows be ignored.
+constexpr int64_t elements_worth_counting = int64_t(1) << 22;
+constexpr int64_t labels_per_count_block = 4096, max_count_blocks = 256;
+constexpr int count_threads = 256;
 
 struct Device {
   int multiprocessors = 0;
@@ -101,7 +118,7 @@ Regime regime_of(const Problem& p) {
 int round_up(int64_t x, int multiple) { return static_cast<int>((x + multiple - 1) / multiple * multiple); }
 
 // Small rows: one per thread, or where there are plenty several, so that enough bytes are under way.
-void plan_small(const Problem& p, const Device& device, int tiles, bool one_block, Grid* grid) {
+void cut_small(const Problem& p, const Device& device, int tiles, bool one_block, Grid* grid) {
   const bool wide = p.storage == Storage::float64;
   const int classes = static_cast<int>(p.classes);
   const int most = wide ? max_small_threads<double> : max_small_threads<float>;
@@ -115,20 +132,19 @@ void plan_small(const Problem& p, const Device& device, int tiles, bool one_bloc
   grid->block_memory += grid->tile_rows * row;
 }
 
-// `one_block`: a member that is small enough gets a single block.
-Grid plan(const Problem& p, const Device& device, int tiles, bool one_block) {
-  one_block &= p.rows <= one_block_rows && p.rows * p.classes <= one_block_elements;
+// The blocks of a regime, and how many rows each takes at once; `one_block`: as large as they can be.
+Grid cut(const Problem& p, const Device& device, int tiles, bool one_block, int64_t* rows_at_once) {
   Grid grid{};
   grid.block_memory = sizeof(Scratch);
-  int64_t rows_per_block = 1;
+  *rows_at_once = 1;
   switch (regime_of(p)) {
     case Regime::small:
-      plan_small(p, device, tiles, one_block, &grid);
-      rows_per_block = grid.tile_rows;
+      cut_small(p, device, tiles, one_block, &grid);
+      *rows_at_once = grid.tile_rows;
       break;
     case Regime::warp:
       grid.threads = one_block ? max_warp_threads : 128;
-      rows_per_block = grid.threads / warp_size;
+      *rows_at_once = grid.threads / warp_size;
       break;
     case Regime::block: {
       grid.threads = p.classes <= 4096               ? 256
@@ -140,9 +156,32 @@ Grid plan(const Problem& p, const Device& device, int tiles, bool one_block) {
       break;
     }
   }
+  return grid;
+}
+
+// `reduced`: the rows of a member are summed, which a single block does best where it takes them all at once.
+// More would go through it in series, with the other multiprocessors idle.
+Grid plan(const Problem& p, const Device& device, int tiles, bool reduced) {
+  int64_t rows_at_once = 1;
+  Grid grid = cut(p, device, tiles, reduced, &rows_at_once);
+  grid.blocks = 1;
+  if (reduced && p.rows <= rows_at_once) return grid;
+  grid = cut(p, device, tiles, false, &rows_at_once);
   const int64_t resident = int64_t(device.multiprocessors) * (threads_per_multiprocessor / grid.threads);
-  const int64_t wanted = (p.rows + rows_per_block - 1) / rows_per_block;
-  grid.blocks = one_block ? 1 : std::clamp<int64_t>(wanted, 1, resident);
+  const int64_t wanted = (p.rows + rows_at_once - 1) / rows_at_once;
+  grid.blocks = std::clamp<int64_t>(wanted, 1, resident);
+  return grid;
+}
+
+int64_t blocks_that_count(const Forward& p, const Grid& grid) {
+  if (!p.mean || p.out.data == nullptr || grid.blocks == 1 || p.division == Division::postponed) return 0;
+  if (p.division == Division::estimated && p.rows * p.classes < elements_worth_counting) return 0;
+  return std::clamp<int64_t>(p.rows / labels_per_count_block, 1, max_count_blocks);
+}
+
+Grid plan(const Forward& p, const Device& device) {
+  Grid grid = plan(p, device, 1, p.loss != nullptr);
+  grid.count_blocks = blocks_that_count(p, grid);
   return grid;
 }
 
@@ -219,22 +258,34 @@ auto derivative_kernel(const Derivative& p) -> void (*)(Derivative, Grid) {
 Grid elementwise(const Device& device, int64_t elements) {
   constexpr int threads = 256;
   const int64_t resident = int64_t(device.multiprocessors) * (threads_per_multiprocessor / threads);
-  return {threads, std::clamp<int64_t>((elements + threads - 1) / threads, 1, resident), 0, 0, false};
+  Grid grid{};
+  grid.threads = threads;
+  grid.blocks = std::clamp<int64_t>((elements + threads - 1) / threads, 1, resident);
+  return grid;
 }
 
 }  // namespace
 
-cudaError_t forward_blocks(const Forward& problem, int64_t* blocks) {
+cudaError_t plan_forward(const Forward& problem, ForwardPlan* result) {
   Device device;
-  const cudaError_t error = current_device(&device);
-  *blocks = error == cudaSuccess ? plan(problem, device, 1, true).blocks : 0;
-  return error;
+  if (const cudaError_t error = current_device(&device); error != cudaSuccess) return error;
+  const Grid grid = plan(problem, device);
+  *result = {grid.blocks, grid.count_blocks};
+  return cudaSuccess;
 }
 
 cudaError_t launch_forward(const Forward& problem, cudaStream_t stream) {
   Device device;
   if (const cudaError_t error = current_device(&device); error != cudaSuccess) return error;
-  const Grid grid = plan(problem, device, 1, true);
+  const Grid grid = plan(problem, device);
+  if (grid.count_blocks > 0) {
+    Grid counting{};
+    counting.threads = count_threads;
+    counting.blocks = grid.count_blocks;
+    counting.block_memory = sizeof(Scratch);
+    const cudaError_t error = launch(count_labels, problem, problem.members, counting, stream);
+    if (error != cudaSuccess) return error;
+  }
   return with_storage(problem.storage, [&](auto* type) {
     using S = std::remove_pointer_t<decltype(type)>;
     return launch(forward_kernel<S>(problem), problem, problem.members, grid, stream);

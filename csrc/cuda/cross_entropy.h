@@ -39,6 +39,13 @@ struct Problem {
   double label_smoothing;
 };
 
+// What happens to the gradient of a mean in the pass that computes it.
+enum class Division {
+  exact,      // it is divided by what the loss is divided by
+  estimated,  // by the number of rows where that is not known in time: rescale mends it
+  postponed,  // by nothing: float16 cannot hold it until rescale has applied grad_output, too
+};
+
 // The loss, and if `out` is given its gradient.
 struct Forward : Problem {
   const Clock* clock;          // per member
@@ -50,12 +57,20 @@ struct Forward : Problem {
   int64_t step_member_stride;
   bool mean;
   bool by_weights;
+  Division division;
   void* row_loss;      // (members, rows) in the storage type: an unreduced loss; else null
   void* loss;          // (members,) float, or double for float64 storage; else null
   double* weights;     // (members, classes)
   double* normalizer;  // (members, 2)
-  double* partials;    // (members, blocks, 2), of forward_blocks() > 1 blocks; else null
-  unsigned* arrivals;  // (members,), zero before and after the launch
+  double* partials;    // (members, blocks, 2), if plan_forward() tells of several blocks; else null
+  unsigned* arrivals;  // (members,), zero before and after the launch; null where partials is
+  double* counts;      // (members, count_blocks), if it tells of any; else null
+};
+
+// How a forward launch will be cut up, per member.
+struct ForwardPlan {
+  int64_t blocks;
+  int64_t count_blocks;  // of a launch before it that counts the labels
 };
 
 // A derivative of Σ grad_output · loss in the logits.
@@ -95,8 +110,8 @@ struct Rescale {
   const double* normalizer;  // (members, 2)
 };
 
-// Blocks per member that forward() will launch: more than one need `partials` and `arrivals`.
-cudaError_t forward_blocks(const Forward& problem, int64_t* blocks);
+// For a problem that is complete but for partials, arrivals and counts.
+cudaError_t plan_forward(const Forward& problem, ForwardPlan* plan);
 
 cudaError_t launch_forward(const Forward& problem, cudaStream_t stream);
 cudaError_t launch_derivative(const Derivative& problem, cudaStream_t stream);

@@ -7,23 +7,19 @@
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/ones_like.h>
 #include <ATen/ops/where.h>
-#include <ATen/ops/zeros.h>
 #include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <cstdlib>
-#include <map>
-#include <mutex>
 #include <optional>
 #include <string_view>
 #include <tuple>
-#include <utility>
 
 #include "arguments.h"
+#include "cuda/arrival_counters.h"
 #include "cuda/cross_entropy.h"
 
 namespace dynloss::cuda {
@@ -185,22 +181,6 @@ void describe(Problem& problem, const at::Tensor& logits, const Operand& operand
   problem.label_smoothing = label_smoothing;
 }
 
-// Counters of arrived blocks, zero between launches. Launches on one stream follow each other and share
-// theirs; a graph, which may be replayed beside any stream, gets its own.
-at::Tensor arrival_counters(int64_t members, const at::TensorOptions& options,
-                            const c10::cuda::CUDAStream& stream) {
-  const auto zeros = [&](int64_t count) { return at::zeros({count}, options.dtype(at::kInt)); };
-  if (c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None)
-    return zeros(members);
-  static std::mutex mutex;
-  // Never destroyed: at exit the driver may be gone before.
-  static auto& counters = *new std::map<std::pair<c10::DeviceIndex, cudaStream_t>, at::Tensor>();
-  const std::lock_guard<std::mutex> lock(mutex);
-  at::Tensor& own = counters[{stream.device_index(), stream.stream()}];
-  if (!own.defined() || own.numel() < members) own = zeros(std::max<int64_t>(members, 64));
-  return own;
-}
-
 template <typename T>
 const T* data_of(const Optional& x) {
   return x ? x->const_data_ptr<T>() : nullptr;
@@ -248,10 +228,10 @@ struct Results {
 // Where the gradient goes.
 enum class Gradient { none, fresh, into_logits };
 
-Results run_forward(Gradient gradient, const at::Tensor& logits, const at::Tensor& target, int64_t step,
-                    const Optional& step_tensor, const at::Tensor& clock, const Optional& class_order,
-                    const Optional& table, int64_t reduction, bool by_weights, int64_t ignore_index,
-                    double label_smoothing) {
+Results run_forward(Gradient gradient, Division division, const at::Tensor& logits, const at::Tensor& target,
+                    int64_t step, const Optional& step_tensor, const at::Tensor& clock,
+                    const Optional& class_order, const Optional& table, int64_t reduction, bool by_weights,
+                    int64_t ignore_index, double label_smoothing) {
   const bool ensemble = is_ensemble(clock);
   const int64_t members = ensemble ? clock.size(0) : 1;
   check_options(reduction, label_smoothing);
@@ -279,6 +259,7 @@ Results run_forward(Gradient gradient, const at::Tensor& logits, const at::Tenso
   problem.step_member_stride = step_tensor && step_tensor->dim() == 1 ? step_tensor->stride(0) : 0;
   problem.mean = reduction == reduction_mean;
   problem.by_weights = by_weights;
+  problem.division = division;
 
   Results results;
   const auto doubles = clock.options();
@@ -287,9 +268,9 @@ Results run_forward(Gradient gradient, const at::Tensor& logits, const at::Tenso
   problem.weights = results.weights.mutable_data_ptr<double>();
   problem.normalizer = results.normalizer.mutable_data_ptr<double>();
   const auto options = logits.options().dtype(loss_dtype(logits, reduction));
-  at::Tensor partials, arrivals;
+  at::Tensor partials;
   problem.row_loss = problem.loss = nullptr;
-  problem.partials = nullptr;
+  problem.partials = problem.counts = nullptr;
   problem.arrivals = nullptr;
   if (reduction == reduction_none) {
     const auto sizes = ensemble ? at::DimVector{members, logits.size(1)} : at::DimVector(target.sizes());
@@ -298,13 +279,13 @@ Results run_forward(Gradient gradient, const at::Tensor& logits, const at::Tenso
   } else {
     results.loss = ensemble ? at::empty({members}, options) : at::empty({}, options);
     problem.loss = results.loss.mutable_data_ptr();
-    int64_t blocks = 0;
-    C10_CUDA_CHECK(forward_blocks(problem, &blocks));
-    if (blocks > 1) {
-      partials = at::empty({members * blocks * 2}, doubles);
+    ForwardPlan plan{};
+    C10_CUDA_CHECK(plan_forward(problem, &plan));
+    if (plan.blocks > 1) {
+      partials = at::empty({members * (plan.blocks * 2 + plan.count_blocks)}, doubles);
       problem.partials = partials.mutable_data_ptr<double>();
-      arrivals = arrival_counters(members, doubles, stream);
-      problem.arrivals = reinterpret_cast<unsigned*>(arrivals.mutable_data_ptr<int>());
+      if (plan.count_blocks > 0) problem.counts = problem.partials + members * plan.blocks * 2;
+      C10_CUDA_CHECK(arrival_counters(members, stream, &problem.arrivals));
     }
   }
   C10_CUDA_CHECK(launch_forward(problem, stream));
@@ -316,17 +297,18 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> cross_entropy(
     const at::Tensor& logits, const at::Tensor& target, int64_t step, const Optional& step_tensor,
     const at::Tensor& clock, const Optional& class_order, const Optional& table, int64_t reduction,
     bool by_weights, int64_t ignore_index, double label_smoothing) {
-  Results results = run_forward(Gradient::none, logits, target, step, step_tensor, clock, class_order, table,
-                                reduction, by_weights, ignore_index, label_smoothing);
+  Results results = run_forward(Gradient::none, Division::exact, logits, target, step, step_tensor, clock,
+                                class_order, table, reduction, by_weights, ignore_index, label_smoothing);
   return {results.loss, results.weights, results.normalizer};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> cross_entropy_with_gradient(
     const at::Tensor& logits, const at::Tensor& target, int64_t step, const Optional& step_tensor,
     const at::Tensor& clock, const Optional& class_order, const Optional& table, int64_t reduction,
-    bool by_weights, int64_t ignore_index, double label_smoothing) {
-  Results results = run_forward(Gradient::fresh, logits, target, step, step_tensor, clock, class_order, table,
-                                reduction, by_weights, ignore_index, label_smoothing);
+    bool by_weights, int64_t ignore_index, double label_smoothing, bool finished) {
+  const Division division = finished ? Division::exact : Division::estimated;
+  Results results = run_forward(Gradient::fresh, division, logits, target, step, step_tensor, clock,
+                                class_order, table, reduction, by_weights, ignore_index, label_smoothing);
   return {results.loss, results.gradient, results.weights, results.normalizer};
 }
 
@@ -334,8 +316,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> cross_entropy_into_logits(
     at::Tensor& logits, const at::Tensor& target, int64_t step, const Optional& step_tensor,
     const at::Tensor& clock, const Optional& class_order, const Optional& table, int64_t reduction,
     bool by_weights, int64_t ignore_index, double label_smoothing) {
-  Results results = run_forward(Gradient::into_logits, logits, target, step, step_tensor, clock, class_order,
-                                table, reduction, by_weights, ignore_index, label_smoothing);
+  const bool half = logits.scalar_type() == at::kHalf;
+  const Division division = half ? Division::postponed : Division::estimated;
+  Results results = run_forward(Gradient::into_logits, division, logits, target, step, step_tensor, clock,
+                                class_order, table, reduction, by_weights, ignore_index, label_smoothing);
   return {results.loss, results.weights, results.normalizer};
 }
 

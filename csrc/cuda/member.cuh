@@ -19,10 +19,11 @@ namespace dynloss::cuda {
 // How a launch is cut up.
 struct Grid {
   int threads;
-  int64_t blocks;       // per member
-  size_t block_memory;  // bytes
-  int tile_rows;        // thread per row: how many rows a block stages at once
-  bool cached;          // block per row: the row stays in shared memory
+  int64_t blocks;        // per member
+  int64_t count_blocks;  // per member, of the launch before; 0: there was none
+  size_t block_memory;   // bytes
+  int tile_rows;         // thread per row: how many rows a block stages at once
+  bool cached;           // block per row: the row stays in shared memory
 };
 
 // ---- what all kernels share
@@ -111,9 +112,8 @@ __device__ inline double normalizer_term(const Forward& p, const ClassWeights& w
 
 // ---- forward: before and after the rows
 
-// Γ(step) is evaluated by one thread and shared; the first block of a member writes it out.
-__device__ inline const ClassWeights& prepare_weights(const Forward& p, const Grid& grid) {
-  const int64_t member = member_index(grid);
+// Γ(step) is evaluated by one thread and shared.
+__device__ inline const ClassWeights& share_weights(const Forward& p, int64_t member) {
   if (threadIdx.x == 0) {
     const int64_t offset = p.step_tensor == nullptr ? 0 : p.step_tensor[member * p.step_member_stride];
     const double* table = p.table == nullptr ? nullptr : p.table + member * p.table_rows * p.classes;
@@ -121,30 +121,41 @@ __device__ inline const ClassWeights& prepare_weights(const Forward& p, const Gr
         weights_at({p.clock + member, p.class_order, table, p.table_rows, p.classes}, p.step + offset);
   }
   __syncthreads();
-  const ClassWeights& weights = scratch().weights;
+  return scratch().weights;
+}
+
+// The first block of a member also writes Γ out.
+__device__ inline const ClassWeights& prepare_weights(const Forward& p, const Grid& grid) {
+  const int64_t member = member_index(grid);
+  const ClassWeights& weights = share_weights(p, member);
   if (block_in_member(grid) == 0)
     for (int64_t c = threadIdx.x; c < p.classes; c += blockDim.x)
       p.weights[member * p.classes + c] = weights[c];
   return weights;
 }
 
-// What the losses are divided by, where one block has all rows of its member and can count them first.
+// Whether a block knows what the losses are divided by before it goes through its rows: it has all rows of
+// its member and can count them, or a launch before has counted.
+__device__ inline bool counts_first(const Grid& grid) { return grid.blocks == 1 || grid.count_blocks > 0; }
+
 __device__ inline double count_first(const Forward& p, const Grid& grid) {
-  if (grid.blocks > 1 || !p.mean) return 1.0;
+  if (!counts_first(grid) || !p.mean) return 1.0;
+  const int64_t member = member_index(grid);
   double sum[1] = {0.0};
-  for (int64_t row = threadIdx.x; row < p.rows; row += blockDim.x)
-    sum[0] += normalizer_term(p, scratch().weights, RowLabel(p, member_index(grid), row));
+  if (grid.count_blocks > 0)
+    for (int64_t i = threadIdx.x; i < grid.count_blocks; i += blockDim.x)
+      sum[0] += p.counts[member * grid.count_blocks + i];
+  else
+    for (int64_t row = threadIdx.x; row < p.rows; row += blockDim.x)
+      sum[0] += normalizer_term(p, scratch().weights, RowLabel(p, member, row));
   block_sum(sum);
   return sum[0];
 }
 
-// What the gradient is divided by as it is written. Blocks that have only part of the rows would learn the
-// normalizer too late: they divide by the number of rows, and rescale_ mends that. float16 cannot hold
-// gradients so small, and waits for rescale_, which also knows grad_output.
-template <typename S>
-__device__ double gradient_divisor(const Forward& p, const Grid& grid, double counted) {
-  if (!p.mean || std::is_same_v<S, __half>) return 1.0;
-  return grid.blocks == 1 ? counted : static_cast<double>(p.rows);
+// What the gradient is divided by as it is written.
+__device__ inline double gradient_divisor(const Forward& p, const Grid& grid, double counted) {
+  if (!p.mean || p.division == Division::postponed) return 1.0;
+  return counts_first(grid) ? counted : static_cast<double>(p.rows);
 }
 
 // Γ, the weights of the rows and the divisors: what a block works with.
@@ -161,7 +172,7 @@ struct ForwardBlock {
   __device__ ForwardBlock(const Forward& p, const Grid& grid)
       : member(member_index(grid)), member_weights(prepare_weights(p, grid), p) {
     const double counted = count_first(p, grid);
-    const double divisor = gradient_divisor<S>(p, grid, counted);
+    const double divisor = gradient_divisor(p, grid, counted);
     scale = static_cast<T>(1.0 / divisor);
     if (threadIdx.x == 0) {
       scratch().counted = counted;
@@ -185,10 +196,10 @@ struct ForwardBlock {
       own[1] = sums[1];
       __threadfence();
       scratch().last = atomicAdd(&p.arrivals[member], 1u) == static_cast<unsigned>(grid.blocks - 1);
+      __threadfence();  // before the barrier, which hands on to the block what this thread may now see
     }
     __syncthreads();
     if (!scratch().last) return false;
-    __threadfence();
     sums[0] = sums[1] = 0.0;
     for (int64_t i = threadIdx.x; i < grid.blocks; i += blockDim.x) {
       sums[0] += __ldcg(partials + 2 * i);
@@ -209,7 +220,7 @@ struct ForwardBlock {
     block_sum(sums);
     if (grid.blocks > 1 && !sum_over_blocks(p, grid, sums)) return;
     if (threadIdx.x != 0) return;
-    normalizer[0] = !p.mean ? 1.0 : grid.blocks == 1 ? scratch().counted : sums[1];
+    normalizer[0] = !p.mean ? 1.0 : counts_first(grid) ? scratch().counted : sums[1];
     normalizer[1] = scratch().divisor;
     static_cast<T*>(p.loss)[member] = static_cast<T>(sums[0] / normalizer[0]);
   }

@@ -76,6 +76,16 @@ struct alignas(16) Piece {
   S values[piece_size<S>];
 };
 
+// An assignment would be merged with those to single elements beside it, into stores of single elements.
+__device__ inline void store_piece(void* to, const uint4& x) {
+#if defined(__CUDACC__)
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
+               : "memory");
+#else
+  *static_cast<uint4*>(to) = x;
+#endif
+}
+
 // A contiguous run of `size` elements cut into pieces at multiples of 16 bytes; the first and the last piece
 // may be incomplete. Two runs that go together are cut alike, at the places that suit the first; if the
 // other lies differently it is accessed element by element.
@@ -112,8 +122,7 @@ class Run {
   __device__ void store(int64_t k, const Piece<S>& piece) const {
     const int64_t i = begin(k);
     if (wide_ && i >= 0 && i + piece_size<S> <= size_) {
-      // An assignment would be merged with those below, into stores of single elements.
-      __stwb(reinterpret_cast<uint4*>(first_ + i), *reinterpret_cast<const uint4*>(&piece));
+      store_piece(first_ + i, *reinterpret_cast<const uint4*>(&piece));
       return;
     }
 #pragma unroll

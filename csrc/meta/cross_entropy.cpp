@@ -58,7 +58,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> cross_entropy_into_logits(
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> cross_entropy_with_gradient(
     const at::Tensor& logits, const at::Tensor& target, c10::SymInt step, const Optional& step_tensor,
     const at::Tensor& clock, const Optional& class_order, const Optional& table, int64_t reduction,
-    bool by_weights, c10::SymInt ignore_index, double label_smoothing) {
+    bool by_weights, c10::SymInt ignore_index, double label_smoothing, bool) {
   auto [loss, weights, normalizer] =
       cross_entropy(logits, target, step, step_tensor, clock, class_order, table, reduction, by_weights,
                     ignore_index, label_smoothing);

@@ -38,6 +38,8 @@ in_parallel \
   'compile "${checked[@]}" -x c++ -c "$csrc/cuda/cross_entropy.cu" -o "$build/kernels.o"' \
   'compile -O2 -DANNOTATE_FIBERS -c emulator/emulator.cpp -o "$build/emulator.o"' \
   'compile "${checked[@]}" test_core.cpp -o "$build/core"' \
+  '"${CXX:-g++}" -std=c++20 -Wall -Wextra -Istreams -I. "${checked[@]}" test_arrival_counters.cpp \
+    "$csrc/cuda/arrival_counters.cpp" -o "$build/arrivals"' \
   'compile -O1 -I"$csrc" -c test_cuda_kernels.cpp -o "$build/plain_tests.o"' \
   'compile -O1 -c emulator/emulator.cpp -o "$build/plain_emulator.o"'
 compile "${sanitize[@]}" "$build"/{tests,kernels,emulator}.o -o "$build/kernels"
@@ -55,11 +57,12 @@ planted() {
   echo "found: $1: $2:$(grep -m 1 -E 'failed|emulator' "$copy/log" | sed 's/.*://')"
 }
 
-in_parallel '"$build/core"' '"$build/kernels" float32' '"$build/kernels" float64' '"$build/kernels" float16' \
+in_parallel '"$build/core"' '"$build/arrivals"' '"$build/kernels" float32' '"$build/kernels" float64' '"$build/kernels" float16' \
   '"$build/kernels" bfloat16' '"$build/kernels" other'
 
 faults=('planted member.cuh "s/p.arrivals\[member\] = 0;//"'
   'planted member.cuh "s/if (!scratch().last) return false;//"'
+  'planted member.cuh "s/p.counts\[member \* grid.count_blocks + i\]/p.counts[i]/"'
   'planted small_rows.cuh "s/? p.rows - first :/? p.rows - first - 1 :/"'
   'planted warp_rows.cuh "s/logits\[label.index\]/logits[label.index - 1]/"'
   'planted long_rows.cuh "s/linear = weighted(q.on_label, picked/linear = weighted(q.on_label, widen(row_of<S>(p.logits, p, block.member, r)[label.index])/"'

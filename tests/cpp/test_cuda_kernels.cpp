@@ -172,6 +172,7 @@ struct Options {
   double smoothing = 0;
   Reduction reduction = Reduction::mean;
   bool by_weights = false;
+  Division division = Division::estimated;
   bool shared_target = false;
   bool table = false;
   bool class_order = false;
@@ -368,7 +369,7 @@ struct ForwardRun {
   Forward p;
   std::vector<T> loss;
   std::vector<S> row_loss;
-  std::vector<double> weights, normalizer, partials;
+  std::vector<double> weights, normalizer, partials, counts;
   std::vector<unsigned> arrivals;
 
   ForwardRun(Problem<S>& problem, bool with_gradient) : problem(problem) {
@@ -385,6 +386,7 @@ struct ForwardRun {
     p.step_member_stride = 1;
     p.mean = options.reduction == Reduction::mean;
     p.by_weights = options.by_weights;
+    p.division = options.division;
     loss.resize(shape.members);
     row_loss.resize(shape.members * shape.rows);
     weights.resize(shape.members * shape.classes);
@@ -396,14 +398,17 @@ struct ForwardRun {
     p.normalizer = normalizer.data();
     p.partials = nullptr;
     p.arrivals = nullptr;
-    int64_t blocks = 0;
-    CHECK(forward_blocks(p, &blocks) == cudaSuccess);
-    if (reduced && blocks > 1) {
-      partials.resize(shape.members * blocks * 2);
+    p.counts = nullptr;
+    ForwardPlan plan;
+    CHECK(plan_forward(p, &plan) == cudaSuccess);
+    if (reduced && plan.blocks > 1) {
+      partials.resize(shape.members * plan.blocks * 2);
       arrivals.resize(shape.members, 0);
       p.partials = partials.data();
       p.arrivals = arrivals.data();
     }
+    counts.resize(shape.members * plan.count_blocks);
+    p.counts = counts.data();
   }
 
   // Everything written, as bytes.
@@ -414,6 +419,7 @@ struct ForwardRun {
     std::fill(weights.begin(), weights.end(), -777.0);
     std::fill(normalizer.begin(), normalizer.end(), -777.0);
     std::fill(partials.begin(), partials.end(), NAN);
+    std::fill(counts.begin(), counts.end(), NAN);
     CHECK(launch_forward(p, nullptr) == cudaSuccess);
     for (const unsigned x : arrivals) CHECK(x == 0);
     CHECK(problem.out.surroundings_untouched());
@@ -435,7 +441,10 @@ struct ForwardRun {
       const Real expected_normalizer = problem.normalizer(e);
       CHECK(close(normalizer[2 * e], expected_normalizer, 1e-13L * expected_normalizer));
       const double divisor = normalizer[2 * e + 1];
-      CHECK(divisor == 1 || divisor == static_cast<double>(shape.rows) || divisor == normalizer[2 * e]);
+      // Without a gradient nothing has been divided by it.
+      const bool postponed = p.division == Division::postponed, estimated = p.division == Division::estimated;
+      CHECK(p.out.data == nullptr || divisor == (!p.mean || postponed ? 1 : normalizer[2 * e]) ||
+            (estimated && divisor == static_cast<double>(shape.rows)));
       Real sum = 0, tolerance = 0;
       for (int64_t r = 0; r < shape.rows; ++r) {
         Real expected = problem.ignored(e, r) ? 0 : NAN, size = 0;
@@ -568,6 +577,7 @@ Options varied(int i) {
   o.label = static_cast<Label>(i % 3);
   o.smoothing = i % 4 == 1 ? 0.1 : 0;
   o.reduction = static_cast<Reduction>(std::array{1, 1, 2, 0}[i % 4]);
+  o.division = static_cast<Division>(i / 2 % 3);
   o.by_weights = i % 5 == 2;
   o.table = i % 7 == 3;
   o.class_order = i % 2 == 1;
@@ -667,7 +677,51 @@ void test_large() {
   test_all<float>({1, 70000, 3}, options);
   options.by_weights = true;
   test_all<float>({1, 40000, 2, 0, Layout::rows, 1, 3}, options);
+  options.division = Division::exact;
+  test_all<float>({2, 20000, 3}, options);
   test_all<__half>({1, 20000, 4}, options);
+}
+
+// One block where it takes all rows at once, else as many as the device has room for; labels are counted
+// first where that is asked for or costs little.
+void test_plans() {
+  context = "plans";
+  const emulator::Settings before = emulator::settings();
+  emulator::settings().multiprocessors = 132;
+  emulator::settings().max_block_memory = 227 * 1024;
+  const auto plan = [](int64_t rows, int64_t classes, bool reduced, Division division) {
+    static float some;
+    Forward p{};
+    p.storage = Storage::float32;
+    p.members = 1;
+    p.rows = p.inner_rows = rows;
+    p.classes = classes;
+    p.logits = p.out = {&some, 0, 0, classes, 1};
+    p.mean = reduced;
+    p.division = division;
+    p.loss = reduced ? &some : nullptr;
+    ForwardPlan result{};
+    CHECK(plan_forward(p, &result) == cudaSuccess);
+    return result;
+  };
+  for (const auto& [rows, classes, blocks] : std::vector<std::array<int64_t, 3>>{{300, 3, 1},
+                                                                                 {512, 10, 1},
+                                                                                 {513, 10, 5},
+                                                                                 {8, 100, 1},
+                                                                                 {9, 100, 3},
+                                                                                 {128, 100, 32},
+                                                                                 {1, 2000, 1},
+                                                                                 {2, 2000, 2}}) {
+    CHECK(plan(rows, classes, true, Division::estimated).blocks == blocks);
+    CHECK(plan(rows, classes, true, Division::exact).count_blocks == (blocks == 1 ? 0 : 1));
+  }
+  CHECK(plan(300, 3, false, Division::exact).blocks == 3);
+  CHECK(plan(128, 100, false, Division::exact).count_blocks == 0);
+  CHECK(plan(1 << 18, 10, true, Division::estimated).count_blocks == 0);
+  CHECK(plan(1 << 19, 10, true, Division::estimated).count_blocks == 128);
+  CHECK(plan(1 << 19, 10, true, Division::postponed).count_blocks == 0);
+  CHECK(plan(1 << 24, 10, true, Division::exact).count_blocks == 256);
+  emulator::settings() = before;
 }
 
 void test_weights_kernel() {
@@ -758,6 +812,7 @@ int main(int argc, char** argv) {
   if (part.empty() || part == "bfloat16") test_storage<__nv_bfloat16>();
   if (part.empty() || part == "other") {
     test_half_conversions();
+    test_plans();
     test_weights_kernel();
     test_rescale_by_one();
     test_far_rows();

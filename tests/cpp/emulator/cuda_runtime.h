@@ -115,8 +115,6 @@ T __ldcg(const T* address) {
   return *address;
 }
 
-inline void __stwb(uint4* address, const uint4& value) { *address = value; }
-
 inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;
