@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "tools"))
 from target_torch import TORCH_REQUIREMENT, find_torch  # noqa: E402
 
-REQUIREMENTS = ["numpy>=1.24", "matplotlib>=3.7", "tqdm>=4.60"]
+REQUIREMENTS = ["numpy>=1.24", "matplotlib>=3.7"]
 CUDA_ARCHITECTURES = ("8.0", "9.0", "10.0", "12.0")
 # Without OpenMP at::parallel_for would silently be a loop.
 CXX_FLAGS = ["-O2", "-std=c++20", "-fopenmp", "-fvisibility=hidden", "-g0", "-Wall", "-Wno-psabi"]

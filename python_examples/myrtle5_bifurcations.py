@@ -18,93 +18,80 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from common.analysis import Analysis, Metrics, analyse, comparison
-from common.cifar10 import CLASS_NAMES
-from common.cli import parse_config
-from common.config import TrainingConfig
+from common.config import TrainingConfig, parse_options
+from common.data import CLASS_NAMES
 from common.distributed import is_main_process
-from common.recording import RunFolder
-from common.training import train
-from dynloss_ext import plot
+from common.report import Analysis, analyse, trajectory
+from common.run import Metrics, RunFolder
+from common.training import Record, train
 
 Array = NDArray[Any]
 
-PAPER: dict[str, Any] = {
-    "classes": 3,
-    "train_images": 3000,
-    "validation_images": 1500,
-    "lr": 0.05,
-    "amplitude": 20.0,
-    "period": 500.0,
-    "epochs": 10_000,
-    "eig_every": 10,
-    "validate_every": 50,
-    "checkpoint_every": 250,
-}
-PRESETS: dict[str, dict[str, Any]] = {
-    "cpu": {
-        "width": 16,
-        "train_images": 300,
-        "validation_images": 300,
-        "epochs": 2500,
-        "eig_every": 25,
-        "eig_tol": 1e-2,
-        "channels_last": True,
-    },
-    "smoke": {
-        "width": 4,
-        "train_images": 60,
-        "validation_images": 60,
-        "period": 12.0,
-        "epochs": 60,
-        "eig_every": 10,
-        "eig_images": 30,
-        "eig_tol": 1e-2,
-        "validate_every": 20,
-    },
+PAPER = TrainingConfig(
+    classes=3,
+    train_images=3000,
+    validation_images=1500,
+    lr=0.05,
+    amplitude=20.0,
+    period=500.0,
+    epochs=10_000,
+    eig_every=10,
+    validate_every=50,
+    checkpoint_every=250,
+)
+PRESETS = {
+    "paper": PAPER,
+    "cpu": replace(
+        PAPER,
+        preset="cpu",
+        width=16,
+        train_images=300,
+        validation_images=300,
+        epochs=2500,
+        eig_every=25,
+        eig_tol=1e-2,
+        channels_last=True,
+    ),
+    "smoke": replace(
+        PAPER,
+        preset="smoke",
+        width=4,
+        train_images=60,
+        validation_images=60,
+        period=12.0,
+        epochs=60,
+        eig_images=30,
+        eig_tol=1e-2,
+        validate_every=20,
+    ),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    description = (__doc__ or "").splitlines()[0]
-    config = parse_config(TrainingConfig, description, argv, defaults=PAPER, presets=PRESETS)
-    summary = train(config)
-    if summary["finished"] and is_main_process():
-        summary |= report(config)
-    return summary
+    config = parse_options(PAPER, __doc__, argv, PRESETS)
+    (record,) = train(config)
+    return report(config, record) if record.summary["finished"] and is_main_process() else record.summary
 
 
-def report(config: TrainingConfig) -> dict[str, Any]:
+def report(config: TrainingConfig, record: Record) -> dict[str, Any]:
     """Finds the instabilities in the finished run, draws the figure and adds both to the folder."""
-    folder = RunFolder(config.out)
-    metrics, summary = folder.read_metrics(), folder.read_summary()
-    limit = summary["stability_limit"]
+    folder, metrics, limit = RunFolder(config.out), record.metrics, record.summary["stability_limit"]
     analysis = oscillations(metrics)
     crossings = upward_crossings(metrics["eig_step"], metrics["eigenvalues"], limit, hold=config.period / 5)
-    summary |= analysis.summary() | {"limit_crossings": crossings}
-    folder.write_summary(summary)
+    summary = folder.write_summary(record.summary | analysis.summary() | {"limit_crossings": crossings})
     size = f"width {config.width}, {summary['num_training_images']} images"
     title = f"Myrtle5 ({size}), A = {config.amplitude:g}, T = {config.period:g}, learning rate {config.lr:g}"
-    names = ("weights", "weighted_loss", "loss", "accuracy", "eig_step", "eigenvalues")
-    folder.write_figure(
-        plot.trajectory(
-            metrics["step"],
-            **{name: metrics[name] for name in names},
-            instabilities=analysis.instabilities,
-            threshold=analysis.branch_threshold,
-            limit=limit,
-            zoom=_zoom(analysis, config),
-            class_names=CLASS_NAMES[: config.classes],
-            title=title,
-        )
-    )
+    names = CLASS_NAMES[: config.classes]
+    zoom = _zoom(analysis, config)
+    folder.write_figure(trajectory(metrics, analysis, zoom, limit=limit, class_names=names, title=title))
     print(analysis.table())
-    print(comparison(analysis.threshold, limit, analysis.branch_threshold))
+    print(analysis.comparison(limit))
     print(f"λ_max rises through {limit:g} after steps {crossings}")
     print(f"final accuracy {summary['accuracy']:.4f}; files in {folder.path}")
     return summary

@@ -22,164 +22,165 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from common.cli import open_run, option, parse_config, resolve_device
-from common.config import TrainingConfig
-from common.curves import Metrics, training_curves
+from common.config import TrainingConfig, parse_options
 from common.distributed import World, join_world
-from common.recording import RunFolder
-from common.training import train, train_ensemble
+from common.report import training_curves
+from common.run import Metrics, RunFolder, open_run, resolve_device
+from common.training import Record, train
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SeedsConfig(TrainingConfig):
     """Adds which runs to make."""
 
-    seeds: int = option(3, "trainings of each kind, with seeds --seed, --seed + 1, ...")
-    baseline: bool = option(True, "also train with A = 1")
-    ensemble: bool = option(False, "train all of them at once (needs their memory together)")
+    seeds: int = 3  # trainings of each kind, with seeds --seed, --seed + 1, ...
+    baseline: bool = True  # also train with A = 1
+    ensemble: bool = False  # train all of them at once (needs their memory together)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.seeds < 1:
-            raise ValueError(f"seeds: got {self.seeds}, expected at least 1")
-        if self.validate_every < 1:
-            raise ValueError(f"validate_every: got {self.validate_every}, expected at least 1")
+        for name in ("seeds", "validate_every"):
+            self.require(name, getattr(self, name) >= 1, "at least 1")
         if self.ensemble and (self.model != "myrtle5" or self.eig_every or self.precision == "float16"):
             got = f"--model {self.model} --eig-every {self.eig_every} --precision {self.precision}"
-            raise ValueError(
-                f"ensemble: got {got}, expected Myrtle5, no eigenvalues and another precision than float16"
-            )
+            expected = "Myrtle5, no eigenvalues and another precision than float16"
+            raise ValueError(f"--ensemble: expected {expected}, got {got}")
 
     @property
     def amplitudes(self) -> tuple[float, ...]:
         return (1.0, self.amplitude) if self.baseline and self.amplitude != 1 else (self.amplitude,)
 
-    def runs(self, amplitude: float) -> list[TrainingConfig]:
-        """The trainings at one amplitude, each with its own folder."""
+    def runs(self) -> list[TrainingConfig]:
+        """The trainings, amplitude by amplitude, each with its own folder."""
         own = {field.name: getattr(self, field.name) for field in dataclasses.fields(TrainingConfig)}
         runs = []
-        for seed in range(self.seed, self.seed + self.seeds):
-            out = self.out / f"A{amplitude:g}_seed{seed}"
-            changes = {"amplitude": amplitude, "seed": seed, "out": out, "resume": (out / "checkpoint.pt").exists()}
-            runs.append(TrainingConfig(**own | changes))
+        for amplitude in self.amplitudes:
+            for seed in range(self.seed, self.seed + self.seeds):
+                out = self.out / f"A{amplitude:g}_seed{seed}"
+                resume = (out / "checkpoint.pt").exists()
+                runs.append(
+                    TrainingConfig(**own | {"amplitude": amplitude, "seed": seed, "out": out, "resume": resume})
+                )
         return runs
 
 
-PAPER: dict[str, Any] = {
-    "model": "myrtle5",
-    "width": 64,
-    "amplitude": 50.0,
-    "period": 100.0,
-    "stop_epoch": 600,
-    "epochs": 700,
-    "batch_size": 512,
-    "lr": 0.02,
-    "schedule": "piecewise",
-    "peak_epoch": 300,
-    "final_lr": 0.002,
-    "momentum": 0.9,
-    "nesterov": True,
-    "validate_every": 5,
-}
-PRESETS: dict[str, dict[str, Any]] = {
+PAPER = SeedsConfig(
+    model="myrtle5",
+    width=64,
+    amplitude=50.0,
+    period=100.0,
+    stop_epoch=600,
+    epochs=700,
+    batch_size=512,
+    lr=0.02,
+    schedule="piecewise",
+    peak_epoch=300,
+    final_lr=0.002,
+    momentum=0.9,
+    nesterov=True,
+    validate_every=5,
+)
+PRESETS = {
+    "paper": PAPER,
     # The paper's learning rate and its course, in 6000 steps instead of 68,600.  Oscillations slow learning down:
     # with A = 50, T = 40 a network was still at chance after 5400 steps, hence A = 10.  T and the 200 steps between
     # validations have no common factor, so that these do not all fall on the same phases of the oscillation.
-    "cpu": {
-        "width": 16,
-        "train_images": 2000,
-        "validation_images": 2000,
-        "batch_size": 50,
-        "epochs": 150,
-        "peak_epoch": 64,
-        "stop_epoch": 129,
-        "amplitude": 10.0,
-        "period": 21.0,
-        "seeds": 3,
-        "validate_every": 5,
-        "channels_last": True,
-    },
-    "smoke": {
-        "width": 4,
-        "train_images": 300,
-        "validation_images": 100,
-        "batch_size": 100,
-        "epochs": 4,
-        "peak_epoch": 2,
-        "stop_epoch": 3,
-        "period": 3.0,
-        "seeds": 1,
-        "validate_every": 1,
-    },
+    "cpu": replace(
+        PAPER,
+        preset="cpu",
+        width=16,
+        train_images=2000,
+        validation_images=2000,
+        batch_size=50,
+        epochs=150,
+        peak_epoch=64,
+        stop_epoch=129,
+        amplitude=10.0,
+        period=21.0,
+        channels_last=True,
+    ),
+    "smoke": replace(
+        PAPER,
+        preset="smoke",
+        width=4,
+        train_images=300,
+        validation_images=100,
+        batch_size=100,
+        epochs=4,
+        peak_epoch=2,
+        stop_epoch=3,
+        period=3.0,
+        seeds=1,
+        validate_every=1,
+    ),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    description = (__doc__ or "").splitlines()[0]
-    config = parse_config(SeedsConfig, description, argv, defaults=PAPER, presets=PRESETS)
+    config = parse_options(PAPER, __doc__, argv, PRESETS)
     with join_world(resolve_device(config.device)) as world:
-        runs = [run for amplitude in config.amplitudes for run in config.runs(amplitude)]
-        finished = train_ensemble(config, runs)["finished"] if config.ensemble else _train_each(config, runs, world)
-        if not finished:
+        records = train(config, config.runs()) if config.ensemble else _train_each(config, world)
+        if not all(record.summary["finished"] for record in records):
             return {"finished": False}
-        return report(config) if world.is_main else {"finished": True}
+        return report(config, records) if world.is_main else {"finished": True}
 
 
-def _train_each(config: SeedsConfig, runs: Sequence[TrainingConfig], world: World) -> bool:
-    """One after the other; False if interrupted."""
+def _train_each(config: SeedsConfig, world: World) -> list[Record]:
+    """One after the other, up to one that is interrupted; what is finished already is read."""
+    runs = config.runs()
     if world.is_main:
-        open_run(config).write_checkpoint({})  # the state is in the runs' own folders
+        open_run(config)
     world.barrier()
-    return all(_is_finished(run.out, world) or train(run)["finished"] for run in runs)
+    records: list[Record] = []
+    for run in runs:
+        folder = RunFolder(run.out)
+        done = folder.is_finished()
+        world.barrier()  # all processes look before any goes on, and so decide alike
+        (record,) = [Record(folder.read_summary(), folder.read_metrics())] if done else train(run)
+        records.append(record)
+        if not record.summary["finished"]:
+            break
+    return records
 
 
-def report(config: SeedsConfig) -> dict[str, Any]:
+def report(config: SeedsConfig, records: Sequence[Record]) -> dict[str, Any]:
     """Gathers the runs into one metrics.npz, one summary and one figure; diverged ones are counted apart."""
-    folder = RunFolder(config.out)
-    groups: dict[str, Sequence[Metrics]] = {}
+    folder, first = RunFolder(config.out), records[0].summary
+    curves: dict[str, Sequence[Metrics]] = {}
     arrays: dict[str, NDArray[Any]] = {}
     accuracy: dict[str, dict[str, Any]] = {}
-    summaries: list[dict[str, Any]] = []
-    for amplitude in config.amplitudes:
-        folders = [RunFolder(run.out) for run in config.runs(amplitude)]
-        summaries += [run.read_summary() for run in folders]
-        metrics = [run.read_metrics() for run in folders if not run.read_summary()["diverged"]]
-        accuracy[f"A{amplitude:g}"] = {"seeds": [], "diverged": len(folders) - len(metrics)}
+    for index, amplitude in enumerate(config.amplitudes):
+        group = records[index * config.seeds : (index + 1) * config.seeds]
+        metrics = [record.metrics for record in group if not record.summary["diverged"]]
+        accuracy[f"A{amplitude:g}"] = {"seeds": [], "diverged": len(group) - len(metrics)}
         if metrics:
-            groups[f"A = {amplitude:g}"] = metrics
+            curves[f"A = {amplitude:g}"] = metrics
             for name in ("validation_step", "validation_accuracy", "validation_loss"):
                 arrays[f"{name}_A{amplitude:g}"] = np.stack([run[name] for run in metrics])
             final = np.array([run["validation_accuracy"][-1] for run in metrics])
             accuracy[f"A{amplitude:g}"] |= {"mean": final.mean(), "std": final.std(), "seeds": final.tolist()}
-    first = summaries[0]
     summary = {"finished": True, "validation_accuracy": accuracy}
     summary |= {name: first[name] for name in ("num_parameters", "device", "images_per_second", "networks_at_once")}
-    summary["seconds"] = {what: sum(run["seconds"][what] for run in summaries) for what in first["seconds"]}
+    seconds = [record.summary["seconds"] for record in records]
+    summary["seconds"] = {what: sum(run[what] for run in seconds) for what in seconds[0]}
     folder.write_metrics(arrays)
-    folder.write_summary(summary)
-    if groups:
+    summary = folder.write_summary(summary)
+    if curves:
         data = f"{first['num_training_images']:,} images, {config.seeds} seed{'s' if config.seeds > 1 else ''}"
         title = f"Myrtle5 (width {config.width}), T = {config.period:g}, {data}"
-        figure = training_curves(groups, first["steps_per_epoch"], stop_epoch=config.stop_epoch, title=title)
+        figure = training_curves(curves, first["steps_per_epoch"], stop_epoch=config.stop_epoch, title=title)
         folder.write_figure(figure)
     for name, values in accuracy.items():
         result = f"{values['mean']:.4f} ± {values['std']:.4f}" if values["seeds"] else "none"
         print(f"{name:>6}: validation accuracy {result}, {values['diverged']} diverged")
     print(f"files in {folder.path}")
-    return folder.read_summary()
-
-
-def _is_finished(out: Path, world: World) -> bool:
-    """All processes decide alike: each looks before any goes on."""
-    finished = (out / "summary.json").exists() and RunFolder(out).read_summary()["finished"]
-    world.barrier()
-    return finished
+    return summary
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
 """The paper's Fig. 4 (supplementary Fig. 1): a small network on spirals under the dynamical loss.
 
 Full-batch gradient descent on 300 points; the class weights oscillate with period T and amplitude A; the
-largest Hessian eigenvalues are tracked along the way. Writes a run folder, see `common/recording.py`.
+largest Hessian eigenvalues are tracked along the way. Writes a run folder, see `common/run.py`.
 
     python python_examples/spiral_mlp.py --out runs/spiral
 """
-# ruff: noqa: RUF009 - option() is dataclasses.field with help attached
 
 from __future__ import annotations
 
@@ -15,20 +14,19 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from common.analysis import Analysis, analyse, comparison, figure
-from common.cli import BaseConfig, open_run, option, parse_config, resolve_device
-from common.recording import GracefulStop, RunFolder, Table
+from common.config import parse_options
+from common.report import Analysis, analyse, trajectory
+from common.run import BaseConfig, GracefulStop, RunFolder, Table, load_state, open_run, resolve_device, state_of
 from common.spiral import INITIALISATIONS, SpiralMLP, load_initial_values, spiral_data
+from common.tracking import CurvatureTracker
 from dynloss_ext import (
-    EigenTracker,
     HessianOperator,
     Oscillation,
     dynamic_cross_entropy,
@@ -39,7 +37,7 @@ from dynloss_ext import (
     stability_limit,
 )
 
-Gradients = tuple[Tensor | None, ...]
+Gradients = tuple[Tensor, ...]
 
 BLOCK = 500  # steps between two looks at the metrics: one host synchronisation and one progress update
 
@@ -48,61 +46,50 @@ BLOCK = 500  # steps between two looks at the metrics: one host synchronisation 
 class SpiralConfig(BaseConfig):
     """The defaults are those of the authors' notebook."""
 
-    out: Path = option(Path("runs/spiral_mlp"), "run folder", metavar="DIR")
-    steps: int = option(70_000, "gradient descent steps", may_change=True)
-    amplitude: float = option(70.0, "amplitude A of the oscillation; 1 is plain cross-entropy", metavar="A")
-    period: int = option(5000, "period T of a class's turn, in steps", metavar="T")
-    closed: bool = option(True, "a turn lasts T + 1 steps, both ends included")
-    stop_step: int | None = option(65_013, "step from which on A = 1; 'none' for never")
-    lr: float = option(1.0, "learning rate")
-    init: str = option("glorot-normal", f"{', '.join(INITIALISATIONS)}, or an .npz with X, y, w1, b1, w2, b2")
-    width: int = option(100, "hidden units (unless --init is a file)")
-    points: int = option(100, "points per class (unless --init is a file)")
-    classes: int = option(3, "classes (unless --init is a file)")
-    noise: float = option(0.2, "noise on the spirals' angle (unless --init is a file)")
-    data_seed: int = option(0, "seed of the spirals")
-    dtype: str = option("float64", "precision of the training", choices=("float64", "float32"))
-    eig_every: int = option(25, "steps between two eigenvalue updates; 0 for none")
-    num_eigenvalues: int = option(3, "largest Hessian eigenvalues to track")
-    tol: float = option(1e-3, "their relative residual")
-    ntk: bool = option(False, "track the neural tangent kernel's largest eigenvalue too (first 50 points)")
-    density_every: int = option(0, "steps between two spectral densities, a multiple of --eig-every; 0 for none")
-    rule: str = option("loss", "what marks an instability", choices=("loss", "lambda"), may_change=True)
-    threads: int = option(1, "CPU threads (more do not pay for so small a network)")
-    checkpoint_every: int = option(10_000, "steps between two checkpoints", may_change=True)
+    out: Path = Path("runs/spiral_mlp")  # run folder: config, metrics, summary, figure, checkpoint
+    steps: int = 70_000  # gradient descent steps
+    amplitude: float = 70.0  # amplitude A of the oscillation; 1 is plain cross-entropy
+    period: int = 5000  # period T of a class's turn, in steps
+    closed: bool = True  # a turn lasts T + 1 steps, both ends included
+    stop_step: int | None = 65_013  # step from which on A = 1; none for never
+    lr: float = 1.0  # learning rate
+    init: str = "glorot-normal"  # glorot-normal, lecun-normal, or an .npz with X, y, w1, b1, w2, b2
+    width: int = 100  # hidden units (unless --init is a file)
+    points: int = 100  # points per class (unless --init is a file)
+    classes: int = 3  # classes (unless --init is a file)
+    noise: float = 0.2  # noise on the spirals' angle (unless --init is a file)
+    data_seed: int = 0  # seed of the spirals
+    dtype: Literal["float64", "float32"] = "float64"  # precision of the training
+    eig_every: int = 25  # steps between two eigenvalue updates; 0 for none
+    num_eigenvalues: int = 3  # largest Hessian eigenvalues to track
+    tol: float = 1e-3  # their relative residual
+    ntk: bool = False  # track the neural tangent kernel's largest eigenvalue too (first 50 points)
+    density_every: int = 0  # steps between two spectral densities, a multiple of --eig-every; 0 for none
+    rule: Literal["loss", "lambda"] = "loss"  # what marks an instability
+    threads: int = 1  # CPU threads (more do not pay for so small a network)
+    checkpoint_every: int = 10_000  # steps between two checkpoints
+
+    MAY_CHANGE = BaseConfig.MAY_CHANGE | {"steps", "rule", "checkpoint_every"}
 
     def __post_init__(self) -> None:
-        for name in (
-            "steps",
-            "period",
-            "width",
-            "points",
-            "num_eigenvalues",
-            "threads",
-            "checkpoint_every",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
-        if self.classes < 2:
-            raise ValueError(f"classes: got {self.classes}, expected at least 2")
+        for name in ("steps", "period", "width", "points", "num_eigenvalues", "threads", "checkpoint_every"):
+            self.require(name, getattr(self, name) >= 1, "at least 1")
+        self.require("classes", self.classes >= 2, "at least 2")
+        self.require("amplitude", 1 <= self.amplitude < math.inf, "a number of at least 1")
         for name in ("eig_every", "density_every", "data_seed", "noise"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected 0 or more")
+            self.require(name, 0 <= getattr(self, name) < math.inf, "0 or more")
         for name in ("lr", "tol"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected a positive number")
-        if self.density_every and (not self.eig_every or self.density_every % self.eig_every):
-            raise ValueError(
-                f"density_every: got {self.density_every}, expected a multiple of eig_every {self.eig_every}"
-            )
-        if self.rule == "lambda" and not self.eig_every:
-            raise ValueError("rule: got lambda, which looks at eigenvalues, but eig_every is 0")
-        if self.ntk and not self.eig_every:
-            raise ValueError("ntk: it is measured with the eigenvalues, but eig_every is 0")
+            self.require(name, 0 < getattr(self, name) < math.inf, "a positive number")
+        multiple = self.density_every % self.eig_every == 0 if self.eig_every else not self.density_every
+        self.require("density_every", multiple, f"a multiple of --eig-every {self.eig_every}")
+        needed = self.rule == "lambda" or self.ntk
+        self.require("eig_every", self.eig_every > 0 or not needed, "more than 0 with --rule lambda or --ntk")
 
 
 class SpiralRun:
     """The state of one run: network, clock, recorded rows. All of it goes through the checkpoint."""
+
+    STATE = ("step", "seconds", "eigen_seconds", "model", "curvature", "rows", "density_rows")
 
     def __init__(self, config: SpiralConfig) -> None:
         self.config = config
@@ -111,19 +98,17 @@ class SpiralRun:
         # Samples last in memory, as the network takes them: else a third of the backward pass is one product.
         self.inputs = inputs.t().to(device, dtype).contiguous().t()
         self.target, self.model = target.to(device), model.to(device, dtype)
-        self.params = list(self.model.parameters())
+        self.params: list[Tensor] = list(self.model.parameters())
         classes = self.model.b2.numel()
         self.oscillation = Oscillation(
             classes, config.amplitude, config.period, closed=config.closed, stop_step=config.stop_step
         )
         self.no_oscillation = Oscillation(classes, 1.0, config.period)
-        k = config.num_eigenvalues
-        self.tracker = EigenTracker(k, tol=config.tol, max_basis=max(24, 2 * k), max_hvp=max(1000, 20 * k))
+        turn, also = config.period + config.closed, ("ntk",) if config.ntk else ()
+        self.curvature = CurvatureTracker(config.num_eigenvalues, config.tol, turn, also)
         self.step = 0  # the next forward pass: parameters after `step` updates, weights Γ(step)
         self.seconds = self.eigen_seconds = 0.0
         self.rows = Table("weighted_loss", "loss", "accuracy")
-        eigen_columns = ("eig_step", "eigenvalues", "residuals", "num_hvp", "converged")
-        self.eigen_rows = Table(*eigen_columns, *(("ntk",) if config.ntk else ()))
         self.density_rows = Table("density_step", "density_grid", "density", "density_stderr")
         self._loss: list[Tensor] = []
         self._logits: list[Tensor] = []
@@ -167,26 +152,8 @@ class SpiralRun:
         steps = torch.arange(len(self.rows))
         weights = self.oscillation.weights(steps + 1).cpu().numpy()
         density = self.density_rows.arrays() if self.config.density_every else {}
-        recorded = self.rows.arrays() | self.eigen_rows.arrays() | density
-        recorded["eig_step"] = recorded["eig_step"].astype(np.int64)
+        recorded = self.rows.arrays() | self.curvature.arrays() | density
         return {"step": steps.numpy(), "weights": weights, **recorded}
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "step": self.step,
-            "seconds": self.seconds,
-            "eigen_seconds": self.eigen_seconds,
-            "model": self.model.state_dict(),
-            "tracker": self.tracker.state_dict(),
-            "rows": self.rows.state_dict(),
-            "eigen_rows": self.eigen_rows.state_dict(),
-            "density_rows": self.density_rows.state_dict(),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.step, self.seconds, self.eigen_seconds = state["step"], state["seconds"], state["eigen_seconds"]
-        for name in ("model", "tracker", "rows", "eigen_rows", "density_rows"):
-            getattr(self, name).load_state_dict(state[name])
 
     def _forward(self) -> tuple[Tensor, Tensor, Gradients | None]:
         """Logits, the loss's gradient with respect to them and, from an eigenvalue update, to the parameters.
@@ -206,20 +173,9 @@ class SpiralRun:
 
     def _track_curvature(self, row: int, logits: Tensor) -> Gradients:
         config, began = self.config, time.perf_counter()
-        loss = dynamic_cross_entropy(logits, self.target, self.oscillation, self.step)
-        hessian = HessianOperator(loss, self.params)
-        turn = config.period + config.closed
-        new_turn = row == 0 or self.step // turn != (self.step - config.eig_every) // turn
-        result = self.tracker.update(hessian, audit=new_turn)
-        values = {"ntk": ntk_eigenvalues(self.model, self.inputs[:50], k=1)[0]} if config.ntk else {}
-        self.eigen_rows.append(
-            eig_step=row,
-            eigenvalues=result.values,
-            residuals=result.residuals,
-            num_hvp=result.num_hvp,
-            converged=result.converged,
-            **values,
-        )
+        hessian = HessianOperator(dynamic_cross_entropy(logits, self.target, self.oscillation, self.step), self.params)
+        also = {"ntk": ntk_eigenvalues(self.model, self.inputs[:50], k=1)[0]} if config.ntk else {}
+        self.curvature.update(row, hessian, **also)
         if config.density_every and row % config.density_every == 0:
             spectrum = spectral_density(hessian)
             self.density_rows.append(
@@ -229,7 +185,7 @@ class SpiralRun:
                 density_stderr=spectrum.stderr,
             )
         self.eigen_seconds += time.perf_counter() - began
-        return hessian.gradients
+        return cast(Gradients, hessian.gradients)  # none is None: the loss uses every parameter
 
 
 def train(run: SpiralRun, folder: RunFolder) -> None:
@@ -253,7 +209,7 @@ def train(run: SpiralRun, folder: RunFolder) -> None:
 
 def save(run: SpiralRun, folder: RunFolder) -> None:
     folder.write_metrics(run.metrics())
-    folder.write_checkpoint(run.state_dict())
+    folder.write_checkpoint(state_of(run, run.STATE))
 
 
 def finish(run: SpiralRun, folder: RunFolder) -> dict[str, Any]:
@@ -277,7 +233,8 @@ def finish(run: SpiralRun, folder: RunFolder) -> dict[str, Any]:
     folder.write_summary(summary)
     if rows > 1:
         title = f"Spiral, A = {config.amplitude:g}, T = {config.period}, learning rate {config.lr:g}"
-        folder.write_figure(figure(metrics, analysis, limit, title))
+        zoom = _second_oscillation(analysis, rows)
+        folder.write_figure(trajectory(metrics, analysis, zoom, limit=limit, title=title))
     if config.density_every and len(metrics["density_step"]):
         densities = plot.spectral_density(
             metrics["density_grid"],
@@ -293,14 +250,16 @@ def finish(run: SpiralRun, folder: RunFolder) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    config = parse_config(SpiralConfig, (__doc__ or "").splitlines()[0], argv)
+    config = parse_options(SpiralConfig(), __doc__, argv)
     torch.set_num_threads(config.threads)
     try:
         run = SpiralRun(config)
-        if config.resume:
-            run.load_state_dict(RunFolder(config.out).read_checkpoint(resolve_device(config.device)))
+        if config.resume and (checkpoint := RunFolder(config.out).read_checkpoint(resolve_device(config.device))):
+            load_state(run, checkpoint)
         if run.step > config.steps:
-            raise ValueError(f"steps: got {config.steps}, but the run in {config.out} has {run.step} already")
+            raise ValueError(
+                f"--steps: expected at least the {run.step} of the run in {config.out}, got {config.steps}"
+            )
         folder = open_run(config)
     except (ValueError, OSError) as error:
         raise SystemExit(f"spiral_mlp.py: {error}") from None
@@ -315,12 +274,21 @@ def _task(config: SpiralConfig) -> tuple[Tensor, Tensor, SpiralMLP]:
     return inputs, target, SpiralMLP.initialised(config.init, 2, config.width, config.classes, config.seed)
 
 
-def _show_progress(bar: Any, run: SpiralRun) -> None:
-    rows, eigen = run.rows.arrays(), run.eigen_rows.arrays()
+def _second_oscillation(analysis: Analysis, rows: int) -> tuple[int, int] | None:
+    """What the figure's second column shows: the second window in which F oscillates, or else the first."""
+    if not analysis.oscillating:
+        return None
+    window = analysis.oscillating[:2][-1]
+    margin = max(20, round(0.15 * (window.stop - window.start)))
+    return max(0, window.start - margin), min(rows - 1, window.stop + margin)
+
+
+def _show_progress(bar: tqdm[Any], run: SpiralRun) -> None:
+    rows = run.rows.arrays()
     bar.update(len(run.rows) - bar.n)
     shown = {"F": f"{rows['weighted_loss'][-1]:.3f}", "accuracy": f"{rows['accuracy'][-1]:.3f}"}
-    if len(run.eigen_rows):
-        shown["λ_max"] = f"{eigen['eigenvalues'][-1, 0]:.2f}"
+    if math.isfinite(run.curvature.latest):
+        shown["λ_max"] = f"{run.curvature.latest:.2f}"
     bar.set_postfix(shown)
 
 
@@ -330,7 +298,7 @@ def _report(summary: dict[str, Any], analysis: Analysis, folder: RunFolder) -> s
         f"{summary['steps']} steps in {summary['seconds']:.1f} s, {state}",
         f"final accuracy {summary['accuracy']:.4f}, F {summary['weighted_loss']:.3g}",
         f"{summary['num_instabilities']} instabilities, {summary['num_oscillating']} of them oscillating",
-        comparison(analysis.threshold, summary["stability_limit"], analysis.branch_threshold),
+        analysis.comparison(summary["stability_limit"]),
     ]
     if summary["eigen_updates"]:
         lines.append(

@@ -16,71 +16,56 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-from common.cli import parse_config
-from common.config import TrainingConfig
-from common.curves import training_curves
+from common.config import TrainingConfig, parse_options
 from common.distributed import is_main_process
-from common.recording import RunFolder
-from common.training import train
+from common.report import training_curves
+from common.run import RunFolder
+from common.training import Record, train
 
-PAPER: dict[str, Any] = {
-    "model": "wrn",
-    "depth": 28,
-    "widen": 10,
-    "augment": True,
-    "amplitude": 1.0,
-    "period": 200.0,
-    "epochs": 200,
-    "batch_size": 1024,
-    "shards": 8,
-    "lr": 0.1,
-    "schedule": "cosine",
-    "momentum": 0.9,
-    "nesterov": True,
-    "weight_decay": 5e-4,
-    "channels_last": True,
-}
-PRESETS: dict[str, dict[str, Any]] = {
-    "cpu": {
-        "depth": 10,
-        "widen": 1,
-        "validation_images": 2000,
-        "batch_size": 128,
-        "shards": 2,
-        "epochs": 10,
-    },
-    "smoke": {
-        "depth": 10,
-        "widen": 1,
-        "train_images": 200,
-        "validation_images": 100,
-        "batch_size": 64,
-        "shards": 2,
-        "epochs": 2,
-    },
+PAPER = TrainingConfig(
+    model="wrn",
+    depth=28,
+    widen=10,
+    augment=True,
+    amplitude=1.0,
+    period=200.0,
+    epochs=200,
+    batch_size=1024,
+    shards=8,
+    lr=0.1,
+    schedule="cosine",
+    momentum=0.9,
+    nesterov=True,
+    weight_decay=5e-4,
+    channels_last=True,
+)
+SMALL = replace(PAPER, depth=10, widen=1, shards=2)
+PRESETS = {
+    "paper": PAPER,
+    "cpu": replace(SMALL, preset="cpu", validation_images=2000, batch_size=128, epochs=10),
+    "smoke": replace(SMALL, preset="smoke", train_images=200, validation_images=100, batch_size=64, epochs=2),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    description = (__doc__ or "").splitlines()[0]
-    config = parse_config(TrainingConfig, description, argv, defaults=PAPER, presets=PRESETS)
-    summary = train(config)
-    if summary["finished"] and is_main_process():
-        report(config, summary)
-    return summary
+    config = parse_options(PAPER, __doc__, argv, PRESETS)
+    (record,) = train(config)
+    if record.summary["finished"] and is_main_process():
+        report(config, record)
+    return record.summary
 
 
-def report(config: TrainingConfig, summary: dict[str, Any]) -> None:
+def report(config: TrainingConfig, record: Record) -> None:
     """Draws the training curves and prints where they end."""
-    folder = RunFolder(config.out)
+    folder, summary = RunFolder(config.out), record.summary
     name = f"WRN-{config.depth}-{config.widen}"
     label = f"A = {config.amplitude:g}" + (f", T = {config.period:g}" if config.amplitude > 1 else "")
     if summary["validation_accuracy"] is not None:
         title = f"{name}, {summary['num_training_images']:,} images"
-        runs = {label: [folder.read_metrics()]}
-        folder.write_figure(training_curves(runs, summary["steps_per_epoch"], title=title))
+        folder.write_figure(training_curves({label: [record.metrics]}, summary["steps_per_epoch"], title=title))
         print(f"{name}, {label}: validation accuracy {summary['validation_accuracy']:.4f}")
     print(f"{summary['images_per_second']:.0f} images/s; files in {folder.path}")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from common.analysis import analyse, cascade
+from common.report import analyse, cascade
 from dynloss_ext import PeriodSegment
 
 

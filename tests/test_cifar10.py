@@ -1,4 +1,4 @@
-"""The CIFAR-10 reader, the download and the batches, against hand-made files and a loopback server."""
+"""The CIFAR-10 reader, `prepare_cifar10.py` and the batches, against hand-made files and a loopback server."""
 
 from __future__ import annotations
 
@@ -9,17 +9,16 @@ import pickle
 import tarfile
 import threading
 import warnings
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from common import cifar10, download
-from common.batches import Batches
-from common.cifar10 import BINARY, PYTHON, Split, load_cifar10, synthetic_cifar10
-from common.download import download_cifar10
+import prepare_cifar10
+from common import data as cifar10
+from common.data import FOLDER, Batches, Split, load_cifar10, synthetic_cifar10
+from prepare_cifar10 import BINARY_ARCHIVE, PYTHON_ARCHIVE, PYTHON_FOLDER, download_cifar10, prepare
 
 FILES = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
 
@@ -71,13 +70,13 @@ def check_equal(data: cifar10.Dataset, table: np.ndarray, num_train: int = 20) -
 
 @pytest.mark.parametrize("inside", [True, False])
 def test_binary_folder(tmp_path: Path, inside: bool) -> None:
-    table = write_binary(tmp_path / BINARY.folder)
-    check_equal(load_cifar10(tmp_path if not inside else tmp_path / BINARY.folder), table)
+    table = write_binary(tmp_path / FOLDER)
+    check_equal(load_cifar10(tmp_path if not inside else tmp_path / FOLDER), table)
 
 
 @pytest.mark.parametrize("protocol", [2, 4])
 def test_python_folder(tmp_path: Path, protocol: int) -> None:
-    table = write_python(tmp_path / PYTHON.folder, protocol)
+    table = write_python(tmp_path / PYTHON_FOLDER, protocol)
     check_equal(load_cifar10(tmp_path), table)
 
 
@@ -91,27 +90,27 @@ def test_pickle_written_by_python_2() -> None:
         + pixels
         + b"tbU\x06labelsq\x08]q\x09K\x07au."
     )
-    data, labels = PYTHON.decode(stream, "test_batch")
-    assert data.tobytes() == pixels
-    assert labels.tolist() == [7]
+    assert prepare_cifar10._to_binary(stream, "test_batch") == b"\x07" + pixels
 
 
-@pytest.mark.parametrize(("version", "write"), [(BINARY, write_binary), (PYTHON, write_python)])
+@pytest.mark.parametrize(
+    ("write", "folder", "name"),
+    [(write_binary, FOLDER, BINARY_ARCHIVE), (write_python, PYTHON_FOLDER, PYTHON_ARCHIVE)],
+)
 @pytest.mark.parametrize("official_name", [True, False])
-def test_archive_is_read_in_place_and_warns_of_other_bytes(tmp_path, version, write, official_name) -> None:
-    table = write(tmp_path / "source" / version.folder)
-    archive = pack(tmp_path / (version.archive if official_name else "mine.tgz"), tmp_path / "source" / version.folder)
+def test_archive_is_read_in_place_and_warns_of_other_bytes(tmp_path, write, folder, name, official_name) -> None:
+    table = write(tmp_path / "source" / folder)
+    archive = pack(tmp_path / (name if official_name else "mine.tgz"), tmp_path / "source" / folder)
     before = sorted(tmp_path.iterdir())
-    with pytest.warns(UserWarning, match=f"not the official {version.md5}"):
+    with pytest.warns(UserWarning, match="not the official one"):
         check_equal(load_cifar10(tmp_path if official_name else archive), table)
     assert sorted(tmp_path.iterdir()) == before
 
 
 def test_archive_with_the_official_checksum_is_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    table = write_binary(tmp_path / BINARY.folder)
-    archive = pack(tmp_path / BINARY.archive, tmp_path / BINARY.folder)
-    official = replace(BINARY, md5=hashlib.md5(archive.read_bytes()).hexdigest())
-    monkeypatch.setattr(cifar10, "VERSIONS", (official,))
+    table = write_binary(tmp_path / FOLDER)
+    archive = pack(tmp_path / BINARY_ARCHIVE, tmp_path / FOLDER)
+    monkeypatch.setitem(prepare_cifar10.MD5, BINARY_ARCHIVE, hashlib.md5(archive.read_bytes()).hexdigest())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         check_equal(load_cifar10(archive), table)
@@ -126,7 +125,9 @@ def test_broken_record_is_an_error(tmp_path: Path) -> None:
     write_binary(tmp_path)
     with (tmp_path / "data_batch_3.bin").open("ab") as file:
         file.write(b"\0" * 100)
-    with pytest.raises(ValueError, match=r"data_batch_3.bin: 12392 bytes are not a whole number .* \(100 left over\)"):
+    with pytest.raises(
+        ValueError, match=r"records of 3073 bytes in .*, got data_batch_3.bin with 12392 bytes \(100 left over\)"
+    ):
         load_cifar10(tmp_path)
 
 
@@ -135,7 +136,7 @@ def test_label_above_nine_is_an_error(tmp_path: Path) -> None:
     content = bytearray((tmp_path / "test_batch.bin").read_bytes())
     content[2 * 3073] = 10
     (tmp_path / "test_batch.bin").write_bytes(content)
-    with pytest.raises(ValueError, match=r"test_batch\.bin: record 2 has label 10, expected 0 to 9"):
+    with pytest.raises(ValueError, match=r"expected labels 0 to 9 in .*, got 10 in record 2 of test_batch\.bin"):
         load_cifar10(tmp_path)
 
 
@@ -143,19 +144,19 @@ def test_negative_label_in_a_pickle_is_an_error(tmp_path: Path) -> None:
     write_python(tmp_path)
     batch = {b"data": np.zeros((2, 3072), np.uint8), b"labels": [3, -1]}
     (tmp_path / "test_batch").write_bytes(pickle.dumps(batch))
-    with pytest.raises(ValueError, match="record 1 has label -1"):
+    with pytest.raises(ValueError, match="expected labels 0 to 9, got -1 in record 1"):
         load_cifar10(tmp_path)
 
 
 def test_empty_split_and_missing_file_are_errors(tmp_path: Path) -> None:
     write_binary(tmp_path / "empty", (4, 4, 4, 4, 4, 0))
-    with pytest.raises(ValueError, match=r"test_batch.bin hold no image"):
+    with pytest.raises(ValueError, match=r"expected images in .*, got none in test_batch.bin"):
         load_cifar10(tmp_path / "empty")
     write_binary(tmp_path / "missing")
     (tmp_path / "missing" / "data_batch_4.bin").unlink()
     with pytest.raises(FileNotFoundError, match=r"data_batch_4.bin is missing"):
         load_cifar10(tmp_path / "missing")
-    with pytest.raises(FileNotFoundError, match=r"no CIFAR-10 data at .*nowhere"):
+    with pytest.raises(FileNotFoundError, match=r"--data: expected CIFAR-10 in .*, got .*nowhere"):
         load_cifar10(tmp_path / "nowhere")
 
 
@@ -181,7 +182,7 @@ class _Hostile:
 def test_a_pickle_that_is_not_a_batch_is_refused(tmp_path: Path, content: bytes) -> None:
     write_python(tmp_path)
     (tmp_path / "data_batch_1").write_bytes(content)
-    with pytest.raises(ValueError, match="data_batch_1: "):
+    with pytest.raises(ValueError, match="data_batch_1"):
         load_cifar10(tmp_path)
 
 
@@ -195,8 +196,8 @@ def archive_with(path: Path, member: tarfile.TarInfo, content: bytes = b"") -> P
 @pytest.mark.filterwarnings("ignore:.*not the official")
 @pytest.mark.parametrize("name", ["../evil.bin", "/etc/evil", "cifar-10-batches-bin/../../data_batch_1.bin"])
 def test_path_traversing_archive_is_refused(tmp_path: Path, name: str) -> None:
-    archive_with(tmp_path / BINARY.archive, tarfile.TarInfo(name), b"x")
-    with pytest.raises(ValueError, match="points outside the archive: not loaded"):
+    archive_with(tmp_path / BINARY_ARCHIVE, tarfile.TarInfo(name), b"x")
+    with pytest.raises(ValueError, match=r"--data: expected paths inside .*: not loaded"):
         load_cifar10(tmp_path)
 
 
@@ -205,18 +206,18 @@ def test_path_traversing_archive_is_refused(tmp_path: Path, name: str) -> None:
 def test_archive_with_a_link_is_refused(tmp_path: Path, kind: bytes) -> None:
     member = tarfile.TarInfo("cifar-10-batches-bin/data_batch_1.bin")
     member.type, member.linkname = kind, "/etc/passwd"
-    archive_with(tmp_path / BINARY.archive, member)
-    with pytest.raises(ValueError, match="is a link or a device: not loaded"):
+    archive_with(tmp_path / BINARY_ARCHIVE, member)
+    with pytest.raises(ValueError, match=r"--data: expected files in .*, a link or a device"):
         load_cifar10(tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore:.*not the official")
 def test_damaged_archive_is_a_clear_error(tmp_path: Path) -> None:
-    write_binary(tmp_path / BINARY.folder)
-    whole = pack(tmp_path / "whole.tgz", tmp_path / BINARY.folder).read_bytes()
+    write_binary(tmp_path / FOLDER)
+    whole = pack(tmp_path / "whole.tgz", tmp_path / FOLDER).read_bytes()
     for content in (b"garbage", whole[: len(whole) // 2]):
         (tmp_path / "bad.tar.gz").write_bytes(content)
-        with pytest.raises(ValueError, match=r"bad.tar.gz: not a readable tar archive"):
+        with pytest.raises(ValueError, match=r"--data: expected a tar archive, got .*bad.tar.gz"):
             load_cifar10(tmp_path / "bad.tar.gz")
 
 
@@ -229,11 +230,11 @@ def test_subset_is_balanced_and_in_file_order() -> None:
     assert split.subset(3).labels.tolist() == [2, 0, 1, 0, 1, 0, 2, 1]
     with pytest.warns(UserWarning, match=r"class 2 \(bird\) has 2 images, 3 were asked for"):
         assert len(split.subset(3, 9)) == 8
-    with pytest.raises(ValueError, match="classes must be 1 to 10, got 11"):
+    with pytest.raises(ValueError, match="--classes: expected 1 to 10, got 11"):
         split.subset(11)
-    with pytest.raises(ValueError, match="at least the number of classes, 3, got 2"):
+    with pytest.raises(ValueError, match="expected at least one of each of 3 classes, got 2"):
         split.subset(3, 2)
-    with pytest.raises(ValueError, match=r"no image of class 4 \(deer\)"):
+    with pytest.raises(ValueError, match=r"expected images of every class, got none of class 4 \(deer\)"):
         split.subset(5)
 
 
@@ -246,6 +247,54 @@ def test_synthetic_is_reproducible_balanced_and_learnable() -> None:
     centres = torch.stack([train[data.train.labels == label].mean(0) for label in range(10)])
     accuracy = (torch.cdist(test, centres).argmin(1) == data.test.labels).float().mean()
     assert 0.5 < accuracy <= 1.0  # far above chance, by the simplest classifier
+
+
+# --- prepare_cifar10.py -----------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:.*not the official")
+@pytest.mark.parametrize("source", ["binary folder", "python folder", "binary archive", "python archive"])
+def test_prepare_makes_the_binary_folder_of_any_form(tmp_path: Path, source: str) -> None:
+    write, name = (write_binary, FOLDER) if "binary" in source else (write_python, PYTHON_FOLDER)
+    data = tmp_path / "data"
+    data.mkdir()
+    folder = (data if "folder" in source else tmp_path) / name
+    table = write(folder)
+    if "archive" in source:
+        pack(data / "any.tar", folder)
+        data = data / "any.tar"
+    made = prepare(data)
+    assert made == tmp_path / "data" / FOLDER
+    assert sorted(path.name for path in made.iterdir()) == sorted(f"{name}.bin" for name in FILES)
+    assert b"".join((made / f"{name}.bin").read_bytes() for name in FILES) == table.tobytes()
+    check_equal(load_cifar10(made), table)
+    before = {path: path.stat().st_mtime_ns for path in made.iterdir()}
+    assert prepare(made) == prepare(made.parent) == made  # nothing left to do
+    assert {path: path.stat().st_mtime_ns for path in made.iterdir()} == before
+
+
+def test_prepare_writes_nothing_of_a_broken_source(tmp_path: Path) -> None:
+    write_python(tmp_path / PYTHON_FOLDER)
+    (tmp_path / PYTHON_FOLDER / "data_batch_2").unlink()
+    with pytest.raises(FileNotFoundError, match=r"data_batch_2.bin is missing"):
+        prepare(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [PYTHON_FOLDER]
+
+
+def test_prepare_as_a_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    table = write_binary(tmp_path / "source" / FOLDER)
+
+    def fetch(folder: Path) -> Path:
+        folder.mkdir()
+        return pack(folder / BINARY_ARCHIVE, tmp_path / "source" / FOLDER)
+
+    monkeypatch.setattr(prepare_cifar10, "download_cifar10", fetch)
+    with pytest.raises(SystemExit, match=r"prepare_cifar10.py: --data: expected CIFAR-10 in"):
+        prepare_cifar10.main(tmp_path / "new")
+    with pytest.warns(UserWarning, match="not the official one"):
+        prepare_cifar10.main(tmp_path / "new", download=True)
+    assert f"ready in {tmp_path / 'new' / FOLDER}" in capsys.readouterr().out
+    check_equal(load_cifar10(tmp_path / "new"), table)
 
 
 # --- download -------------------------------------------------------------------------------------
@@ -290,59 +339,59 @@ class Server:
 
 
 CONTENT = bytes(range(256)) * 1000
-FAKE = replace(BINARY, md5=hashlib.md5(CONTENT).hexdigest())
+MD5 = hashlib.md5(CONTENT).hexdigest()
 
 
 def test_download_verifies_and_keeps_the_archive(tmp_path: Path) -> None:
     with Server(CONTENT) as server:
-        path = download_cifar10(tmp_path, version=FAKE, address=server.address)
-        assert path == tmp_path / BINARY.archive
+        path = download_cifar10(tmp_path, md5=MD5, address=server.address)
+        assert path == tmp_path / BINARY_ARCHIVE
         assert path.read_bytes() == CONTENT
-        download_cifar10(tmp_path, version=FAKE, address=server.address)
+        download_cifar10(tmp_path, md5=MD5, address=server.address)
         assert server.requests == [None]  # the second call found the file
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_download_resumes_where_it_broke_off(tmp_path: Path) -> None:
     with Server(CONTENT, cut=100_000) as server:
-        assert download_cifar10(tmp_path, version=FAKE, address=server.address).read_bytes() == CONTENT
+        assert download_cifar10(tmp_path, md5=MD5, address=server.address).read_bytes() == CONTENT
         assert server.requests == [None, "bytes=100000-", "bytes=200000-"]
 
 
 def test_download_continues_the_part_file_of_a_killed_process(tmp_path: Path) -> None:
-    (tmp_path / (BINARY.archive + ".part")).write_bytes(CONTENT[:777])
+    (tmp_path / (BINARY_ARCHIVE + ".part")).write_bytes(CONTENT[:777])
     with Server(CONTENT) as server:
-        assert download_cifar10(tmp_path, version=FAKE, address=server.address).read_bytes() == CONTENT
+        assert download_cifar10(tmp_path, md5=MD5, address=server.address).read_bytes() == CONTENT
         assert server.requests == ["bytes=777-"]
 
 
 def test_download_from_a_server_without_ranges_starts_afresh(tmp_path: Path) -> None:
-    (tmp_path / (BINARY.archive + ".part")).write_bytes(b"?" * 777)
+    (tmp_path / (BINARY_ARCHIVE + ".part")).write_bytes(b"?" * 777)
     with Server(CONTENT, ranges=False) as server:
-        assert download_cifar10(tmp_path, version=FAKE, address=server.address).read_bytes() == CONTENT
+        assert download_cifar10(tmp_path, md5=MD5, address=server.address).read_bytes() == CONTENT
 
 
 def test_download_accepts_a_complete_part_file(tmp_path: Path) -> None:
-    (tmp_path / (BINARY.archive + ".part")).write_bytes(CONTENT)
+    (tmp_path / (BINARY_ARCHIVE + ".part")).write_bytes(CONTENT)
     with Server(CONTENT) as server:
-        assert download_cifar10(tmp_path, version=FAKE, address=server.address).read_bytes() == CONTENT
+        assert download_cifar10(tmp_path, md5=MD5, address=server.address).read_bytes() == CONTENT
 
 
 def test_download_with_the_wrong_checksum_is_removed(tmp_path: Path) -> None:
-    message = f"expected {FAKE.md5}; the download is removed"
+    message = f"expected md5 {MD5}, got .*; the download is removed"
     with Server(CONTENT[:-1] + b"!") as server, pytest.raises(ValueError, match=message):
-        download_cifar10(tmp_path, version=FAKE, address=server.address)
+        download_cifar10(tmp_path, md5=MD5, address=server.address)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_download_gives_up_clearly_and_keeps_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(download, "_ATTEMPTS", 2)
+    monkeypatch.setattr(prepare_cifar10, "_ATTEMPTS", 2)
     with (
         Server(CONTENT, cut=1000) as server,
         pytest.raises(OSError, match="broke off 2 times; run again to continue"),
     ):
-        download_cifar10(tmp_path, version=FAKE, address=server.address)
-    assert (tmp_path / (BINARY.archive + ".part")).stat().st_size == 2000
+        download_cifar10(tmp_path, md5=MD5, address=server.address)
+    assert (tmp_path / (BINARY_ARCHIVE + ".part")).stat().st_size == 2000
 
 
 # --- batches --------------------------------------------------------------------------------------

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from common.batches import Batches
-from common.cifar10 import synthetic_cifar10
+from common.data import Batches, synthetic_cifar10
 from common.models import myrtle5
 from dynloss_ext import EigenTracker, HessianOperator, Oscillation, dynamic_cross_entropy, eigsh
 

@@ -55,7 +55,7 @@ def test_wide_resnet_downsamples_twice() -> None:
 
 @pytest.mark.parametrize("depth", [9, 27, 4])
 def test_wide_resnet_refuses_an_impossible_depth(depth: int) -> None:
-    with pytest.raises(ValueError, match=f"depth must be 6 n . 4 .*got {depth}"):
+    with pytest.raises(ValueError, match=f"--depth: expected 6 n . 4 .*got {depth}"):
         wide_resnet(depth=depth)
 
 

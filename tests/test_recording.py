@@ -5,34 +5,45 @@ import json
 import os
 import signal
 import stat
+from typing import Literal
 
 import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
 
-from common.cli import BaseConfig, open_run, option, parse_config, resolve_device
-from common.recording import GracefulStop, RunFolder, Table, atomic_write
+from common.config import parse_options
+from common.run import BaseConfig, GracefulStop, RunFolder, Table, atomic_write, open_run, resolve_device
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(BaseConfig):
     """A small experiment."""
 
-    steps: int = option(10, "steps", may_change=True)
-    lr: float = option(0.5, "learning rate")
-    stop_step: int | None = option(7, "step, or none")
-    closed: bool = option(True, "closed turns")
-    ntk: bool = option(False, "kernel")
-    mode: str = option("a", "mode", choices=("a", "b"))
+    preset: Literal["paper", "small"] = "paper"  # a named set of defaults
+    steps: int = 10  # steps
+    lr: float = 0.5  # learning rate
+    stop_step: int | None = 7  # step, or none
+    closed: bool = True  # closed turns
+    ntk: bool = False  # kernel
+    mode: Literal["a", "b"] = "a"  # mode
+
+    MAY_CHANGE = BaseConfig.MAY_CHANGE | {"steps"}
 
     def __post_init__(self):
-        if self.steps < 1:
-            raise ValueError(f"steps: got {self.steps}, expected at least 1")
+        self.require("steps", self.steps >= 1, "at least 1")
+
+
+PRESETS = {"paper": Config(), "small": Config(preset="small", lr=0.25, stop_step=None, closed=False)}
 
 
 def parse(*argv):
-    return parse_config(Config, "A test.", [str(word) for word in argv])
+    return parse_options(PRESETS["paper"], "A test.", [str(word) for word in argv], PRESETS)
+
+
+def stderr(capsys):
+    """What went to standard error, without the frame that tyro draws and its line breaks."""
+    return " ".join(capsys.readouterr().err.replace("│", " ").split())
 
 
 # ---- run folder ------------------------------------------------------------------------------------------
@@ -82,7 +93,7 @@ def test_every_file_of_the_folder_is_read_back(tmp_path):
 
 def test_a_file_in_the_folders_place_is_an_error(tmp_path):
     (tmp_path / "run").write_text("")
-    with pytest.raises(ValueError, match="is a file"):
+    with pytest.raises(ValueError, match=r"--out: expected a folder or a new name, got .*/run, which is a file"):
         RunFolder(tmp_path / "run")
 
 
@@ -123,9 +134,9 @@ def test_recorded_tensors_keep_no_graph():
 
 def test_wrong_columns_are_refused():
     table = Table("a", "b")
-    with pytest.raises(ValueError, match="columns: got"):
+    with pytest.raises(ValueError, match="columns: expected"):
         table.append(a=1)
-    with pytest.raises(ValueError, match="lengths differ"):
+    with pytest.raises(ValueError, match="columns: expected one number of rows"):
         table.extend(a=[1], b=[1, 2])
 
 
@@ -141,18 +152,21 @@ def test_options_are_kebab_case_fields_with_their_types(tmp_path):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (("--steps", "0"), "steps: got 0"),
+        (("--steps", "0"), "--steps: expected at least 1, got 0"),
         (("--steps", "many"), "--steps"),
         (("--stop-step", "soon"), "--stop-step"),
         (("--mode", "c"), "--mode"),
-        (("--step", "3"), "unrecognized"),  # no abbreviations: they would break when options are added
+        (("--preset", "large"), "--preset"),
+        (("--lr",), "--lr"),
+        (("extra",), "extra"),
+        (("--step", "3"), "Unrecognized options: --step"),  # no abbreviations: they would break when options are added
     ],
 )
 def test_bad_values_are_usage_errors(argv, message, capsys):
     with pytest.raises(SystemExit) as exit_info:
         parse(*argv)
     assert exit_info.value.code == 2
-    assert message in capsys.readouterr().err
+    assert message in stderr(capsys)
 
 
 def test_resume_takes_the_saved_options(tmp_path, capsys):
@@ -162,7 +176,43 @@ def test_resume_takes_the_saved_options(tmp_path, capsys):
     assert (resumed.lr, resumed.stop_step, resumed.steps, resumed.resume) == (0.1, None, 20, True)
     with pytest.raises(SystemExit):
         parse("--out", tmp_path / "run", "--resume", "--lr", 0.2)
-    assert "--lr is 0.1" in capsys.readouterr().err
+    assert "--lr: expected 0.1, as in the run in" in stderr(capsys)
+
+
+def test_resume_beside_a_preset_keeps_what_was_given_then(tmp_path, capsys):
+    open_run(parse("--out", tmp_path / "run", "--preset", "small", "--mode", "b"))
+    resumed = parse("--out", tmp_path / "run", "--preset", "small", "--resume")
+    assert (resumed.lr, resumed.mode, resumed.stop_step) == (0.25, "b", None)
+    open_run(parse("--out", tmp_path / "other", "--mode", "b"))
+    with pytest.raises(SystemExit):
+        parse("--out", tmp_path / "other", "--preset", "small", "--resume")
+    assert "--lr: expected 0.5, as in the run in" in stderr(capsys)
+
+
+def test_a_preset_gives_the_defaults_and_other_options_win(tmp_path):
+    assert parse("--preset", "small") == PRESETS["small"]
+    assert parse("--preset", "paper") == parse() == PRESETS["paper"]
+    for argv in (("--preset", "small", "--lr", 2, "--closed"), ("--lr=2", "--closed", "--preset=small")):
+        assert parse(*argv) == dataclasses.replace(PRESETS["small"], lr=2.0, closed=True)
+    folder = open_run(parse("--out", tmp_path / "run", "--preset", "small"))
+    assert "preset" not in folder.read_config()  # what it stands for is recorded instead
+
+
+def test_none_is_spelled_in_any_case_and_the_last_of_a_repeated_option_counts():
+    for word in ("none", "None", "NONE"):
+        assert parse("--stop-step", word).stop_step is None
+    assert parse("--stop-step", 3, "--stop-step", "none", "--stop-step", 5).stop_step == 5
+    assert parse("--no-closed", "--closed", "--ntk", "--no-ntk") == Config()
+
+
+def test_help_names_every_option_with_its_default(capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        parse("--help")
+    assert exit_info.value.code == 0
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "--stop-step none|INT step, or none (default: 7)" in shown
+    assert "--closed, --no-closed closed turns (default: True)" in shown
+    assert "--preset {paper,small} a named set of defaults (default: paper)" in shown
 
 
 def test_only_a_finished_run_of_the_same_options_is_replaced(tmp_path):
@@ -173,14 +223,24 @@ def test_only_a_finished_run_of_the_same_options_is_replaced(tmp_path):
         open_run(config)
     folder.write_summary({"finished": True})
     open_run(config)
-    with pytest.raises(ValueError, match=r"other options \(lr\)"):
+    with pytest.raises(ValueError, match=r"other options \(--lr\)"):
         open_run(dataclasses.replace(config, lr=0.7))
+
+
+def test_a_folder_of_runs_is_not_replaced_either(tmp_path):
+    config = Config(out=tmp_path / "seeds")
+    open_run(config)
+    open_run(config)  # nothing was begun
+    open_run(Config(out=tmp_path / "seeds" / "A1_seed0")).write_checkpoint({"step": 1})
+    with pytest.raises(ValueError, match="unfinished run; --resume continues it"):
+        open_run(config)
+    open_run(dataclasses.replace(config, resume=True))
 
 
 def test_device_auto_exists_and_absent_cuda_is_refused():
     assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
     if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="device: got 'cuda'"):
+        with pytest.raises(ValueError, match="--device: expected cpu or auto, as torch finds no CUDA device, got cuda"):
             resolve_device("cuda")
 
 

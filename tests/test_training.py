@@ -19,13 +19,11 @@ import torch
 import torch.nn.functional as F
 
 import dynloss_ext
-from common.batches import Batches
-from common.config import TrainingConfig, build_model, build_schedule, load_data
+from common.config import TrainingConfig
+from common.data import Batches, load_data
 from common.distributed import World
-from common.recording import RunFolder
-from common.schedules import constant, cosine, piecewise_linear
-from common.trainer import Trainer
-from common.training import metric_arrays, train
+from common.run import RunFolder
+from common.training import Training, build_model, learning_rate, train
 
 EXAMPLES = Path(__file__).parent.parent / "python_examples"
 PACKAGES = Path(dynloss_ext.__file__).parent.parent  # first in the path: the working folder could hide the package
@@ -61,7 +59,8 @@ def small(out: Path, **changes: Any) -> TrainingConfig:
 
 
 def run(config: TrainingConfig) -> dict[str, np.ndarray]:
-    assert train(config) is not None
+    (record,) = train(config)
+    assert record.summary["finished"]
     return RunFolder(config.out).read_metrics()
 
 
@@ -78,20 +77,19 @@ def triangle(step: int, amplitude: float, period: float, classes: int = 3) -> to
 
 
 def test_piecewise_schedule_at_the_named_epochs() -> None:
-    lr = piecewise_linear(((0, 0.0), (300, 0.02), (700, 0.002)), steps_per_epoch=98)
+    config = TrainingConfig(schedule="piecewise", epochs=700, peak_epoch=300, lr=0.02, final_lr=0.002)
+    lr = learning_rate(config, 98)
     named = {0: 0.0, 150: 0.01, 300: 0.02, 500: 0.011, 600: 0.0065, 700: 0.002, 800: 0.002}
     assert {epoch: lr(98 * epoch) for epoch in named} == pytest.approx(named)
     assert lr(49) == pytest.approx(0.5 * 0.02 / 300)
-    with pytest.raises(ValueError, match="must increase"):
-        piecewise_linear(((0, 0.0), (300, 0.02), (300, 0.002)), 98)
 
 
 def test_cosine_and_constant_schedules() -> None:
-    lr = cosine(0.1, 200 * 49)
+    lr = learning_rate(TrainingConfig(schedule="cosine", epochs=200, lr=0.1), 49)
     assert [lr(49 * epoch) for epoch in (0, 50, 100, 200, 201)] == pytest.approx(
         [0.1, 0.05 + 0.05 * 0.5**0.5, 0.05, 0.0, 0.0], abs=1e-15
     )
-    assert constant(0.3)(12345) == 0.3
+    assert learning_rate(TrainingConfig(lr=0.3), 49)(12345) == 0.3
 
 
 # --- what a run computes --------------------------------------------------------------------------
@@ -117,7 +115,7 @@ def test_a_run_is_gradient_descent_on_the_dynamical_loss(tmp_path: Path, changes
     model = build_model(config)
     options = {"momentum": config.momentum, "nesterov": config.nesterov, "weight_decay": config.weight_decay}
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0, **options)
-    lr = build_schedule(config, batches.per_epoch)
+    lr = learning_rate(config, batches.per_epoch)
     steps = config.epochs * batches.per_epoch
     rows, gammas = [], []
     for step in range(steps + 1):
@@ -158,14 +156,14 @@ def test_validation_is_plain_cross_entropy_on_the_test_images(tmp_path: Path) ->
 @pytest.mark.parametrize("changes", [{}, {"eig_images": 9, "eig_batch": 4}, {"batchnorm": True}])
 def test_recorded_eigenvalues_are_those_of_the_dense_hessian(tmp_path: Path, changes: dict[str, Any]) -> None:
     config = small(tmp_path / "run", width=2, eig_every=2, eig_tol=1e-6, epochs=5, **changes)
-    trainer = Trainer(config, load_data(config), CPU)
-    images = trainer.batches.split.subset(3, config.eig_images)
-    batch = trainer.batches.normalise(images.images, images.labels)
+    training = Training(config, load_data(config), CPU)
+    images = training.batches.split.subset(3, config.eig_images)
+    batch = training.batches.normalise(images.images, images.labels)
     for row in range(3):
-        trainer.update()
-        trainer.curvature.update(row)
+        training.update()
+        training.measure_eigenvalues()
         twin = build_model(config)
-        twin.load_state_dict(trainer.model.state_dict())
+        twin.load_state_dict(training.model.state_dict())
         names, values = zip(*twin.named_parameters(), strict=True)
         sizes, shapes = [p.numel() for p in values], [p.shape for p in values]
         gamma = triangle(row + 1, config.amplitude, config.period)[batch.labels]
@@ -178,7 +176,7 @@ def test_recorded_eigenvalues_are_those_of_the_dense_hessian(tmp_path: Path, cha
         flat = torch.cat([p.detach().reshape(-1) for p in values])
         dense = torch.autograd.functional.hessian(loss, flat, vectorize=True)
         expected = torch.linalg.eigvalsh(dense).flip(0)[:3]
-        recorded = trainer.curvature.rows.arrays()["eigenvalues"][-1]
+        recorded = training.curvature.rows.arrays()["eigenvalues"][-1]
         np.testing.assert_allclose(recorded, expected, rtol=1e-5)
 
 
@@ -228,7 +226,8 @@ def test_compiled_network_follows_the_eager_one(tmp_path: Path) -> None:
 
 def test_summary_and_files(tmp_path: Path) -> None:
     config = small(tmp_path / "run", eig_every=3, tensorboard=True)
-    summary = train(config)
+    (record,) = train(config)
+    summary = record.summary
     assert summary == json.loads((config.out / "summary.json").read_text())
     assert summary["finished"]
     assert not summary["diverged"]
@@ -242,7 +241,7 @@ def test_summary_and_files(tmp_path: Path) -> None:
 
 
 def test_a_diverging_run_ends_early_and_says_so(tmp_path: Path) -> None:
-    summary = train(small(tmp_path / "run", lr=1e300, epochs=50, checkpoint_every=10))
+    ((summary, _),) = train(small(tmp_path / "run", lr=1e300, epochs=50, checkpoint_every=10))
     assert summary["diverged"]
     assert summary["steps"] == 10
 
@@ -250,21 +249,29 @@ def test_a_diverging_run_ends_early_and_says_so(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"amplitude": 0.5}, "amplitude: got 0.5, expected at least 1"),
-        ({"classes": 1}, "classes: got 1, expected 2 to 10"),
-        ({"momentum": 1.0}, "momentum: got 1.0, expected less than 1 without nesterov"),
-        ({"nesterov": True}, "nesterov: got True, expected a momentum above 0"),
-        ({"synthetic": False, "data": Path("/nowhere")}, r"data: got PosixPath\('/nowhere'\), expected an existing"),
-        ({"synthetic": False}, "data: got None, expected an existing folder"),
-        ({"schedule": "piecewise", "peak_epoch": 9}, r"peak_epoch: got 9, expected less than epochs \(6\)"),
-        ({"batch_size": 0}, "batch_size: got 0, expected at least 1"),
-        ({"batchnorm": True, "eig_batch": 8}, "eig_batch: got 8, expected none with BatchNorm"),
-        ({"sync_batchnorm": True, "eig_every": 1}, "sync_batchnorm: got True"),
+        ({"amplitude": 0.5}, "--amplitude: expected at least 1, got 0.5"),
+        ({"classes": 1}, "--classes: expected 2 to 10, got 1"),
+        ({"momentum": 1.0}, "--momentum: expected less than 1 without --nesterov: .*, got 1.0"),
+        ({"nesterov": True}, "--momentum: expected more than 0 with --nesterov, got 0.0"),
+        ({"schedule": "piecewise", "peak_epoch": 9}, "--peak-epoch: expected less than --epochs 6, got 9"),
+        ({"batch_size": 0}, "--batch-size: expected at least 1, or none, got 0"),
+        ({"batchnorm": True, "eig_batch": 8}, "--eig-batch: expected none with BatchNorm: .*, got 8"),
+        ({"sync_batchnorm": True, "eig_every": 1}, "--eig-every: expected 0 with --sync-batchnorm: .*, got 1"),
     ],
 )
 def test_bad_options_are_refused_by_name(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         small(tmp_path, **changes)
+
+
+@pytest.mark.parametrize(("data", "got"), [(Path("/nowhere"), "/nowhere"), (None, "none")])
+def test_data_that_is_not_there_is_refused_before_anything_is_written(
+    tmp_path: Path, data: Path | None, got: str
+) -> None:
+    config = small(tmp_path / "run", synthetic=False, data=data)
+    with pytest.raises(ValueError, match=f"--data: expected an existing folder with CIFAR-10 .*, got {got}"):
+        train(config)
+    assert list(tmp_path.iterdir()) == []
 
 
 # --- resume ---------------------------------------------------------------------------------------
@@ -283,8 +290,7 @@ train(TrainingConfig(**{{**options, "out": Path(options["out"])}}))
 
 
 def command(config: TrainingConfig) -> list[str]:
-    options = {field: getattr(config, field) for field in config.__dataclass_fields__}
-    options["out"] = str(config.out)
+    options = vars(config) | {"out": str(config.out)}
     return [sys.executable, "-c", SCRIPT.format(packages=str(PACKAGES), examples=str(EXAMPLES)), repr(options)]
 
 
@@ -418,19 +424,19 @@ def test_two_processes_have_the_shards_of_one(tmp_path: Path) -> None:
 
 def test_shards_must_divide_among_the_processes(tmp_path: Path) -> None:
     config = small(tmp_path / "run", shards=3)
-    with pytest.raises(ValueError, match="shards: got 3, expected a multiple of the number of processes, 2"):
-        Trainer(config, load_data(config), World(torch.device("cpu"), rank=0, size=2))
+    with pytest.raises(ValueError, match="--shards: expected a multiple of the number of processes, 2, got 3"):
+        Training(config, load_data(config), World(torch.device("cpu"), rank=0, size=2))
 
 
 def test_synchronised_batchnorm_is_for_cuda_and_one_shard_each(tmp_path: Path) -> None:
     config = small(tmp_path / "run", batchnorm=True, sync_batchnorm=True)
-    with pytest.raises(ValueError, match="sync_batchnorm: expected CUDA and one shard per process"):
-        Trainer(config, load_data(config), CPU)
+    with pytest.raises(ValueError, match="--sync-batchnorm: expected CUDA and one shard per process"):
+        Training(config, load_data(config), CPU)
 
 
-def test_metric_arrays_before_the_first_row_are_empty(tmp_path: Path) -> None:
+def test_metrics_before_the_first_row_are_empty(tmp_path: Path) -> None:
     config = small(tmp_path / "run", eig_every=2)
-    (arrays,) = metric_arrays(Trainer(config, load_data(config), CPU))
+    (arrays,) = Training(config, load_data(config), CPU).metrics()
     assert {name: len(values) for name, values in arrays.items() if len(values)} == {}
     assert arrays["weights"].shape == (0, 3)
     assert arrays["eigenvalues"].shape == (0, 3)

@@ -1,5 +1,6 @@
 #!/bin/sh
-# Makes the environment .venv and installs the package into it, with the extras named: sh tools/setup.sh [test,...]
+# Makes the environment .venv and installs the package into it, with what the examples need and the extras named:
+# sh tools/setup.sh [test,...]
 # A torch that .venv already has is kept; else version $TORCH is installed.
 set -eu
 cd "$(dirname "$0")/.."
@@ -14,4 +15,4 @@ fi
 
 python3 -m venv .venv
 .venv/bin/pip show --quiet torch 2>/dev/null || .venv/bin/pip install "torch==${TORCH:-2.13.0}"
-.venv/bin/pip install ".${1:+[$1]}"
+.venv/bin/pip install ".[examples${1:+,$1}]"

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 INITIALISATIONS = ("glorot-normal", "lecun-normal")
@@ -63,7 +62,7 @@ class SpiralMLP(nn.Module):
             seed: of the draw.
         """
         if scheme not in INITIALISATIONS:
-            raise ValueError(f"init: got {scheme!r}, expected one of {', '.join(INITIALISATIONS)}")
+            raise ValueError(f"--init: expected one of {', '.join(INITIALISATIONS)}, got {scheme}")
         generator = torch.Generator().manual_seed(seed)
         glorot = scheme == "glorot-normal"
         values = []
@@ -84,30 +83,24 @@ def load_initial_values(path: Path) -> tuple[Tensor, Tensor, SpiralMLP]:
         ValueError: no such file, a missing array, shapes that do not fit, or a class that is not in [0, C).
     """
     if not path.is_file():
-        raise ValueError(f"init: got {str(path)!r}, expected one of {', '.join(INITIALISATIONS)} or an .npz file")
+        raise ValueError(f"--init: expected {', '.join(INITIALISATIONS)} or an .npz file, got {path}")
     names = ("X", "y", "w1", "b1", "w2", "b2")
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in names if name in archive}
     except (ValueError, OSError, AttributeError, zipfile.BadZipFile) as error:  # a text; an .npy; half an archive
-        raise ValueError(f"init: {path} is not an .npz file of plain arrays") from error
-    missing = [name for name in names if name not in arrays]
-    if missing:
-        raise ValueError(f"init: {path} lacks {', '.join(missing)}; expected {', '.join(names)}")
-    _check_initial_values(path, arrays)
-    x, y, *values = (torch.from_numpy(arrays[name]) for name in names)
-    return x.double(), y.long(), SpiralMLP(*(value.double() for value in values))
-
-
-def _check_initial_values(path: Path, arrays: dict[str, NDArray[np.generic]]) -> None:
+        raise ValueError(f"--init: expected an .npz file of plain arrays, got {path}") from error
     shapes = {name: array.shape for name, array in arrays.items()}
-    if [len(shapes[name]) for name in ("X", "y", "w1", "b1", "w2", "b2")] != [2, 1, 2, 1, 2, 1]:
-        raise ValueError(f"init: {path} has shapes {shapes}, expected X, w1, w2 with two dimensions, the rest one")
+    if [len(shapes.get(name, ())) for name in names] != [2, 1, 2, 1, 2, 1]:
+        expected = "X, w1, w2 with two dimensions and y, b1, b2 with one"
+        raise ValueError(f"--init: expected {expected} in {path}, got shapes {shapes}")
     (points, inputs), (width, classes) = shapes["X"], shapes["w2"]
-    expected = {"y": (points,), "w1": (inputs, width), "b1": (width,), "b2": (classes,)}
-    for name, shape in expected.items():
+    for name, shape in {"y": (points,), "w1": (inputs, width), "b1": (width,), "b2": (classes,)}.items():
         if shapes[name] != shape:
-            raise ValueError(f"init: {path}: {name} has shape {shapes[name]}, expected {shape}")
+            raise ValueError(f"--init: expected {name} of shape {shape} in {path}, got {shapes[name]}")
     target = arrays["y"]
     if target.dtype.kind not in "iu" or target.min() < 0 or target.max() >= classes:
-        raise ValueError(f"init: {path}: y has classes outside 0..{classes - 1} or is not of an integer type")
+        got = f"{target.dtype} from {target.min()} to {target.max()}"
+        raise ValueError(f"--init: expected y in {path} to hold integers 0 to {classes - 1}, got {got}")
+    x, y, *values = (torch.from_numpy(arrays[name]) for name in names)
+    return x.double(), y.long(), SpiralMLP(*(value.double() for value in values))

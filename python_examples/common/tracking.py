@@ -1,76 +1,65 @@
-"""The largest eigenvalues of the Hessian of F on a fixed set of images, along a training run."""
+"""The largest eigenvalues of the Hessian of F along a training run."""
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from common.batches import Batch, Batches
-from common.config import TrainingConfig
-from common.recording import Table
+from common.data import Batch
+from common.run import Table
 from dynloss_ext import EigenTracker, HessianOperator, Oscillation, dynamic_cross_entropy
 
 
 class CurvatureTracker:
-    """Follows the top eigenvalues; leaves parameters, gradients and BatchNorm's statistics as they are.
+    """Follows the `k` largest eigenvalues from update to update and records them.
 
-    The network is in train mode, so with BatchNorm the whole set is one batch.  No autocast, no TF32.
+    Args:
+        k: how many.
+        tol: relative residual at which one counts as found.
+        turn: steps that one class is raised for. In a new turn another eigenvector may have overtaken those that
+            are followed, so the first update of each audits.
+        also: names of further columns that `update` is given values for.
     """
 
-    def __init__(self, config: TrainingConfig, batches: Batches, model: nn.Module, oscillation: Oscillation) -> None:
-        split = batches.split.subset(config.classes, config.eig_images)
-        size = config.eig_batch or len(split)
-        parts = zip(torch.split(split.images, size), torch.split(split.labels, size), strict=True)
-        self.batches = [batches.normalise(images, labels) for images, labels in parts]
-        self.model, self.oscillation, self.period = model, oscillation, config.period
-        self.tracker = EigenTracker(k=config.num_eigenvalues, tol=config.eig_tol)
-        self.rows = Table("step", "eigenvalues", "residuals", "num_hvp", "converged")
+    def __init__(self, k: int, tol: float, turn: float, also: Sequence[str] = ()) -> None:
+        self.k, self.turn = k, turn
+        self.tracker = EigenTracker(k, tol=tol, max_basis=max(24, 2 * k), max_hvp=max(1000, 20 * k))
+        self.rows = Table("eig_step", "eigenvalues", "residuals", "num_hvp", "converged", *also)
+        self.latest = math.nan  # λ_max of the newest row
+        self._step = 0  # of the last update
 
-    def update(self, row: int) -> None:
+    def update(self, row: int, hessian: HessianOperator, **also: Any) -> None:
         """Records the eigenvalues after update `row`, with the weights of step row + 1."""
         step = row + 1
-
-        def loss_and_count(batch: Batch) -> tuple[Tensor, int]:
-            logits = self.model(batch.images)
-            loss = dynamic_cross_entropy(logits, batch.labels, self.oscillation, step, reduction="sum")
-            return loss, len(batch.labels)
-
-        def mean_loss() -> Tensor:
-            total, count = loss_and_count(self.batches[0])
-            return total / count
-
-        with _full_precision():
-            parameters = list(self.model.parameters())
-            if len(self.batches) == 1:
-                hessian = HessianOperator(mean_loss, parameters)
-            else:
-                hessian = HessianOperator.from_batches(loss_and_count, parameters, self.batches)
-            result = self.tracker.update(hessian, audit=self._class_has_changed(step))
+        new_turn = math.floor(step / self.turn) != math.floor(self._step / self.turn)
+        result = self.tracker.update(hessian, audit=new_turn)
         self.rows.append(
-            step=row,
+            eig_step=row,
             eigenvalues=result.values,
             residuals=result.residuals,
             num_hvp=result.num_hvp,
             converged=result.converged,
+            **also,
         )
+        self._step, self.latest = step, float(result.values[0])
 
-    def _class_has_changed(self, step: int) -> bool:
-        """Since the last update: then another eigenvector may have overtaken those that are followed."""
-        last = self._last_step()
-        return last is not None and math.floor(step / self.period) != math.floor(last / self.period)
-
-    def _last_step(self) -> int | None:
-        recorded = self.rows.arrays()["step"]
-        return int(recorded[-1]) + 1 if len(recorded) else None
-
-    def latest(self) -> float:
-        """λ_max of the newest row, NaN before the first."""
-        return float(self.rows.arrays()["eigenvalues"][-1, 0]) if len(self.rows) else math.nan
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """The columns of metrics.npz, with their types and shapes even before the first row."""
+        empty = {
+            "eig_step": np.empty(0, np.int64),
+            "eigenvalues": np.empty((0, self.k)),
+            "residuals": np.empty((0, self.k)),
+            "num_hvp": np.empty(0, np.int64),
+            "converged": np.empty((0, self.k), bool),
+        }
+        return self.rows.arrays() if len(self.rows) else empty
 
     def state_dict(self) -> dict[str, Any]:
         return {"tracker": self.tracker.state_dict(), "rows": self.rows.state_dict()}
@@ -78,10 +67,33 @@ class CurvatureTracker:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.tracker.load_state_dict(state["tracker"])
         self.rows.load_state_dict(state["rows"])
+        if len(self.rows):
+            arrays = self.rows.arrays()
+            self._step, self.latest = int(arrays["eig_step"][-1]) + 1, float(arrays["eigenvalues"][-1, 0])
+
+
+def hessian_of_batches(
+    model: nn.Module, batches: Sequence[Batch], oscillation: Oscillation, step: int
+) -> HessianOperator:
+    """The Hessian of F over all `batches`, at the weights of `step`; BatchNorm allows one batch only."""
+
+    def loss_and_count(batch: Batch) -> tuple[Tensor, int]:
+        loss = dynamic_cross_entropy(model(batch.images), batch.labels, oscillation, step, reduction="sum")
+        return loss, len(batch.labels)
+
+    def mean_loss() -> Tensor:
+        total, count = loss_and_count(batches[0])
+        return total / count
+
+    parameters = list(model.parameters())
+    if len(batches) == 1:
+        return HessianOperator(mean_loss, parameters)
+    return HessianOperator.from_batches(loss_and_count, parameters, batches)
 
 
 @contextlib.contextmanager
-def _full_precision() -> Iterator[None]:
+def full_precision() -> Iterator[None]:
+    """Without TF32, whose rounding would drown the smaller eigenvalues."""
     saved = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     try:

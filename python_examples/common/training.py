@@ -1,4 +1,10 @@
-"""The training loop of the CIFAR-10 examples: runs, watches, records, checkpoints and resumes."""
+"""A training on CIFAR-10: its state, its step, what is measured, and the loop around them.
+
+Row i of the metrics is taken after update i, with the weights of step i + 1: it is what the forward pass of
+update i + 1 sees anyway, on that update's batch.  So measuring costs no pass of its own but one at the end.
+
+An ensemble is one network that gives (E, N, C) logits: then a loss is (E,) and a row (E, 3).
+"""
 
 from __future__ import annotations
 
@@ -6,58 +12,83 @@ import contextlib
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from common.cifar10 import Dataset
-from common.cli import as_dict, open_run, resolve_device
-from common.config import TrainingConfig, load_data
+from common.config import TrainingConfig
+from common.data import IMAGE_BYTES, Batch, Batches, Dataset, load_data
 from common.distributed import World, join_world
-from common.models import num_parameters
-from common.recording import GracefulStop, RunFolder
-from common.trainer import Trainer
+from common.models import Ensemble, mlp, myrtle5, num_parameters, wide_resnet
+from common.run import EventLog, GracefulStop, RunFolder, Table, load_state, open_run, resolve_device, state_of
+from common.tracking import CurvatureTracker, full_precision, hessian_of_batches
+from dynloss_ext import Oscillation, dynamic_cross_entropy
 from dynloss_ext.instability import stability_limit
 
 _TICK = 1.0  # seconds between two looks at the device, which each wait for it
+_VALIDATION_BATCH = 1000
+_AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def train(config: TrainingConfig) -> dict[str, Any]:
+class Record(NamedTuple):
+    """What the training of one network leaves: the contents of summary.json and of metrics.npz."""
+
+    summary: dict[str, Any]
+    metrics: dict[str, NDArray[Any]]
+
+
+# --- the loop -------------------------------------------------------------------------------------------------
+
+
+def train(config: TrainingConfig, members: Sequence[TrainingConfig] = ()) -> list[Record]:
     """Runs one configuration to its end, or continues it (`config.resume`).
 
-    Returns:
-        What is in summary.json, in every process; `finished` is False after Ctrl-C or SIGTERM.
-    """
-    return _train(config)
-
-
-def train_ensemble(config: TrainingConfig, members: Sequence[TrainingConfig]) -> dict[str, Any]:
-    """Trains configurations that differ in seed, amplitude and folder only, as one network; see `Ensemble`.
-
-    Each member's folder holds what it would after a run of its own, but for the checkpoint: that of all is in the
-    folder of `config`, whose `resume` counts.
+    Args:
+        config: the options of the run.
+        members: configurations that differ in seed, amplitude and folder only, to be trained as one network, see
+            `Ensemble`. Each one's folder holds what it would after a run of its own, but for the checkpoint: that
+            of all is in the folder of `config`, whose `resume` counts.
 
     Returns:
-        The first member's summary, or `finished` False.
+        The record of each network; `finished` is False in its summary after Ctrl-C or SIGTERM. The eigenvalues are
+        known to the main process alone.
     """
-    return _train(config, members)
-
-
-def _train(config: TrainingConfig, members: Sequence[TrainingConfig] = ()) -> dict[str, Any]:
     with join_world(resolve_device(config.device)) as world:
-        folder = open_run(config) if world.is_main else RunFolder(config.out)
-        trainer = Trainer(config, _load_data(config, world), world, members)
-        if config.resume and folder.has_checkpoint():
-            trainer.load_state_dict(folder.read_checkpoint(world.device))
-        results = [RunFolder(member.out) for member in members] or [folder]
-        if world.is_main:
-            for member, result in zip(members, results, strict=False):
-                result.write_config(as_dict(member))
-        return _Loop(trainer, folder, results).run()
+        training = Training(config, _load_data(config, world), world, members)
+        if config.resume and (checkpoint := RunFolder(config.out).read_checkpoint(world.device)):
+            training.load_state_dict(checkpoint)
+        output = _Output(config, members, len(training.rows)) if world.is_main else None
+        _tell(world, training.description())
+        with GracefulStop() as stop, _progress_bar(training) as bar:
+            if training.step == 0:
+                _save(training, output)  # from here on --resume has something to continue
+            while training.step < training.num_steps and not training.diverged:
+                training.update()
+                training.measure()
+                at_checkpoint = training.step % config.checkpoint_every == 0
+                if at_checkpoint:
+                    training.diverged = not training.newest[..., 0].isfinite().any()  # not one network is left
+                    _save(training, output)
+                if bar.update() and len(training.rows):
+                    bar.set_postfix(training.newest_figures(), refresh=False)
+                # Several processes vote at checkpoints only, as a vote costs a synchronisation.
+                if (world.size == 1 or at_checkpoint) and world.any(stop.requested):
+                    _save(training, output)
+                    _tell(world, f"stopped after step {training.step}; --resume continues")
+                    return [Record({"finished": False}, metrics) for metrics in training.metrics()]
+        training.measure_last_row()
+        _save(training, output)
+        records = [Record(training.summary(metrics), metrics) for metrics in training.metrics()]
+        if output:
+            records = output.finish(records)
+        world.barrier()
+        return records
 
 
 def _load_data(config: TrainingConfig, world: World) -> Dataset:
@@ -70,201 +101,391 @@ def _load_data(config: TrainingConfig, world: World) -> Dataset:
     return data
 
 
-class _Loop:
-    def __init__(self, trainer: Trainer, folder: RunFolder, results: Sequence[RunFolder]) -> None:
-        self.trainer, self.folder, self.results = trainer, folder, results
-        self.config, self.world = trainer.config, trainer.world
-        self.validate_every = self.config.validate_every * trainer.batches.per_epoch
-        self.resumed_at = trainer.step
-        self.writer: Any = None
-        self.logged = len(trainer.rows)  # rows that TensorBoard has
-        if self.config.tensorboard and self.world.is_main:
-            self.writer = _summary_writer(self.folder, purge_step=self.logged)
+class _Output:
+    """The folders of a run, in the main process: one for the checkpoint, one for the results of each network."""
 
-    def run(self) -> dict[str, Any]:
-        trainer = self.trainer
-        self._announce()
-        if trainer.step == 0:
-            self._checkpoint()  # from here on --resume has something to continue
-        with GracefulStop() as stop, self._progress() as progress:
-            while trainer.step < trainer.num_steps and not trainer.diverged:
-                with self._timed("training"):
-                    trainer.update()
-                self._after_update()
-                if progress.update() and len(trainer.rows):
-                    self._tick(progress)
-                if self._must_stop(stop):
-                    self._checkpoint()
-                    self._say(f"stopped after step {trainer.step}; --resume continues")
-                    return {"finished": False, "steps": trainer.step}
-        trainer.measure_last()
-        self._checkpoint()
-        if self.world.is_main:
-            for result, arrays in zip(self.results, metric_arrays(trainer), strict=True):
-                result.write_summary(self._summary(arrays))
-        self.world.barrier()
-        return self.results[0].read_summary()
+    def __init__(self, config: TrainingConfig, members: Sequence[TrainingConfig], next_step: int) -> None:
+        self.folder = open_run(config)
+        self.results = [RunFolder(member.out) for member in members] or [self.folder]
+        for member, result in zip(members, self.results, strict=False):
+            result.write_config(member.as_dict())
+        self.events = EventLog(self.folder.path, next_step) if config.tensorboard else None
 
-    def _after_update(self) -> None:
-        trainer, row = self.trainer, self.trainer.step - 1
-        last = trainer.step == trainer.num_steps
-        if trainer.curvature and (row % self.config.eig_every == 0 or last):
-            with self._timed("eigenvalues"):
-                trainer.curvature.update(row)
-        if self.validate_every and (trainer.step % self.validate_every == 0 or last):
-            with self._timed("validation"):
-                trainer.validate()
-        if trainer.step % self.config.checkpoint_every == 0:
-            trainer.diverged = not trainer.newest[..., 0].isfinite().any()  # not one network is left
-            self._checkpoint()
+    def finish(self, records: Sequence[Record]) -> list[Record]:
+        """Writes the summaries; returns the records as a reader of the folders would get them."""
+        pairs = zip(self.results, records, strict=True)
+        return [Record(result.write_summary(record.summary), record.metrics) for result, record in pairs]
 
-    def _must_stop(self, stop: GracefulStop) -> bool:
-        """Several processes vote at checkpoints only, as a vote costs a synchronisation."""
-        if self.world.size > 1 and self.trainer.step % self.config.checkpoint_every:
-            return False
-        return self.world.any(stop.requested)
 
-    def _checkpoint(self) -> None:
-        self.world.average_buffers_(self.trainer.model)
-        if self.world.is_main:
-            self.folder.write_checkpoint(self.trainer.state_dict())
-            for result, arrays in zip(self.results, metric_arrays(self.trainer), strict=True):
-                result.write_metrics(arrays)
-                self._log(arrays, "" if result is self.folder else f"{result.path.name}/")
-            self.logged = len(self.trainer.rows)
+def _save(training: Training, output: _Output | None) -> None:
+    """Writes the checkpoint and the metrics so far; all processes take part."""
+    training.world.average_buffers_(training.model)
+    if output:
+        output.folder.write_checkpoint(training.state_dict())
+        curves: dict[str, tuple[NDArray[Any], NDArray[Any]]] = {}
+        for result, metrics in zip(output.results, training.metrics(), strict=True):
+            result.write_metrics(metrics)
+            curves |= _curves(metrics, "" if result is output.folder else f"{result.path.name}/")
+        if output.events:
+            output.events.log(curves, len(training.rows))
+
+
+def _curves(metrics: dict[str, NDArray[Any]], prefix: str) -> dict[str, tuple[NDArray[Any], NDArray[Any]]]:
+    """The steps and values of every curve that TensorBoard shows."""
+    curves = {name: (metrics["step"], metrics[name]) for name in ("weighted_loss", "loss", "accuracy")}
+    for name in ("validation_loss", "validation_accuracy"):
+        curves[name] = (metrics["validation_step"], metrics[name])
+    for index, values in enumerate(metrics["eigenvalues"].T, start=1):
+        curves[f"eigenvalue/{index}"] = (metrics["eig_step"], values)
+    return {prefix + name: curve for name, curve in curves.items()}
+
+
+def _progress_bar(training: Training) -> tqdm[Any]:
+    name, quiet = training.config.out.name, not training.world.is_main
+    steps = {"total": training.num_steps, "initial": training.step}
+    return tqdm(**steps, desc=name, unit="step", mininterval=_TICK, disable=quiet)
+
+
+def _tell(world: World, text: str) -> None:
+    if world.is_main:
+        tqdm.write(text, file=sys.stderr)
+
+
+# --- the step -------------------------------------------------------------------------------------------------
+
+
+class Training:
+    """One network in training, or several at once; all of its state can be saved, and restored to the bit.
+
+    Args:
+        config: the options of the run.
+        data: the images.
+        world: the processes of the run.
+        members: for an ensemble: a configuration each, which may differ from `config` in seed and amplitude.
+    """
+
+    STATE = ("step", "diverged", "model", "optimizer", "scaler", "curvature", "seconds", "rows", "validation_rows")
+
+    def __init__(
+        self, config: TrainingConfig, data: Dataset, world: World, members: Sequence[TrainingConfig] = ()
+    ) -> None:
+        configure_numerics(config)
+        self.config, self.world = config, world
+        self.shape = (len(members),) if members else ()  # of what is measured per network
+        self.num_networks = math.prod(self.shape)
+        train, test = data.train.to(world.device), data.test.to(world.device)
+        layout: dict[str, Any] = {"dtype": parameter_dtype(config), "channels_last": config.channels_last}
+        seed = [member.seed for member in members] if members else config.seed
+        self.batches = Batches(train, config.batch_size, seed=seed, augment=config.augment, **layout)
+        self.validation = Batches(test, min(_VALIDATION_BATCH, len(test)), shuffle=False, **layout)
+        self.num_steps = config.epochs * self.batches.per_epoch
+        self.num_shards = config.shards or world.size
+        self.shards = self._own_shards()
+        amplitude = torch.tensor([m.amplitude for m in members], dtype=torch.float64) if members else config.amplitude
+        stop_step = None if config.stop_epoch is None else config.stop_epoch * self.batches.per_epoch
+        self.oscillation = Oscillation(
+            config.classes, amplitude, config.period, waveform=config.waveform, stop_step=stop_step
+        )
+        self.learning_rate = learning_rate(config, self.batches.per_epoch)
+        model = Ensemble([build_model(member) for member in members]) if members else build_model(config)
+        self.model = self._place(model)
+        self.network: Callable[[Tensor], Tensor] = torch.compile(self.model) if config.compile else self.model
+        self.parameters = list(self.model.parameters())
+        self.optimizer = torch.optim.SGD(
+            self.parameters,
+            lr=config.lr,
+            momentum=config.momentum,
+            nesterov=config.nesterov,
+            weight_decay=config.weight_decay,
+        )
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.precision == "float16")
+        self.curvature = CurvatureTracker(config.num_eigenvalues, config.eig_tol, config.period)
+        self.hessian_batches = self._hessian_batches() if config.eig_every and world.is_main else []
+        self.step = 0
+        self.diverged = False
+        self.seconds = {"training": 0.0, "eigenvalues": 0.0, "validation": 0.0, "cpu": 0.0}  # wall time; all threads
+        self.rows = Table("metrics")
+        self.newest = self._no_metrics().fill_(torch.nan)
+        self.validation_rows = Table("step", "loss", "accuracy")
+
+    def _own_shards(self) -> range:
+        """This process's part of the batch's shards."""
+        size = self.world.size
+        if self.num_shards % size:
+            raise ValueError(f"--shards: expected a multiple of the number of processes, {size}, got {self.num_shards}")
+        own = self.num_shards // size
+        if self.config.sync_batchnorm and (own > 1 or self.world.device.type != "cuda"):
+            raise ValueError(
+                "--sync-batchnorm: expected CUDA and one shard per process with it, "
+                f"got {self.world.device.type} and {own} shards"
+            )
+        return range(self.world.rank * own, (self.world.rank + 1) * own)
+
+    def _place(self, model: nn.Module) -> nn.Module:
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d) and module.momentum is not None:
+                module.momentum /= len(self.shards)  # a step makes that many updates of the running statistics
+        if self.config.sync_batchnorm:
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+        memory_format = torch.channels_last if self.config.channels_last else torch.contiguous_format
+        return model.to(self.world.device).to(memory_format=memory_format)  # type: ignore[call-overload,no-any-return]
+
+    def _hessian_batches(self) -> list[Batch]:
+        """The images whose Hessian is followed, in parts; with BatchNorm all are one batch."""
+        split = self.batches.split.subset(self.config.classes, self.config.eig_images)
+        size = self.config.eig_batch or len(split)
+        parts = zip(torch.split(split.images, size), torch.split(split.labels, size), strict=True)
+        return [self.batches.normalise(images, labels) for images, labels in parts]
+
+    def update(self) -> None:
+        """One step of gradient descent on F at the current step's weights."""
+        with self._timed("training"):
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.learning_rate(self.step)
+            self.optimizer.zero_grad(set_to_none=True)
+            metrics = self._forward_backward()
+            gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+            self.world.sum_([*gradients, metrics])
+            if self.step > 0:
+                self._append(metrics)
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.step += 1
+
+    def _forward_backward(self) -> Tensor:
+        """Accumulates this process's part of the gradient; returns its part of (F, loss, accuracy)."""
+        total = self.batches.size(self.step)
+        metrics = self._no_metrics()
+        for shard in self.shards:
+            batch = self.batches.get(self.step, shard, self.num_shards)
+            if len(batch.labels):
+                weighted = self._forward(batch, self.network, total, metrics)
+                torch.autograd.backward(self.scaler.scale(weighted))
+        if self.parameters[0].grad is None:  # not one image for this process, but it takes part in the sum
+            for parameter in self.parameters:
+                parameter.grad = torch.zeros_like(parameter)
+        return metrics
+
+    def _forward(self, batch: Batch, network: Callable[[Tensor], Tensor], total: int, metrics: Tensor) -> Tensor:
+        """This batch's share of F = (1 / total) Σ Γ CE; adds those of (F, loss, accuracy) to `metrics`.
+
+        For an ensemble: the sum of the members' F, whose gradient is each member's own.
+        """
+        with self._autocast():
+            logits = network(batch.images)
+            share = dynamic_cross_entropy(logits, batch.labels, self.oscillation, self.step, reduction="sum")
+            weighted = share / total
+        with torch.no_grad():
+            plain = _loss_and_correct(logits.to(metrics.dtype), batch.labels)
+            metrics += torch.cat([weighted.to(metrics.dtype).unsqueeze(-1), plain / total], dim=-1)
+        return weighted.sum()
+
+    def _no_metrics(self) -> Tensor:
+        return torch.zeros(*self.shape, 3, dtype=parameter_dtype(self.config), device=self.world.device)
+
+    def _append(self, metrics: Tensor) -> None:
+        self.newest = metrics
+        self.rows.append(metrics=metrics)
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        dtype = _AUTOCAST.get(self.config.precision)
+        return torch.autocast(self.world.device.type, dtype) if dtype else contextlib.nullcontext()
+
+    # --- what is measured ---------------------------------------------------------------------------------------
+
+    def measure(self) -> None:
+        """What is due after an update."""
+        last, validate_every = self.step == self.num_steps, self.config.validate_every * self.batches.per_epoch
+        if self.hessian_batches and ((self.step - 1) % self.config.eig_every == 0 or last):
+            self.measure_eigenvalues()
+        if validate_every and (self.step % validate_every == 0 or last):
+            self.validate()
+
+    def measure_eigenvalues(self) -> None:
+        """Those of the Hessian of F with the weights of the next update; without autocast or TF32."""
+        with self._timed("eigenvalues"), full_precision():
+            hessian = hessian_of_batches(self.model, self.hessian_batches, self.oscillation, self.step)
+            self.curvature.update(self.step - 1, hessian)
+
+    @torch.no_grad()
+    def validate(self) -> None:
+        """Plain cross-entropy and accuracy on the test images."""
+        with self._timed("validation"):
+            self.world.average_buffers_(self.model)
+            self.model.eval()
+            sums = torch.zeros(*self.shape, 2, dtype=torch.float64, device=self.world.device)
+            for index in range(self.validation.per_epoch):
+                batch = self.validation.get(index, self.world.rank, self.world.size)
+                if len(batch.labels):
+                    with self._autocast():
+                        logits = self.network(batch.images)
+                    sums += _loss_and_correct(logits.to(torch.float64), batch.labels)
+            self.model.train()
+            self.world.sum_([sums])
+            loss, accuracy = (sums / len(self.validation.split)).unbind(-1)
+            self.validation_rows.append(step=self.step - 1, loss=loss, accuracy=accuracy)
+
+    @torch.no_grad()
+    def measure_last_row(self) -> None:
+        """The last row: the forward pass of an update that is not made; BatchNorm's statistics stay."""
+        if len(self.rows) >= self.step:
+            return
+        metrics = self._no_metrics()
+        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+
+        def network(images: Tensor) -> Tensor:
+            logits: Tensor = torch.func.functional_call(self.model, buffers, (images,))
+            return logits
+
+        for shard in self.shards:
+            batch = self.batches.get(self.step, shard, self.num_shards)
+            if len(batch.labels):
+                self._forward(batch, network, self.batches.size(self.step), metrics)
+        self.world.sum_([metrics])
+        self._append(metrics)
 
     @contextlib.contextmanager
     def _timed(self, what: str) -> Iterator[None]:
         """Adds wall and processor time.  CUDA's queue is drained around the rare measurements only, not every step."""
-        cuda = self.world.device.type == "cuda"
-        if cuda and what != "training":
+        drain = self.world.device.type == "cuda" and what != "training"
+        if drain:
             start_wait = time.perf_counter()
             torch.cuda.synchronize()
-            self.trainer.seconds["training"] += time.perf_counter() - start_wait
+            self.seconds["training"] += time.perf_counter() - start_wait
         start, cpu_start = time.perf_counter(), time.process_time()
         yield
-        if cuda and what != "training":
+        if drain:
             torch.cuda.synchronize()
-        self.trainer.seconds[what] += time.perf_counter() - start
-        self.trainer.seconds["cpu"] += time.process_time() - cpu_start
+        self.seconds[what] += time.perf_counter() - start
+        self.seconds["cpu"] += time.process_time() - cpu_start
 
-    # --- telling --------------------------------------------------------------------------------
+    # --- what is recorded ---------------------------------------------------------------------------------------
 
-    def _say(self, text: str) -> None:
-        if self.world.is_main:
-            tqdm.write(text, file=sys.stderr)
-
-    def _announce(self) -> None:
-        trainer, config, count = self.trainer, self.config, len(self.results)
-        self._say(
-            f"{config.model}: {num_parameters(trainer.model) // count:,} parameters; "
-            f"{len(trainer.batches.split):,} training and {len(trainer.validation.split):,} validation "
-            f"images of {config.classes} classes; {trainer.num_steps:,} steps of "
-            f"{trainer.batches.batch_size} images; "
-            f"A = {config.amplitude:g}, T = {config.period:g}; {self.world.size} x {self.world.device.type}"
+    def description(self) -> str:
+        """What is trained, on what, for how long."""
+        config, world, count = self.config, self.world, self.num_networks
+        return (
+            f"{config.model}: {num_parameters(self.model) // count:,} parameters; "
+            f"{len(self.batches.split):,} training and {len(self.validation.split):,} validation "
+            f"images of {config.classes} classes; {self.num_steps:,} steps of {self.batches.batch_size} images; "
+            f"A = {config.amplitude:g}, T = {config.period:g}; {world.size} x {world.device.type}"
             + (f"; {count} networks at once" if count > 1 else "")
-        )
-        if trainer.step:
-            self._say(f"continuing after step {trainer.step}")
-
-    def _progress(self) -> tqdm[Any]:
-        return tqdm(
-            total=self.trainer.num_steps,
-            initial=self.trainer.step,
-            desc=self.config.out.name,
-            unit="step",
-            mininterval=_TICK,
-            disable=not self.world.is_main,
+            + (f"; continuing after step {self.step}" if self.step else "")
         )
 
-    def _tick(self, progress: tqdm[Any]) -> None:
-        """Shows the newest figures."""
-        weighted, loss, accuracy = self.trainer.newest.reshape(-1, 3).mean(0).tolist()
-        shown = {"F": f"{weighted:.4f}", "loss": f"{loss:.4f}", "acc": f"{accuracy:.3f}"}
-        if self.trainer.curvature:
-            shown["λ"] = f"{self.trainer.curvature.latest():.2f}"
-        if len(self.trainer.validation_rows):
-            shown["val"] = f"{self.trainer.validation_rows.arrays()['accuracy'][-1].mean():.3f}"
-        images = (self.trainer.step - self.resumed_at) * self.trainer.batches.batch_size * len(self.results)
-        shown["images/s"] = f"{images / progress.format_dict['elapsed']:.0f}"
-        progress.set_postfix(shown, refresh=False)
+    def newest_figures(self) -> dict[str, str]:
+        """For the progress bar; waits for the device."""
+        weighted, loss, accuracy = self.newest.reshape(-1, 3).mean(0).tolist()
+        figures = {"F": f"{weighted:.4f}", "loss": f"{loss:.4f}", "acc": f"{accuracy:.3f}"}
+        if len(self.curvature.rows):
+            figures["λ"] = f"{self.curvature.latest:.2f}"
+        if len(self.validation_rows):
+            figures["val"] = f"{self.validation_rows.arrays()['accuracy'][-1].mean():.3f}"
+        figures["images/s"] = f"{self._images() / self.seconds['training']:.0f}"
+        return figures
 
-    def _log(self, arrays: dict[str, NDArray[Any]], prefix: str) -> None:
-        """Sends the rows since the last call to TensorBoard."""
-        if self.writer is None:
-            return
-        columns = {name: (arrays["step"], arrays[name]) for name in ("weighted_loss", "loss", "accuracy")}
-        for name in ("validation_loss", "validation_accuracy"):
-            columns[name] = (arrays["validation_step"], arrays[name])
-        for index in range(arrays["eigenvalues"].shape[1]):
-            columns[f"eigenvalue/{index + 1}"] = (arrays["eig_step"], arrays["eigenvalues"][:, index])
-        for name, (steps, values) in columns.items():
-            for step, value in zip(steps, values, strict=True):
-                if step >= self.logged:
-                    self.writer.add_scalar(prefix + name, value, int(step))
-        self.writer.flush()
+    def _images(self) -> int:
+        """Images that the networks have seen."""
+        return self.step * self.batches.batch_size * self.num_networks
 
-    def _summary(self, arrays: dict[str, NDArray[Any]]) -> dict[str, Any]:
+    def metrics(self) -> list[dict[str, NDArray[Any]]]:
+        """Of each network the columns of metrics.npz: those of every run folder, and the validation's."""
+        count, steps = self.num_networks, np.arange(len(self.rows))
+        rows = self.rows.arrays()["metrics"].astype(np.float64).reshape(len(steps), count, 3)
+        weights = self.oscillation.weights(torch.from_numpy(steps + 1)).numpy()
+        validation = self.validation_rows.arrays()
+        validation_step = validation["step"].astype(np.int64)
+        shared = {"step": steps, **self.curvature.arrays(), "validation_step": validation_step}
+        own: dict[str, NDArray[Any]] = {"weights": weights.reshape(len(steps), count, self.config.classes)}
+        own |= {name: rows[..., index] for index, name in enumerate(("weighted_loss", "loss", "accuracy"))}
+        for name in ("loss", "accuracy"):
+            own[f"validation_{name}"] = validation[name].reshape(len(validation["step"]), count)
+        return [shared | {name: column[:, member] for name, column in own.items()} for member in range(count)]
+
+    def summary(self, metrics: dict[str, NDArray[Any]]) -> dict[str, Any]:
         """Of one network; an ensemble's `seconds` are shared out, its `images_per_second` are those of all."""
-        trainer, count = self.trainer, len(self.results)
-        images = trainer.step * trainer.batches.batch_size * count
-        validation = arrays["validation_accuracy"]
+        validation, device = metrics["validation_accuracy"], self.world.device
+        on_cuda = device.type == "cuda"
         return {
             "finished": True,
-            "diverged": not np.isfinite(arrays["weighted_loss"][-1]),
-            "num_parameters": num_parameters(trainer.model) // count,
-            "num_training_images": len(trainer.batches.split),
-            "num_validation_images": len(trainer.validation.split),
-            "data_md5": trainer.batches.split.fingerprint(),
-            "steps": trainer.step,
-            "steps_per_epoch": trainer.batches.per_epoch,
-            "weighted_loss": arrays["weighted_loss"][-1],
-            "loss": arrays["loss"][-1],
-            "accuracy": arrays["accuracy"][-1],
+            "diverged": not np.isfinite(metrics["weighted_loss"][-1]),
+            "num_parameters": num_parameters(self.model) // self.num_networks,
+            "num_training_images": len(self.batches.split),
+            "num_validation_images": len(self.validation.split),
+            "data_md5": self.batches.split.fingerprint(),
+            "steps": self.step,
+            "steps_per_epoch": self.batches.per_epoch,
+            "weighted_loss": metrics["weighted_loss"][-1],
+            "loss": metrics["loss"][-1],
+            "accuracy": metrics["accuracy"][-1],
             "validation_accuracy": validation[-1] if len(validation) else None,
-            "largest_eigenvalue": arrays["eigenvalues"][:, 0].max() if len(arrays["eig_step"]) else None,
-            "stability_limit": stability_limit(trainer.optimizer),  # at the last learning rate
-            "seconds": {what: seconds / count for what, seconds in trainer.seconds.items()},
-            "networks_at_once": count,
-            "images_per_second": images / trainer.seconds["training"],
+            "largest_eigenvalue": metrics["eigenvalues"][:, 0].max() if len(metrics["eig_step"]) else None,
+            "stability_limit": stability_limit(self.optimizer),  # at the last learning rate
+            "seconds": {what: seconds / self.num_networks for what, seconds in self.seconds.items()},
+            "networks_at_once": self.num_networks,
+            "images_per_second": self._images() / self.seconds["training"],
             "processes": self.world.size,
-            "device": _device_name(self.world.device),
+            "device": torch.cuda.get_device_name(device) if on_cuda else f"cpu, {torch.get_num_threads()} threads",
             "torch": torch.__version__,
         }
 
+    def state_dict(self) -> dict[str, Any]:
+        """Everything the next step depends on.  The data order and the learning rate follow from the step."""
+        cuda = self.world.device.type == "cuda"
+        rng = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if cuda else None}
+        return state_of(self, self.STATE) | {"rng": rng}
 
-def metric_arrays(trainer: Trainer) -> list[dict[str, NDArray[Any]]]:
-    """Of each network the columns of metrics.npz: those of every run folder, and the validation's."""
-    count = math.prod(trainer.shape)
-    rows = trainer.rows.arrays()["metrics"].astype(np.float64).reshape(len(trainer.rows), count, 3)
-    step = np.arange(len(rows))
-    weights = trainer.oscillation.weights(torch.from_numpy(step + 1)).numpy()
-    curvature = trainer.curvature.rows.arrays() if trainer.curvature and len(trainer.curvature.rows) else None
-    k = trainer.config.num_eigenvalues
-    validation = trainer.validation_rows.arrays()
-    common = {
-        "step": step,
-        "eig_step": curvature["step"] if curvature else np.empty(0, np.int64),
-        "eigenvalues": curvature["eigenvalues"] if curvature else np.empty((0, k)),
-        "residuals": curvature["residuals"] if curvature else np.empty((0, k)),
-        "num_hvp": curvature["num_hvp"] if curvature else np.empty(0, np.int64),
-        "converged": curvature["converged"] if curvature else np.empty((0, k), bool),
-        "validation_step": validation["step"].astype(np.int64),
-    }
-    columns: dict[str, NDArray[Any]] = {"weights": weights.reshape(len(step), count, trainer.config.classes)}
-    columns |= {name: rows[..., index] for index, name in enumerate(("weighted_loss", "loss", "accuracy"))}
-    for name in ("loss", "accuracy"):
-        columns[f"validation_{name}"] = validation[name].reshape(len(validation["step"]), count)
-    return [common | {name: column[:, member] for name, column in columns.items()} for member in range(count)]
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        load_state(self, {name: state[name] for name in self.STATE})
+        torch.set_rng_state(state["rng"]["cpu"].cpu())
+        if state["rng"]["cuda"] is not None and self.world.device.type == "cuda":
+            torch.cuda.set_rng_state(state["rng"]["cuda"].cpu())
 
 
-def _summary_writer(folder: RunFolder, purge_step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ValueError("--tensorboard: the package tensorboard is not installed (pip install tensorboard)") from error
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step or None)
+def _loss_and_correct(logits: Tensor, labels: Tensor) -> Tensor:
+    """(Σ cross-entropy, number of right answers) over the images: (2,), or (E, 2) for logits (E, N, C)."""
+    labels = labels.expand(logits.shape[:-1])
+    loss = F.cross_entropy(logits.movedim(-1, 1), labels, reduction="none")
+    correct = (logits.argmax(-1) == labels).to(loss.dtype)
+    return torch.stack([loss.sum(-1), correct.sum(-1)], dim=-1)
 
 
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+# --- what the options stand for -------------------------------------------------------------------------------
+
+
+def configure_numerics(config: TrainingConfig) -> None:
+    """Sets torch's process-wide switches for reproducible or for fast kernels."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.precision == "tf32"
+    torch.backends.cudnn.deterministic = config.deterministic
+    torch.backends.cudnn.benchmark = not config.deterministic
+
+
+def parameter_dtype(config: TrainingConfig) -> torch.dtype:
+    """Parameters are float32 under mixed precision, too."""
+    return torch.float64 if config.precision == "float64" else torch.float32
+
+
+def build_model(config: TrainingConfig) -> nn.Module:
+    classes, seed = config.classes, config.seed
+    if config.model == "mlp":
+        model = mlp(IMAGE_BYTES, (config.width, config.width), classes, bias=config.bias, seed=seed)
+    elif config.model == "myrtle5":
+        model = myrtle5(classes, width=config.width, bias=config.bias, batchnorm=config.batchnorm, seed=seed)
+    else:
+        model = wide_resnet(classes, depth=config.depth, widen=config.widen, seed=seed)
+    return model.to(parameter_dtype(config))
+
+
+def learning_rate(config: TrainingConfig, steps_per_epoch: int) -> Callable[[int], float]:
+    """The rate as a pure function of the step: nothing to save, nothing to restore.
+
+    piecewise: straight lines from 0 to `lr` at the peak and on to `final_lr` at the end.
+    cosine: half a cosine from `lr` to 0 at the end (Loshchilov & Hutter, arXiv 1608.03983).
+    """
+    if config.schedule == "constant":
+        return lambda step: config.lr
+    if config.schedule == "piecewise":
+        epochs, rates = (0, config.peak_epoch, config.epochs), (0.0, config.lr, config.final_lr)
+        return lambda step: float(np.interp(step / steps_per_epoch, epochs, rates))
+    num_steps = config.epochs * steps_per_epoch
+    return lambda step: 0.5 * config.lr * (1.0 + math.cos(math.pi * min(step / num_steps, 1.0)))

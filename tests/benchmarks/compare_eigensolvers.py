@@ -38,8 +38,7 @@ from torch import Tensor, nn
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "python_examples")]
-from common.batches import Batches  # noqa: E402
-from common.cifar10 import load_cifar10, synthetic_cifar10  # noqa: E402
+from common.data import Batches, load_cifar10, synthetic_cifar10  # noqa: E402
 from common.models import myrtle5  # noqa: E402
 from common.spiral import load_initial_values  # noqa: E402
 from dynloss_ext import EigenTracker, HessianOperator, Oscillation, dynamic_cross_entropy, eigsh  # noqa: E402

@@ -6,40 +6,39 @@
 The plain loop is what one writes first: eager, float32, torch's own switches, `F.cross_entropy`; it gets our batches
 from the device, and records nothing.  Ours has the dynamical loss and records F, loss and accuracy of every step;
 "fast" adds bfloat16, channels_last, torch.compile and kernels that need not be reproducible.  An ensemble's images
-count once per member.  The ratio to the plain loop is taken within each round, and its median counts.
+count once per member.  The ratio to the plain loop is taken within each round, and its median counts.  The JSON file is
+replaced after every turn of a contender, so that an interrupted comparison leaves what it has measured.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import math
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from compare_losses import machine
+from machine import machine
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "python_examples"))
 
 import myrtle5_cifar10
 import wrn28_10_cifar10
-from common.batches import Batches
-from common.cifar10 import Dataset, Split
-from common.config import TrainingConfig, build_model, configure_numerics
+from common.config import TrainingConfig
+from common.data import Batches, Dataset, Split
 from common.distributed import World
-from common.trainer import Trainer
+from common.run import atomic_write
+from common.training import Training, build_model, configure_numerics
 
-FAST = {"precision": "bfloat16", "channels_last": True, "compile": True, "deterministic": False}
-NETWORKS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "myrtle5": (myrtle5_cifar10.PAPER, {"width": 16, "batch_size": 128}),
-    "wrn": (wrn28_10_cifar10.PAPER, {"depth": 10, "widen": 1, "batch_size": 128, "shards": 2}),
+NETWORKS: dict[str, tuple[TrainingConfig, TrainingConfig]] = {  # at the paper's size, and small
+    "myrtle5": (myrtle5_cifar10.PAPER, replace(myrtle5_cifar10.PAPER, width=16, batch_size=128)),
+    "wrn": (wrn28_10_cifar10.PAPER, replace(wrn28_10_cifar10.SMALL, batch_size=128)),
 }
 
 #: torch's own switches, before a training has set them.
@@ -53,7 +52,7 @@ DEFAULTS = (
 Step = Callable[[], None]
 
 
-@dataclasses.dataclass
+@dataclass
 class Contender:
     """One training; `step` makes an update, after `prepare` has set torch's process-wide switches."""
 
@@ -61,7 +60,7 @@ class Contender:
     prepare: Step
     images: int  # per step
     steps: int = 0  # per turn
-    rates: list[float] = dataclasses.field(default_factory=list)
+    rates: list[float] = field(default_factory=list)
 
 
 def plain_loop(config: TrainingConfig, data: Dataset, device: torch.device) -> Contender:
@@ -80,7 +79,7 @@ def plain_loop(config: TrainingConfig, data: Dataset, device: torch.device) -> C
         nonlocal number
         batch = batches.get(number)
         optimizer.zero_grad()
-        F.cross_entropy(model(batch.images), batch.labels).backward()
+        torch.autograd.backward(F.cross_entropy(model(batch.images), batch.labels))
         optimizer.step()
         number += 1
 
@@ -93,28 +92,28 @@ def set_defaults() -> None:
 
 
 def our_loop(config: TrainingConfig, data: Dataset, device: torch.device, members: int = 0) -> Contender:
-    runs = [dataclasses.replace(config, seed=seed) for seed in range(members)]
-    trainer = Trainer(config, data, World(device), runs)
-    return Contender(trainer.update, lambda: configure_numerics(config), max(1, members) * trainer.batches.batch_size)
+    runs = [replace(config, seed=seed) for seed in range(members)]
+    training = Training(config, data, World(device), runs)
+    return Contender(training.update, lambda: configure_numerics(config), max(1, members) * training.batches.batch_size)
 
 
 def contenders(network: str, options: argparse.Namespace, data: Dataset) -> dict[str, Contender]:
-    paper, small = NETWORKS[network]
-    values = paper | (small if options.small else {}) | {"synthetic": True, "epochs": 100_000}
-    config = TrainingConfig(**values)
+    config = replace(NETWORKS[network][options.small], epochs=100_000)
+    channels_last = replace(config, channels_last=True)
+    fast = replace(channels_last, precision="bfloat16", compile=True, deterministic=False)
     device = torch.device(options.device)
     built = {
         "plain": plain_loop(config, data, device),
         "ours": our_loop(config, data, device),
-        "ours, channels_last": our_loop(dataclasses.replace(config, channels_last=True), data, device),
+        "ours, channels_last": our_loop(channels_last, data, device),
     }
     if not options.no_fast:
-        built["ours, fast"] = our_loop(dataclasses.replace(config, **FAST), data, device)
+        built["ours, fast"] = our_loop(fast, data, device)
     if network == "myrtle5":
-        name, changes = f"ours, ensemble of {options.members}", {"channels_last": True}
-        built[name] = our_loop(dataclasses.replace(config, **changes), data, device, options.members)
+        name = f"ours, ensemble of {options.members}"
+        built[name] = our_loop(channels_last, data, device, options.members)
         if not options.no_fast:
-            built[f"{name}, fast"] = our_loop(dataclasses.replace(config, **FAST), data, device, options.members)
+            built[f"{name}, fast"] = our_loop(fast, data, device, options.members)
     return built
 
 
@@ -128,7 +127,7 @@ def seconds_for(contender: Contender, steps: int, device: str) -> float:
     return time.perf_counter() - start
 
 
-def measure(built: dict[str, Contender], options: argparse.Namespace) -> None:
+def measure(built: dict[str, Contender], options: argparse.Namespace, save: Step) -> None:
     """Rounds in which each takes its turn of about `options.seconds`, after it has been warmed up and compiled."""
     for contender in built.values():
         seconds_for(contender, 3, options.device)
@@ -138,17 +137,32 @@ def measure(built: dict[str, Contender], options: argparse.Namespace) -> None:
         for contender in built.values():
             images = contender.steps * contender.images
             contender.rates.append(images / seconds_for(contender, contender.steps, options.device))
+            save()
 
 
-def table(network: str, built: dict[str, Contender]) -> dict[str, dict[str, float]]:
-    plain = built["plain"].rates
-    rows = {}
+def figures(built: dict[str, Contender]) -> dict[str, dict[str, float]]:
+    """Of every contender that has had a turn; "to_plain" is of the rounds that both have finished."""
+    plain, rows = built["plain"].rates, {}
     for name, contender in built.items():
-        ratio = statistics.median(rate / other for rate, other in zip(contender.rates, plain, strict=True))
-        rates = contender.rates
-        rows[name] = {"median": statistics.median(rates), "best": max(rates), "worst": min(rates), "to_plain": ratio}
-        print(f"{network:10}{name:30}{rows[name]['median']:12.0f} images/s{ratio:8.2f} x plain", flush=True)
+        if rates := contender.rates:
+            ratio = statistics.median(rate / other for rate, other in zip(rates, plain, strict=False))
+            median = statistics.median(rates)
+            rows[name] = {"median": median, "best": max(rates), "worst": min(rates), "to_plain": ratio}
     return rows
+
+
+def write_report(options: argparse.Namespace, results: dict[str, dict[str, dict[str, float]]]) -> None:
+    if options.json is None:
+        return
+    device = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
+    report = {
+        "machine": {**machine(options.device), "device": device},
+        "sizes": "small" if options.small else "paper",
+        "images_per_second": results,
+    }
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(options.json) as file:
+        file.write(f"{json.dumps(report, indent=2)}\n".encode())
 
 
 def main() -> None:
@@ -167,21 +181,17 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (10_000, 3, 32, 32), generator=generator, dtype=torch.uint8)
     split = Split(images, torch.randint(10, (10_000,), generator=generator))
-    results = {}
+    results: dict[str, dict[str, dict[str, float]]] = {}
     for network in options.networks:
         built = contenders(network, options, Dataset(split, split))
-        measure(built, options)
-        results[network] = table(network, built)
-    if options.json:
-        device = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
-        sizes = "small" if options.small else "paper"
-        report = {
-            "machine": {**machine(options.threads), "device": device},
-            "sizes": sizes,
-            "images_per_second": results,
-        }
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
+
+        def save(network: str = network, built: dict[str, Contender] = built) -> None:
+            results[network] = figures(built)
+            write_report(options, results)
+
+        measure(built, options, save)
+        for name, row in results[network].items():
+            print(f"{network:10}{name:30}{row['median']:12.0f} images/s{row['to_plain']:8.2f} x plain", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,19 @@
-"""What every run is asked at its end: its instabilities, their periods, a summary, a figure."""
+"""What is said and drawn of a run at its end: its instabilities and their periods, tables, figures."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from common.run import Metrics
 from dynloss_ext import plot
 from dynloss_ext.instability import (
     Instability,
@@ -19,8 +22,6 @@ from dynloss_ext.instability import (
     detect_periods,
     instability_threshold,
 )
-
-Metrics = Mapping[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,13 @@ class Analysis:
             )
         return "\n".join(lines)
 
+    def comparison(self, limit: float) -> str:
+        """The measured threshold beside the theory's, in one line."""
+        measured = f"{self.threshold:.3f}" if math.isfinite(self.threshold) else "none measured"
+        if math.isfinite(self.branch_threshold):
+            measured += f" ({self.branch_threshold:.3f} over oscillating windows and both branches)"
+        return f"threshold {measured}, stability limit of the optimizer {limit:.3f}"
+
 
 def analyse(
     metrics: Metrics, rule: str = "loss", *, signal: NDArray[Any] | None = None, max_gap: int = 500
@@ -92,14 +100,8 @@ def cascade(segments: list[PeriodSegment]) -> str:
     return " → ".join(names) or "too short"
 
 
-def figure(metrics: Metrics, analysis: Analysis, limit: Any = None, title: str | None = None) -> Figure:
-    """The paper's figure of a run, with a zoom on its second instability."""
-    zoom = None
-    if analysis.oscillating:
-        window = analysis.oscillating[:2][-1]
-        margin = max(20, round(0.15 * (window.stop - window.start)))
-        last = int(metrics["step"][-1])
-        zoom = (max(0, window.start - margin), min(last, window.stop + margin))
+def trajectory(metrics: Metrics, analysis: Analysis, zoom: tuple[float, float] | None = None, **options: Any) -> Figure:
+    """The paper's figure of a run, with a zoom; `options` are those of `plot.trajectory`."""
     names = ("weights", "weighted_loss", "loss", "accuracy", "eig_step", "eigenvalues")
     recorded: dict[str, Any] = {name: metrics[name] for name in names}
     return plot.trajectory(
@@ -108,18 +110,9 @@ def figure(metrics: Metrics, analysis: Analysis, limit: Any = None, title: str |
         ntk=metrics.get("ntk"),
         instabilities=analysis.instabilities,
         threshold=analysis.branch_threshold,
-        limit=limit,
         zoom=zoom,
-        title=title,
+        **options,
     )
-
-
-def comparison(threshold: float, limit: float, branches: float = math.nan) -> str:
-    """The measured threshold beside the theory's, in one line; `branches` is `Analysis.branch_threshold`."""
-    measured = f"{threshold:.3f}" if math.isfinite(threshold) else "none measured"
-    if math.isfinite(branches):
-        measured += f" ({branches:.3f} over oscillating windows and both branches)"
-    return f"threshold {measured}, stability limit of the optimizer {limit:.3f}"
 
 
 def _branch_threshold(windows: list[Instability], lambda_step: NDArray[Any], lambda_max: NDArray[Any]) -> float:
@@ -137,3 +130,51 @@ def _branch_threshold(windows: list[Instability], lambda_step: NDArray[Any], lam
     means = (lambda_max[after] + lambda_max[np.maximum(after - 1, 0)]) / 2
     means = means[np.isfinite(means)]  # the last window of a run that diverged has no end
     return float(np.median(means)) if len(means) else math.nan
+
+
+def training_curves(
+    groups: Mapping[str, Sequence[Metrics]],
+    steps_per_epoch: int,
+    *,
+    stop_epoch: float | None = None,
+    title: str | None = None,
+) -> Figure:
+    """Accuracy (top) and plain cross-entropy (bottom): validation in full colour, training behind it.
+
+    Args:
+        groups: label -> runs that differ in their seed only; the line is their mean, the band one σ.
+        steps_per_epoch: of every run.
+        stop_epoch: where the oscillations end: a dotted line.
+        title: a line above everything.
+    """
+    with matplotlib.rc_context(plot.STYLE):
+        figure = Figure(figsize=(6.4, 5.0), layout="constrained")
+        axes = figure.subplots(2, 1, sharex=True)
+        for (label, runs), colour in zip(groups.items(), plot.EIGENVALUE_COLOURS, strict=False):
+            _curves(axes[0], "accuracy", label, runs, steps_per_epoch, colour)
+            _curves(axes[1], "loss", label, runs, steps_per_epoch, colour)
+        for axis, name in zip(axes, ("accuracy", "cross-entropy"), strict=True):
+            axis.set_ylabel(name)
+            if stop_epoch is not None:
+                axis.axvline(stop_epoch, color="0.3", ls=":", lw=0.9)
+        axes[1].set_yscale("log")
+        axes[1].set_xlabel("epoch")
+        axes[0].legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=len(groups))  # above the curves
+        if title:
+            figure.suptitle(title, fontsize=9)
+    return figure
+
+
+def _curves(axis: Axes, name: str, label: str, runs: Sequence[Metrics], steps_per_epoch: int, colour: str) -> None:
+    """One group: the validation curve with its band, and the training curve averaged over epochs."""
+    epoch = (runs[0]["validation_step"] + 1) / steps_per_epoch
+    values = np.stack([run[f"validation_{name}"] for run in runs])
+    mean, spread = values.mean(0), values.std(0)
+    axis.plot(epoch, mean, color=colour, lw=1.1, label=f"{label}, validation")
+    if len(runs) > 1:
+        axis.fill_between(epoch, mean - spread, mean + spread, color=colour, alpha=0.2, lw=0)
+    train = np.stack([run[name] for run in runs]).mean(0)
+    whole = len(train) // steps_per_epoch
+    if whole:
+        per_epoch = train[: whole * steps_per_epoch].reshape(whole, steps_per_epoch).mean(1)
+        axis.plot(np.arange(1, whole + 1), per_epoch, color=colour, lw=0.6, alpha=0.5, label=f"{label}, training")
