@@ -12,29 +12,6 @@ bool is_supported(at::ScalarType dtype) {
 
 bool is_label(at::ScalarType dtype) { return dtype == at::kLong || dtype == at::kInt || dtype == at::kByte; }
 
-}  // namespace
-
-c10::SymInt num_classes(const at::Tensor& logits, bool ensemble) {
-  if (ensemble) return logits.sym_size(2);
-  return logits.sym_size(logits.dim() == 1 ? 0 : 1);
-}
-
-c10::SymDimVector reduced_sizes(const at::Tensor& clock_or_weights) {
-  c10::SymDimVector sizes;
-  if (is_ensemble(clock_or_weights)) sizes.push_back(clock_or_weights.sym_size(0));
-  return sizes;
-}
-
-c10::SymDimVector sample_sizes(const at::Tensor& logits, const at::Tensor& target, bool ensemble) {
-  if (!ensemble) return c10::SymDimVector(target.sym_sizes());
-  return {logits.sym_size(0), logits.sym_size(1)};
-}
-
-at::ScalarType loss_dtype(const at::Tensor& logits, int64_t reduction) {
-  const at::ScalarType dtype = logits.scalar_type();
-  return reduction == reduction_none || dtype == at::kDouble ? dtype : at::kFloat;
-}
-
 void check_logits_and_target(const at::Tensor& logits, const at::Tensor& target, const c10::SymInt& members,
                              bool ensemble) {
   TORCH_CHECK_TYPE(is_supported(logits.scalar_type()),
@@ -99,16 +76,50 @@ void check_schedule(const ScheduleArguments& schedule, const c10::SymInt& classe
   }
 }
 
-void check_options(int64_t reduction, double label_smoothing) {
-  TORCH_CHECK_VALUE(reduction >= reduction_none && reduction <= reduction_sum,
-                    "reduction: expected 0 (none), 1 (mean) or 2 (sum), got ", reduction);
-  TORCH_CHECK_VALUE(label_smoothing >= 0 && label_smoothing <= 1,
-                    "label_smoothing: expected a number in [0, 1], got ", label_smoothing);
+void check_direction(const char* name, const at::Tensor& direction, const at::Tensor& logits) {
+  TORCH_CHECK_VALUE(direction.sym_sizes().equals(logits.sym_sizes()), name,
+                    ": expected the shape of logits, ", logits.sym_sizes(), ", got ", direction.sym_sizes());
+  TORCH_CHECK_TYPE(direction.scalar_type() == logits.scalar_type(), name, ": expected the dtype of logits, ",
+                   logits.scalar_type(), ", got ", direction.scalar_type());
+  TORCH_CHECK_VALUE(direction.device() == logits.device(), name, ": expected device ", logits.device(),
+                    ", got ", direction.device());
 }
 
-void check_derivative(const at::Tensor& grad_output, const at::Tensor& logits, const at::Tensor& target,
-                      const at::Tensor& weights, const at::Tensor& normalizer) {
-  const bool ensemble = is_ensemble(weights);
+}  // namespace
+
+c10::SymInt num_classes(const at::Tensor& logits, bool ensemble) {
+  return logits.sym_size(class_dim(logits.dim(), ensemble));
+}
+
+c10::SymDimVector reduced_sizes(const at::Tensor& clock_or_weights) {
+  c10::SymDimVector sizes;
+  if (is_ensemble(clock_or_weights)) sizes.push_back(clock_or_weights.sym_size(0));
+  return sizes;
+}
+
+c10::SymDimVector sample_sizes(const at::Tensor& logits, const at::Tensor& target, bool ensemble) {
+  if (!ensemble) return c10::SymDimVector(target.sym_sizes());
+  return {logits.sym_size(0), logits.sym_size(1)};
+}
+
+at::ScalarType loss_dtype(const at::Tensor& logits, int64_t reduction) {
+  const at::ScalarType dtype = logits.scalar_type();
+  return reduction == reduction_none || dtype == at::kDouble ? dtype : at::kFloat;
+}
+
+void check_forward(const ForwardArguments& x) {
+  TORCH_CHECK_VALUE(x.reduction >= reduction_none && x.reduction <= reduction_sum,
+                    "reduction: expected 0 (none), 1 (mean) or 2 (sum), got ", x.reduction);
+  TORCH_CHECK_VALUE(x.label_smoothing >= 0 && x.label_smoothing <= 1,
+                    "label_smoothing: expected a number in [0, 1], got ", x.label_smoothing);
+  const bool ensemble = x.ensemble();
+  check_logits_and_target(x.logits, x.target, ensemble ? x.clock.sym_size(0) : c10::SymInt(1), ensemble);
+  check_schedule(x.schedule(), num_classes(x.logits, ensemble), x.logits.device());
+}
+
+void check_derivative(const DerivativeArguments& x) {
+  const auto& [directions, grad_output, logits, target, weights, normalizer, ignore_index, smoothing] = x;
+  const bool ensemble = x.ensemble();
   const c10::SymInt members = ensemble ? weights.sym_size(0) : c10::SymInt(1);
   check_logits_and_target(logits, target, members, ensemble);
   const c10::SymInt classes = num_classes(logits, ensemble);
@@ -130,15 +141,16 @@ void check_derivative(const at::Tensor& grad_output, const at::Tensor& logits, c
                    grad_output.scalar_type());
   TORCH_CHECK_VALUE(grad_output.device() == logits.device(), "grad_output: expected device ", logits.device(),
                     ", got ", grad_output.device());
+  for (const at::Tensor& direction : directions)
+    check_direction(directions.size() == 2 && &direction == &directions[0] ? "u" : "v", direction, logits);
 }
 
-void check_direction(const char* name, const at::Tensor& direction, const at::Tensor& logits) {
-  TORCH_CHECK_VALUE(direction.sym_sizes().equals(logits.sym_sizes()), name,
-                    ": expected the shape of logits, ", logits.sym_sizes(), ", got ", direction.sym_sizes());
-  TORCH_CHECK_TYPE(direction.scalar_type() == logits.scalar_type(), name, ": expected the dtype of logits, ",
-                   logits.scalar_type(), ", got ", direction.scalar_type());
-  TORCH_CHECK_VALUE(direction.device() == logits.device(), name, ": expected device ", logits.device(),
-                    ", got ", direction.device());
+void check_weights_arguments(const at::Tensor& steps, const ScheduleArguments& schedule,
+                             const c10::SymInt& classes) {
+  TORCH_CHECK_VALUE(steps.dim() == 1 && steps.scalar_type() == at::kLong,
+                    "steps: expected int64 of shape (S,), got ", steps.scalar_type(), " of shape ",
+                    steps.sym_sizes());
+  check_schedule(schedule, classes, steps.device());
 }
 
 void check_labels(const at::Tensor& labels, int64_t classes, int64_t ignore_index) {

@@ -43,7 +43,8 @@ std::optional<Tensor> tensor_or_none(PyObject* object) {
 struct Arguments {
   bool plain = false;
   Tensor logits, target, clock;
-  int64_t step = 0, reduction = 0, ignore_index = 0;
+  c10::SymInt step = 0, ignore_index = 0;
+  int64_t reduction = 0;
   std::optional<Tensor> step_tensor, class_order, table;
   bool by_weights = false;
   double label_smoothing = 0;
@@ -52,6 +53,11 @@ struct Arguments {
     if (count != 8 || at::impl::torch_function_mode_enabled()) return;
     plain = read_tensors(args[0], args[1]) && read_oscillation(args[2]) && read_step(args[3]) &&
             read_options(args[4], args[5], args[6], args[7]);
+  }
+
+  ForwardArguments unpacked() const {
+    return {logits, target,    step,       step_tensor,  clock,          class_order,
+            table,  reduction, by_weights, ignore_index, label_smoothing};
   }
 
  private:
@@ -71,9 +77,9 @@ struct Arguments {
     clock = THPVariable_Unpack(PyTuple_GET_ITEM(placed, 0));
     class_order = tensor_or_none(PyTuple_GET_ITEM(placed, 1));
     table = tensor_or_none(PyTuple_GET_ITEM(placed, 2));
-    const int64_t class_dim = is_ensemble(clock) ? 2 : (logits.dim() > 1 ? 1 : 0);
+    const int64_t dim = class_dim(logits.dim(), is_ensemble(clock));
     const auto classes = plain_int(PyTuple_GET_ITEM(description, 0));
-    return logits.dim() > class_dim && classes && logits.sym_size(class_dim) == *classes;
+    return logits.dim() > dim && classes && logits.sym_size(dim) == *classes;
   }
 
   bool read_step(PyObject* object) {
@@ -84,7 +90,7 @@ struct Arguments {
     const auto value = plain_int(object);
     step = value.value_or(0);
     constexpr int64_t exact = int64_t(1) << 53;  // what float64 can hold
-    return value && -exact < step && step < exact;
+    return value && -exact < *value && *value < exact;
   }
 
   bool read_options(PyObject* reduction_object, PyObject* normalization, PyObject* ignore_object,
@@ -119,9 +125,7 @@ PyObject* cross_entropy(PyObject*, PyObject* const* args, Py_ssize_t count) {
   Tensor loss;
   {
     const pybind11::gil_scoped_release no_gil;
-    loss = std::get<0>(ops::cross_entropy(x.logits, x.target, x.step, x.step_tensor, x.clock, x.class_order,
-                                          x.table, x.reduction, x.by_weights, x.ignore_index,
-                                          x.label_smoothing));
+    loss = std::get<0>(ops::cross_entropy(x.unpacked()));
   }
   return THPVariable_Wrap(std::move(loss));
   END_HANDLE_TH_ERRORS
@@ -134,9 +138,7 @@ PyObject* cross_entropy_with_gradient(PyObject*, PyObject* const* args, Py_ssize
   Tensor loss, gradient;
   {
     const pybind11::gil_scoped_release no_gil;
-    auto results = ops::cross_entropy_with_gradient(x.logits, x.target, x.step, x.step_tensor, x.clock,
-                                                    x.class_order, x.table, x.reduction, x.by_weights,
-                                                    x.ignore_index, x.label_smoothing, /*finished=*/true);
+    auto results = ops::cross_entropy_with_gradient(x.unpacked(), /*finished=*/true);
     loss = std::get<0>(std::move(results));
     gradient = std::get<1>(std::move(results));
   }

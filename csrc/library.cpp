@@ -18,11 +18,9 @@
 //   reduction    0 none, 1 mean, 2 sum;   by_weights: a mean over Σ Γ_y instead of the number of samples
 #include <torch/library.h>
 
-#define DYNLOSS_LOGITS_TARGET "Tensor logits, Tensor target, "
-#define DYNLOSS_SCHEDULE \
-  "SymInt step, Tensor? step_tensor, Tensor clock, Tensor? class_order, Tensor? table, "
-#define DYNLOSS_OPTIONS "int reduction, bool by_weights, SymInt ignore_index, float label_smoothing"
-#define DYNLOSS_RESOLVED "Tensor weights, Tensor normalizer, SymInt ignore_index, float label_smoothing"
+#define DYNLOSS_AFTER_LOGITS                                                                       \
+  ", Tensor target, SymInt step, Tensor? step_tensor, Tensor clock, Tensor? class_order, Tensor? " \
+  "table, int reduction, bool by_weights, SymInt ignore_index, float label_smoothing"
 
 TORCH_LIBRARY(dynloss, library) {
   // Γ at every step of steps (S,) -> (S, [E,] C), float64.
@@ -36,27 +34,24 @@ TORCH_LIBRARY(dynloss, library) {
 
   // The loss: () or (E,) reduced, else of target's shape. Differentiable in logits; the other outputs are
   // constants.
-  library.def("cross_entropy(" DYNLOSS_LOGITS_TARGET DYNLOSS_SCHEDULE DYNLOSS_OPTIONS
+  library.def("cross_entropy(Tensor logits" DYNLOSS_AFTER_LOGITS
               ") -> (Tensor loss, Tensor weights, Tensor normalizer)");
 
   // The same and the gradient of the (summed) loss in one pass. Not differentiable.
-  library.def("cross_entropy_with_gradient(" DYNLOSS_LOGITS_TARGET DYNLOSS_SCHEDULE DYNLOSS_OPTIONS
+  library.def("cross_entropy_with_gradient(Tensor logits" DYNLOSS_AFTER_LOGITS
               ", bool finished) -> (Tensor loss, Tensor gradient, Tensor weights, Tensor normalizer)");
 
   // The same with the gradient written over the logits.
-  library.def("cross_entropy_into_logits(Tensor(a!) logits, Tensor target, " DYNLOSS_SCHEDULE DYNLOSS_OPTIONS
+  library.def("cross_entropy_into_logits(Tensor(a!) logits" DYNLOSS_AFTER_LOGITS
               ") -> (Tensor loss, Tensor weights, Tensor normalizer)");
 
   // gradient *= grad_output · normalizer[1] / normalizer[0], untouched where that is exactly 1.
   library.def("rescale_(Tensor(a!) gradient, Tensor grad_output, Tensor normalizer) -> ()");
 
-  // The derivatives of Σ grad_output · loss: gradient, Hessian·v and third derivative·u·v, each shaped like
-  // logits and differentiable in u, v, grad_output and (but for the last) logits.
-  library.def("cross_entropy_gradient(Tensor grad_output, " DYNLOSS_LOGITS_TARGET DYNLOSS_RESOLVED
-              ") -> Tensor");
-  library.def("cross_entropy_hessian(Tensor v, Tensor grad_output, " DYNLOSS_LOGITS_TARGET DYNLOSS_RESOLVED
-              ") -> Tensor");
+  // A derivative of Σ grad_output · loss in logits, shaped like them: the gradient; along one direction
+  // Hessian·v; along two third·u·v. Differentiable in the directions, grad_output and (but for the last)
+  // logits.
   library.def(
-      "cross_entropy_third(Tensor u, Tensor v, Tensor grad_output, " DYNLOSS_LOGITS_TARGET DYNLOSS_RESOLVED
-      ") -> Tensor");
+      "cross_entropy_derivative(Tensor? u, Tensor? v, Tensor grad_output, Tensor logits, Tensor target, "
+      "Tensor weights, Tensor normalizer, SymInt ignore_index, float label_smoothing) -> Tensor");
 }

@@ -11,6 +11,11 @@ from torch import Tensor
 _ops = torch.ops.dynloss
 
 
+def class_dim(logits_dim: int, ensemble: bool) -> int:
+    """Which dimension of logits holds the classes; as in csrc/arguments.h."""
+    return 2 if ensemble else int(logits_dim > 1)
+
+
 def _in_front(x: Tensor, dim: int | None, batch: int) -> Tensor:
     """x with the batch as first dimension, expanded if it has none."""
     return x.expand(batch, *x.shape) if dim is None else x.movedim(dim, 0)
@@ -25,7 +30,7 @@ class _Folding:
             del shape[logits_dim]
         self.batch, self.shape, self.ensemble = batch, shape, ensemble
         self.members = shape[0] if ensemble else 1
-        self.class_dim = 2 if ensemble else min(1, len(shape) - 1)
+        self.class_dim = class_dim(len(shape), ensemble)
         self.samples = [s for d, s in enumerate(shape) if d != self.class_dim][1 if ensemble else 0 :]
         self.lead = [self.members] if ensemble else []
 
@@ -103,36 +108,22 @@ def _forward_rule(op: Any) -> Any:
     return rule
 
 
-def _derivative_rule(op: Any, directions: int) -> Any:
-    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
-        along, (grad_output, logits, target, weights, normalizer, *options) = (
-            args[:directions],
-            args[directions:],
-        )
-        d_along, (d_grad, d_logits, d_target, d_weights, d_normalizer, *_) = (
-            in_dims[:directions],
-            in_dims[directions:],
-        )
-        fold = _Folding(info.batch_size, logits, d_logits, _rank(weights, d_weights) == 2)
-        result = op(
-            *(fold.logits(v, d) for v, d in zip(along, d_along, strict=True)),
-            fold.loss(grad_output, d_grad),
-            fold.logits(logits, d_logits),
-            fold.target(target, d_target),
-            fold.members_first(weights, d_weights, 1),
-            fold.members_first(normalizer, d_normalizer, 1),
-            *options,
-        )
-        return fold.unfold_logits(result), 0
-
-    return rule
+def _derivative_rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
+    u, v, grad_output, logits, target, weights, normalizer, *options = args
+    d_u, d_v, d_grad, d_logits, d_target, d_weights, d_normalizer, *_ = in_dims
+    fold = _Folding(info.batch_size, logits, d_logits, _rank(weights, d_weights) == 2)
+    result = _ops.cross_entropy_derivative(
+        *(None if x is None else fold.logits(x, d) for x, d in ((u, d_u), (v, d_v))),
+        fold.loss(grad_output, d_grad),
+        fold.logits(logits, d_logits),
+        fold.target(target, d_target),
+        fold.members_first(weights, d_weights, 1),
+        fold.members_first(normalizer, d_normalizer, 1),
+        *options,
+    )
+    return fold.unfold_logits(result), 0
 
 
 for _name in ("cross_entropy", "cross_entropy_with_gradient"):
     torch.library.register_vmap(f"dynloss::{_name}", _forward_rule(getattr(_ops, _name)))
-for _name, _directions in (
-    ("cross_entropy_gradient", 0),
-    ("cross_entropy_hessian", 1),
-    ("cross_entropy_third", 2),
-):
-    torch.library.register_vmap(f"dynloss::{_name}", _derivative_rule(getattr(_ops, _name), _directions))
+torch.library.register_vmap("dynloss::cross_entropy_derivative", _derivative_rule)

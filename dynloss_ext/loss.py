@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dynloss_ext import _C, _vmap  # noqa: F401  (_vmap registers the batching rules)
+from dynloss_ext import _C
+from dynloss_ext._vmap import class_dim
 from dynloss_ext.oscillation import Oscillation, check_step
 
 __all__ = ["DynamicCrossEntropyLoss", "dynamic_cross_entropy", "loss_and_gradient"]
@@ -52,10 +53,10 @@ def _arguments(
         raise TypeError(f"logits: expected a tensor, got {type(logits).__name__}")
     if not isinstance(target, Tensor):
         raise TypeError(f"target: expected a tensor, got {type(target).__name__}")
-    class_dim = 2 if oscillation.ensemble_size is not None else int(logits.dim() > 1)
-    if logits.dim() > class_dim and logits.shape[class_dim] != oscillation.num_classes:
+    dim = class_dim(logits.dim(), oscillation.ensemble_size is not None)
+    if logits.dim() > dim and logits.shape[dim] != oscillation.num_classes:
         raise ValueError(
-            f"logits: expected {oscillation.num_classes} classes, those of the oscillation, in dimension {class_dim}, "
+            f"logits: expected {oscillation.num_classes} classes, those of the oscillation, in dimension {dim}, "
             f"got shape {tuple(logits.shape)}"
         )
     clock, class_order, table = oscillation.on(logits.device)

@@ -201,7 +201,7 @@ def op_arguments(**changes):
     loss, weights, normalizer = torch.ops.dynloss.cross_entropy(
         X, Y, 3, None, *OSCILLATION.on(X.device), 1, False, -100, 0.0
     )
-    arguments = {"v": torch.randn(4, 3), "grad_output": loss, "logits": X, "target": Y}
+    arguments = {"u": torch.randn(4, 3), "v": torch.randn(4, 3), "grad_output": loss, "logits": X, "target": Y}
     arguments |= {"weights": weights, "normalizer": normalizer}
     return (*(arguments | changes).values(), -100, 0.0)
 
@@ -209,6 +209,7 @@ def op_arguments(**changes):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
+        ("u", torch.randn(3, 4)),
         ("v", torch.randn(3, 4)),
         ("v", torch.randn(4, 3).double()),
         ("grad_output", torch.ones(3)),
@@ -222,8 +223,13 @@ def op_arguments(**changes):
     ids=describe,
 )
 def test_derivative_ops_check_what_they_get(name, value):
-    torch.ops.dynloss.cross_entropy_hessian(*op_arguments())
+    torch.ops.dynloss.cross_entropy_derivative(*op_arguments())
     for device in ("cpu", "meta"):
         arguments = [a.to(device) if isinstance(a, torch.Tensor) else a for a in op_arguments(**{name: value})]
         with pytest.raises((TypeError, ValueError), match=f"{name}: expected"):
-            torch.ops.dynloss.cross_entropy_hessian(*arguments)
+            torch.ops.dynloss.cross_entropy_derivative(*arguments)
+
+
+def test_a_single_direction_is_v():
+    with pytest.raises(ValueError, match="v: expected a tensor where u is one, got None"):
+        torch.ops.dynloss.cross_entropy_derivative(*op_arguments(v=None))

@@ -27,6 +27,7 @@
 #include <tuple>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #include "arguments.h"
 #include "ops.h"
@@ -37,7 +38,6 @@ namespace {
 
 using at::Tensor;
 using c10::SymInt;
-using ops::OptionalTensor;
 using torch::autograd::Node;
 using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
@@ -99,17 +99,9 @@ struct ResolvedNode : public Node {
   };
   Values unpack() { return {logits_.unpack(), target_.unpack(), weights_, normalizer_}; }
 
-  Tensor gradient(const Values& x, const Tensor& grad_output) {
-    return ops::cross_entropy_gradient(grad_output, x.logits, x.target, x.weights, x.normalizer,
-                                       ignore_index_, label_smoothing_);
-  }
-  Tensor hessian(const Values& x, const Tensor& v, const Tensor& grad_output) {
-    return ops::cross_entropy_hessian(v, grad_output, x.logits, x.target, x.weights, x.normalizer,
-                                      ignore_index_, label_smoothing_);
-  }
-  Tensor third(const Values& x, const Tensor& u, const Tensor& v, const Tensor& grad_output) {
-    return ops::cross_entropy_third(u, v, grad_output, x.logits, x.target, x.weights, x.normalizer,
-                                    ignore_index_, label_smoothing_);
+  Tensor derivative(const Values& x, at::TensorList directions, const Tensor& grad_output) {
+    return ops::cross_entropy_derivative({directions, grad_output, x.logits, x.target, x.weights,
+                                          x.normalizer, ignore_index_, label_smoothing_});
   }
 
   void release_variables() override {
@@ -156,7 +148,7 @@ struct CrossEntropyBackward : public ResolvedNode {
     if (!grad_output.defined() || !task_should_compute_output(0)) return {Tensor()};
     std::lock_guard<std::mutex> lock(mutex_);
     const bool constant = !at::GradMode::is_enabled() && !tangent_of(grad_output).defined();
-    if (!has_gradient_ || !constant) return {gradient(unpack(), grad_output)};
+    if (!has_gradient_ || !constant) return {derivative(unpack(), {}, grad_output)};
 
     Tensor saved = gradient_.unpack();
     const Tensor normalizer = normalizer_;
@@ -190,30 +182,35 @@ void check_strided(const Tensor& logits) {
                     logits.layout());
 }
 
-std::tuple<Tensor, Tensor, Tensor> cross_entropy(DYNLOSS_FORWARD_PARAMETERS) {
-  check_strided(logits);
-  const bool requires_grad = torch::autograd::compute_requires_grad(logits);
-  const Tensor tangent = tangent_of(logits);
+ops::Loss cross_entropy(const ForwardArguments& x) {
+  check_strided(x.logits);
+  const bool requires_grad = torch::autograd::compute_requires_grad(x.logits);
+  const Tensor tangent = tangent_of(x.logits);
   Tensor loss, gradient, weights, normalizer;
   {
     at::AutoDispatchBelowADInplaceOrView guard;
-    if (requires_grad && computes_gradient(logits, reduction))
-      std::tie(loss, gradient, weights, normalizer) =
-          ops::cross_entropy_with_gradient(DYNLOSS_FORWARD_ARGUMENTS, /*finished=*/false);
+    if (requires_grad && computes_gradient(x.logits, x.reduction))
+      std::tie(loss, gradient, weights, normalizer) = ops::cross_entropy_with_gradient(x, /*finished=*/false);
     else
-      std::tie(loss, weights, normalizer) = ops::cross_entropy(DYNLOSS_FORWARD_ARGUMENTS);
+      std::tie(loss, weights, normalizer) = ops::cross_entropy(x);
   }
   if (requires_grad) {
     auto node = new_node<CrossEntropyBackward>();
-    node->set_next_edges(torch::autograd::collect_next_edges(logits));
-    node->save(logits, target, weights, normalizer, ignore_index, label_smoothing);
+    node->set_next_edges(torch::autograd::collect_next_edges(x.logits));
+    node->save(x.logits, x.target, weights, normalizer, x.ignore_index, x.label_smoothing);
     node->has_gradient_ = gradient.defined();
     if (gradient.defined()) node->gradient_ = SavedVariable(gradient, false);
     torch::autograd::set_history(loss, node);
   }
   if (tangent.defined()) {
-    const Tensor slope = ops::cross_entropy_gradient(at::ones_like(loss.detach()), primal_of(logits), target,
-                                                     weights, normalizer, ignore_index, label_smoothing);
+    const Tensor slope = ops::cross_entropy_derivative({{},
+                                                        at::ones_like(loss.detach()),
+                                                        primal_of(x.logits),
+                                                        x.target,
+                                                        weights,
+                                                        normalizer,
+                                                        x.ignore_index,
+                                                        x.label_smoothing});
     set_tangent(loss, inner_product(slope, tangent, loss, weights));
   }
   return {loss, weights, normalizer};
@@ -250,7 +247,8 @@ struct IntoLogitsBackward : public Node {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor> cross_entropy_into_logits(Tensor& logits, DYNLOSS_AFTER_LOGITS) {
+ops::Loss cross_entropy_into_logits(const ForwardArguments& x) {
+  const Tensor& logits = x.logits;
   check_strided(logits);
   const bool requires_grad = torch::autograd::compute_requires_grad(logits);
   TORCH_CHECK(!in_transform() && !tangent_of(logits).defined() && !at::isTensorSubclassLike(logits),
@@ -262,14 +260,12 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_into_logits(Tensor& logits, DYN
               "inplace_gradient: logits is a leaf that requires grad, or a view of one, and would be "
               "overwritten; expected the output of a model");
   at::assert_no_internal_overlap(logits);
-  TORCH_CHECK_VALUE(reduction != reduction_none,
+  TORCH_CHECK_VALUE(x.reduction != reduction_none,
                     "inplace_gradient: expected reduction 'mean' or 'sum', got 'none'");
   Tensor overwritten = logits.detach(), loss, weights, normalizer;
   {
     at::AutoDispatchBelowADInplaceOrView guard;
-    std::tie(loss, weights, normalizer) =
-        ops::cross_entropy_into_logits(overwritten, target, step, step_tensor, clock, class_order, table,
-                                       reduction, by_weights, ignore_index, label_smoothing);
+    std::tie(loss, weights, normalizer) = ops::cross_entropy_into_logits(overwritten, x);
   }
   // Whoever saved the logits for a backward of their own must hear of it.
   torch::autograd::impl::bump_version(logits);
@@ -283,201 +279,117 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_into_logits(Tensor& logits, DYN
   return {loss, weights, normalizer};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_with_gradient(DYNLOSS_FORWARD_PARAMETERS,
-                                                                       bool finished) {
-  check_strided(logits);
+ops::LossAndGradient cross_entropy_with_gradient(const ForwardArguments& x, bool finished) {
+  check_strided(x.logits);
   const bool differentiated =
-      tangent_of(logits).defined() || (in_transform() && torch::autograd::compute_requires_grad(logits));
+      tangent_of(x.logits).defined() || (in_transform() && torch::autograd::compute_requires_grad(x.logits));
   TORCH_CHECK(!differentiated,
               "loss_and_gradient: its results are constants to autograd, and cannot be differentiated by a "
               "torch.func "
               "transform or in forward mode; use dynamic_cross_entropy there");
   at::AutoDispatchBelowADInplaceOrView guard;
-  return ops::cross_entropy_with_gradient(DYNLOSS_FORWARD_ARGUMENTS, finished);
+  return ops::cross_entropy_with_gradient(x, finished);
 }
 
-// ---- gradient
-
-struct GradientBackward : public ResolvedNode {
-  std::string name() const override { return "DynamicCrossEntropyGradientBackward"; }
-
-  SavedVariable grad_output_;
-
-  variable_list apply(variable_list&& grads) override {
-    variable_list result(2);
-    const Tensor& u = grads[0];
-    if (!u.defined()) return result;
-    std::lock_guard<std::mutex> lock(mutex_);
-    const Values x = unpack();
-    const Tensor grad_output = grad_output_.unpack();
-    if (task_should_compute_output(0))
-      result[0] = inner_product(u, gradient(x, at::ones_like(grad_output)), grad_output, x.weights);
-    if (task_should_compute_output(1)) result[1] = hessian(x, u, grad_output);
-    return result;
-  }
-
-  void release_variables() override {
-    ResolvedNode::release_variables();
-    std::lock_guard<std::mutex> lock(mutex_);
-    grad_output_.reset_data();
-  }
-};
-
-Tensor cross_entropy_gradient(DYNLOSS_RESOLVED_PARAMETERS) {
-  Tensor result;
-  {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    result = ops::cross_entropy_gradient(DYNLOSS_RESOLVED_ARGUMENTS);
-  }
-  if (torch::autograd::compute_requires_grad(grad_output, logits)) {
-    auto node = new_node<GradientBackward>();
-    node->set_next_edges(torch::autograd::collect_next_edges(grad_output, logits));
-    node->save(logits, target, weights, normalizer, ignore_index, label_smoothing);
-    node->grad_output_ = SavedVariable(grad_output, false);
-    torch::autograd::set_history(result, node);
-  }
-  Tensor tangent;
-  if (const Tensor t = tangent_of(grad_output); t.defined())
-    accumulate(tangent, ops::cross_entropy_gradient(t, primal_of(logits), target, weights, normalizer,
-                                                    ignore_index, label_smoothing));
-  if (const Tensor t = tangent_of(logits); t.defined())
-    accumulate(tangent, ops::cross_entropy_hessian(t, primal_of(grad_output), primal_of(logits), target,
-                                                   weights, normalizer, ignore_index, label_smoothing));
-  if (tangent.defined()) set_tangent(result, tangent);
-  return result;
-}
-
-// ---- Hessian·v
-
-struct HessianBackward : public ResolvedNode {
-  std::string name() const override { return "DynamicCrossEntropyHessianBackward"; }
-
-  SavedVariable v_, grad_output_;
-
-  variable_list apply(variable_list&& grads) override {
-    variable_list result(3);
-    const Tensor& u = grads[0];
-    if (!u.defined()) return result;
-    std::lock_guard<std::mutex> lock(mutex_);
-    const Values x = unpack();
-    const Tensor v = v_.unpack(), grad_output = grad_output_.unpack();
-    if (task_should_compute_output(0)) result[0] = hessian(x, u, grad_output);
-    if (task_should_compute_output(1))
-      result[1] = inner_product(u, hessian(x, v, at::ones_like(grad_output)), grad_output, x.weights);
-    if (task_should_compute_output(2)) result[2] = third(x, u, v, grad_output);
-    return result;
-  }
-
-  void release_variables() override {
-    ResolvedNode::release_variables();
-    std::lock_guard<std::mutex> lock(mutex_);
-    v_.reset_data();
-    grad_output_.reset_data();
-  }
-};
-
-Tensor cross_entropy_hessian(const Tensor& v, DYNLOSS_RESOLVED_PARAMETERS) {
-  Tensor result;
-  {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    result = ops::cross_entropy_hessian(v, DYNLOSS_RESOLVED_ARGUMENTS);
-  }
-  if (torch::autograd::compute_requires_grad(v, grad_output, logits)) {
-    auto node = new_node<HessianBackward>();
-    node->set_next_edges(torch::autograd::collect_next_edges(v, grad_output, logits));
-    node->save(logits, target, weights, normalizer, ignore_index, label_smoothing);
-    node->v_ = SavedVariable(v, false);
-    node->grad_output_ = SavedVariable(grad_output, false);
-    torch::autograd::set_history(result, node);
-  }
-  const Tensor v0 = primal_of(v), grad0 = primal_of(grad_output), z0 = primal_of(logits);
-  Tensor tangent;
-  if (const Tensor t = tangent_of(v); t.defined())
-    accumulate(tangent, ops::cross_entropy_hessian(t, grad0, z0, target, weights, normalizer, ignore_index,
-                                                   label_smoothing));
-  if (const Tensor t = tangent_of(grad_output); t.defined())
-    accumulate(tangent, ops::cross_entropy_hessian(v0, t, z0, target, weights, normalizer, ignore_index,
-                                                   label_smoothing));
-  if (const Tensor t = tangent_of(logits); t.defined())
-    accumulate(tangent, ops::cross_entropy_third(t, v0, grad0, z0, target, weights, normalizer, ignore_index,
-                                                 label_smoothing));
-  if (tangent.defined()) set_tangent(result, tangent);
-  return result;
-}
-
-// ---- third·u·v, symmetric in u, v and what it is multiplied with
+// ---- the derivatives: of order 1 + the number of directions, symmetric in these and in what it is
+// multiplied with
 
 constexpr const char* no_fourth_derivative =
     "dynamic_cross_entropy: derivatives are implemented up to the third order in the logits; a fourth was "
     "asked for";
 
-struct ThirdBackward : public ResolvedNode {
-  std::string name() const override { return "DynamicCrossEntropyThirdBackward"; }
+// Along one direction more. It comes first.
+std::vector<Tensor> with_direction(const Tensor& first, const std::vector<Tensor>& directions) {
+  TORCH_CHECK_NOT_IMPLEMENTED(directions.size() < 2, no_fourth_derivative);
+  std::vector<Tensor> result = {first};
+  result.insert(result.end(), directions.begin(), directions.end());
+  return result;
+}
 
-  SavedVariable u_, v_, grad_output_;
+std::vector<Tensor> replaced(std::vector<Tensor> directions, size_t i, const Tensor& by) {
+  directions[i] = by;
+  return directions;
+}
+
+// Its inputs, in order: the directions, grad_output, logits.
+struct DerivativeBackward : public ResolvedNode {
+  std::string name() const override { return "DynamicCrossEntropyDerivativeBackward"; }
+
+  std::vector<SavedVariable> directions_;
+  SavedVariable grad_output_;
 
   variable_list apply(variable_list&& grads) override {
-    variable_list result(4);
+    const size_t count = directions_.size();
+    variable_list result(count + 2);
     const Tensor& w = grads[0];
     if (!w.defined()) return result;
-    TORCH_CHECK_NOT_IMPLEMENTED(!task_should_compute_output(3), no_fourth_derivative);
     std::lock_guard<std::mutex> lock(mutex_);
     const Values x = unpack();
-    const Tensor u = u_.unpack(), v = v_.unpack(), grad_output = grad_output_.unpack();
-    if (task_should_compute_output(0)) result[0] = third(x, w, v, grad_output);
-    if (task_should_compute_output(1)) result[1] = third(x, u, w, grad_output);
-    if (task_should_compute_output(2))
-      result[2] = inner_product(w, third(x, u, v, at::ones_like(grad_output)), grad_output, x.weights);
+    const Tensor grad_output = grad_output_.unpack();
+    std::vector<Tensor> directions;
+    for (const SavedVariable& saved : directions_) directions.push_back(saved.unpack());
+    for (size_t i = 0; i < count; ++i)
+      if (task_should_compute_output(i)) result[i] = derivative(x, replaced(directions, i, w), grad_output);
+    if (task_should_compute_output(count))
+      result[count] =
+          inner_product(w, derivative(x, directions, at::ones_like(grad_output)), grad_output, x.weights);
+    if (task_should_compute_output(count + 1))
+      result[count + 1] = derivative(x, with_direction(w, directions), grad_output);
     return result;
   }
 
   void release_variables() override {
     ResolvedNode::release_variables();
     std::lock_guard<std::mutex> lock(mutex_);
-    for (SavedVariable* saved : {&u_, &v_, &grad_output_}) saved->reset_data();
+    for (SavedVariable& saved : directions_) saved.reset_data();
+    grad_output_.reset_data();
   }
 };
 
-Tensor cross_entropy_third(const Tensor& u, const Tensor& v, DYNLOSS_RESOLVED_PARAMETERS) {
-  TORCH_CHECK_NOT_IMPLEMENTED(!tangent_of(logits).defined(), no_fourth_derivative);
+// By the same rules as in the backward pass, each input's tangent in its place.
+Tensor derivative_tangent(const DerivativeArguments& x) {
+  std::vector<Tensor> directions;
+  for (const Tensor& direction : x.directions) directions.push_back(primal_of(direction));
+  const Tensor grad_output = primal_of(x.grad_output), logits = primal_of(x.logits);
+  Tensor sum;
+  const auto add = [&](at::TensorList along, const Tensor& scale) {
+    accumulate(sum, ops::cross_entropy_derivative({along, scale, logits, x.target, x.weights, x.normalizer,
+                                                   x.ignore_index, x.label_smoothing}));
+  };
+  for (size_t i = 0; i < directions.size(); ++i)
+    if (const Tensor t = tangent_of(x.directions[i]); t.defined())
+      add(replaced(directions, i, t), grad_output);
+  if (const Tensor t = tangent_of(x.grad_output); t.defined()) add(directions, t);
+  if (const Tensor t = tangent_of(x.logits); t.defined()) add(with_direction(t, directions), grad_output);
+  return sum;
+}
+
+Tensor cross_entropy_derivative(const DerivativeArguments& x) {
   Tensor result;
   {
     at::AutoDispatchBelowADInplaceOrView guard;
-    result = ops::cross_entropy_third(u, v, DYNLOSS_RESOLVED_ARGUMENTS);
+    result = ops::cross_entropy_derivative(x);
   }
-  if (torch::autograd::compute_requires_grad(u, v, grad_output, logits)) {
-    auto node = new_node<ThirdBackward>();
-    node->set_next_edges(torch::autograd::collect_next_edges(u, v, grad_output, logits));
-    node->save(logits, target, weights, normalizer, ignore_index, label_smoothing);
-    node->u_ = SavedVariable(u, false);
-    node->v_ = SavedVariable(v, false);
-    node->grad_output_ = SavedVariable(grad_output, false);
+  if (torch::autograd::compute_requires_grad(x.directions, x.grad_output, x.logits)) {
+    auto node = new_node<DerivativeBackward>();
+    node->set_next_edges(torch::autograd::collect_next_edges(x.directions, x.grad_output, x.logits));
+    node->save(x.logits, x.target, x.weights, x.normalizer, x.ignore_index, x.label_smoothing);
+    for (const Tensor& direction : x.directions) node->directions_.emplace_back(direction, false);
+    node->grad_output_ = SavedVariable(x.grad_output, false);
     torch::autograd::set_history(result, node);
   }
-  const Tensor u0 = primal_of(u), v0 = primal_of(v), grad0 = primal_of(grad_output);
-  Tensor tangent;
-  if (const Tensor t = tangent_of(u); t.defined())
-    accumulate(tangent, ops::cross_entropy_third(t, v0, grad0, logits, target, weights, normalizer,
-                                                 ignore_index, label_smoothing));
-  if (const Tensor t = tangent_of(v); t.defined())
-    accumulate(tangent, ops::cross_entropy_third(u0, t, grad0, logits, target, weights, normalizer,
-                                                 ignore_index, label_smoothing));
-  if (const Tensor t = tangent_of(grad_output); t.defined())
-    accumulate(tangent, ops::cross_entropy_third(u0, v0, t, logits, target, weights, normalizer, ignore_index,
-                                                 label_smoothing));
-  if (tangent.defined()) set_tangent(result, tangent);
+  if (const Tensor tangent = derivative_tangent(x); tangent.defined()) set_tangent(result, tangent);
   return result;
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(dynloss, Autograd, library) {
-  library.impl("cross_entropy", &cross_entropy);
-  library.impl("cross_entropy_with_gradient", &cross_entropy_with_gradient);
-  library.impl("cross_entropy_into_logits", &cross_entropy_into_logits);
-  library.impl("cross_entropy_gradient", &cross_entropy_gradient);
-  library.impl("cross_entropy_hessian", &cross_entropy_hessian);
-  library.impl("cross_entropy_third", &cross_entropy_third);
+  library.impl("cross_entropy", &forward_kernel<&cross_entropy>);
+  library.impl("cross_entropy_with_gradient",
+               &forward_kernel<&cross_entropy_with_gradient, const Tensor&, bool>);
+  library.impl("cross_entropy_into_logits", &forward_kernel<&cross_entropy_into_logits, Tensor&>);
+  library.impl("cross_entropy_derivative", &derivative_kernel<&cross_entropy_derivative>);
   library.impl("oscillation_weights", torch::autograd::autogradNotImplementedFallback());
   library.impl("rescale_", torch::autograd::autogradNotImplementedFallback());
   library.impl("place", torch::autograd::autogradNotImplementedFallback());

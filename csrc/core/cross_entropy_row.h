@@ -15,6 +15,12 @@
 
 namespace dynloss {
 
+// The loss of a row from log Σ exp(z - max) and linear = Σ q_c (z_c - max).
+template <typename T>
+DYNLOSS_HOST_DEVICE DYNLOSS_ALWAYS_INLINE T row_loss(T total, T log_sum, T linear) {
+  return total * log_sum - linear;
+}
+
 // q of one row, without storing C numbers: q_c = on_label·[c = y] + spread·Γ_c.
 template <typename T>
 struct TargetWeights {
@@ -33,7 +39,7 @@ struct TargetWeights {
       : on_label(on_label), spread(spread), total(total) {}
 
   // Of a row with sum = Σ exp(z - max) and linear = Σ q_c (z_c - max).
-  DYNLOSS_HOST_DEVICE T loss(T sum, T linear) const { return total * std::log(sum) - linear; }
+  DYNLOSS_HOST_DEVICE T loss(T sum, T linear) const { return row_loss(total, std::log(sum), linear); }
 };
 
 // What the rows of a block share, so that one row costs no float64 arithmetic.
@@ -46,10 +52,31 @@ struct SharedTargetWeights {
   DYNLOSS_HOST_DEVICE SharedTargetWeights(double gamma_sum, double smoothing, int64_t num_classes)
       : keep(static_cast<T>(1.0 - smoothing)),
         spread(static_cast<T>(smoothing / static_cast<double>(num_classes))),
-        common(static_cast<T>(smoothing / static_cast<double>(num_classes) * gamma_sum)) {}
+        common(static_cast<T>(gamma_sum) * spread) {}
 
   DYNLOSS_HOST_DEVICE TargetWeights<T> at(T gamma_label) const {
     return {keep * gamma_label, spread, keep * gamma_label + common};
+  }
+};
+
+// scale · (Q p - q), given e = exp(z - max) and its sum: element by element of_softmax(e), less
+// of_smoothing(Γ_c) where labels are smoothed, less scale·(1 - ε) Γ_y at the label. Of one row in numbers, or
+// of several in vectors of lanes; elements may be vectors where the rest is numbers.
+template <typename T>
+struct RowGradient {
+  T factor;  // scale·Q / Σ e
+  T spread;  // scale·ε / C
+
+  DYNLOSS_HOST_DEVICE DYNLOSS_ALWAYS_INLINE_MEMBER RowGradient(T scale, T total, T target_spread, T sum)
+      : factor(scale * total / sum), spread(scale * target_spread) {}
+
+  template <typename E>
+  DYNLOSS_HOST_DEVICE DYNLOSS_ALWAYS_INLINE_MEMBER E of_softmax(E e) const {
+    return e * factor;
+  }
+  template <typename G>
+  DYNLOSS_HOST_DEVICE DYNLOSS_ALWAYS_INLINE_MEMBER auto of_smoothing(G gamma) const {
+    return spread * gamma;
   }
 };
 
@@ -89,5 +116,26 @@ template <typename T>
 DYNLOSS_HOST_DEVICE DYNLOSS_ALWAYS_INLINE T third_factor(T u, T v, T pu, T pv, T puv) {
   return u * v - puv - pv * (u - pu) - pu * (v - pv);
 }
+
+// Σ p v, Σ p u and Σ p u v, over a part of a row before they are divided by the sum of e.
+template <typename T>
+struct InnerProducts {
+  T sums[3] = {};
+
+  DYNLOSS_HOST_DEVICE DYNLOSS_ALWAYS_INLINE_MEMBER void add(T e, T v) { sums[0] += e * v; }
+  DYNLOSS_HOST_DEVICE DYNLOSS_ALWAYS_INLINE_MEMBER void add(T e, T u, T v) {
+    const T weighted = e * v;
+    sums[0] += weighted;
+    sums[1] += e * u;
+    sums[2] += weighted * u;
+  }
+  DYNLOSS_HOST_DEVICE DYNLOSS_ALWAYS_INLINE_MEMBER void divide(T sum) {
+    for (T& x : sums) x /= sum;
+  }
+  DYNLOSS_HOST_DEVICE DYNLOSS_ALWAYS_INLINE_MEMBER T factor(T v) const { return hessian_factor(v, sums[0]); }
+  DYNLOSS_HOST_DEVICE DYNLOSS_ALWAYS_INLINE_MEMBER T factor(T u, T v) const {
+    return third_factor(u, v, sums[1], sums[0], sums[2]);
+  }
+};
 
 }  // namespace dynloss

@@ -14,6 +14,7 @@
 #define DYNLOSS_HOST_DEVICE
 #endif
 #define DYNLOSS_ALWAYS_INLINE inline __attribute__((always_inline))
+#define DYNLOSS_ALWAYS_INLINE_MEMBER __attribute__((always_inline))
 
 namespace dynloss {
 

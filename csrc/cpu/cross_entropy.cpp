@@ -1,14 +1,10 @@
 // The cross-entropy ops on CPU: targets are checked and counted, Γ(step) is evaluated, and the rows are
 // shared out over threads in chunks that depend on the shape alone, so that the result has the same bits for
 // every number of threads.
-#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <c10/util/SmallVector.h>
 #include <torch/library.h>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 #include <algorithm>
 #include <limits>
@@ -16,9 +12,11 @@
 #include <vector>
 
 #include "arguments.h"
-#include "core/oscillation.h"
 #include "cpu/instruction_set.h"
-#include "cpu/kernel.h"
+#include "cpu/operands.h"
+#include "cpu/oscillation.h"
+#include "layout.h"
+#include "ops.h"
 
 #ifndef INTRA_OP_PARALLEL
 #error "at::parallel_for would be a loop: compile with -fopenmp, as torch was"
@@ -28,199 +26,8 @@ namespace dynloss::cpu {
 
 namespace {
 
-using Optional = std::optional<at::Tensor>;
-
 constexpr int64_t elements_per_chunk = 8192;
 constexpr int64_t elements_worth_a_thread = 32768;
-
-// Without the detour through the dispatcher, which takes as long as a small loss.
-at::Tensor new_tensor(at::IntArrayRef sizes, at::ScalarType dtype) {
-  return at::detail::empty_cpu(sizes, dtype);
-}
-
-// ---- Γ(step)
-
-const int64_t* order_data(const Optional& class_order) {
-  return class_order ? class_order->const_data_ptr<int64_t>() : nullptr;
-}
-
-void check_class_order(const Optional& class_order, int64_t classes) {
-  if (!class_order) return;
-  const int64_t* order = order_data(class_order);
-  for (int64_t i = 0; i < classes; ++i)
-    TORCH_CHECK_INDEX(order[i] >= 0 && order[i] < classes, "class_order: class ", order[i], " at position ",
-                      i, " is out of range for ", classes, " classes");
-}
-
-Schedule member_schedule(const at::Tensor& clock, const Optional& class_order, const Optional& table,
-                         int64_t member, int64_t classes) {
-  const auto* clocks = reinterpret_cast<const Clock*>(clock.const_data_ptr<double>());
-  const int64_t rows = table ? table->size(-2) : 0;
-  const double* first = table ? table->const_data_ptr<double>() + member * rows * classes : nullptr;
-  return {clocks + member, order_data(class_order), first, rows, classes};
-}
-
-void write_weights(const Schedule& schedule, int64_t step, double* out) {
-  const ClassWeights weights = weights_at(schedule, step);
-  for (int64_t c = 0; c < schedule.num_classes; ++c) out[c] = weights[c];
-}
-
-at::Tensor oscillation_weights(const at::Tensor& steps, const at::Tensor& clock, const Optional& class_order,
-                               const Optional& table, int64_t classes) {
-  TORCH_CHECK_VALUE(steps.dim() == 1 && steps.scalar_type() == at::kLong,
-                    "steps: expected int64 of shape (S,), got ", steps.scalar_type(), " of shape ",
-                    steps.sizes());
-  check_schedule({clock, std::nullopt, class_order, table}, classes, steps.device());
-  check_class_order(class_order, classes);
-  const int64_t members = is_ensemble(clock) ? clock.size(0) : 1;
-  std::vector<int64_t> sizes = {steps.size(0)};
-  if (is_ensemble(clock)) sizes.push_back(members);
-  sizes.push_back(classes);
-  const at::Tensor weights = new_tensor(sizes, at::kDouble);
-  const at::Tensor clocks = clock.contiguous(), step_list = steps.contiguous();
-  const Optional tables = table ? Optional(table->contiguous()) : table;
-  const Optional order = class_order ? Optional(class_order->contiguous()) : class_order;
-  double* out = weights.mutable_data_ptr<double>();
-  for (int64_t s = 0; s < steps.size(0); ++s)
-    for (int64_t e = 0; e < members; ++e, out += classes)
-      write_weights(member_schedule(clocks, order, tables, e, classes),
-                    step_list.const_data_ptr<int64_t>()[s], out);
-  return weights;
-}
-
-// ---- tensors as blocks of rows
-
-// How logits lie in memory: `planes` where the rows of a block are neighbours, else each row is contiguous.
-struct Layout {
-  bool planes;
-  int64_t blocks;
-  int64_t rows;
-  int64_t classes;
-};
-
-// The stride that walks dimensions [first, dim) of x, without the class dimension, as one; none if there is
-// none, `single` where there is but one step.
-std::optional<int64_t> joint_stride(const at::Tensor& x, int64_t first, int64_t class_dim, int64_t single) {
-  std::optional<int64_t> stride;
-  int64_t expected = 0;
-  for (int64_t d = x.dim() - 1; d >= first; --d) {
-    if (d == class_dim || x.size(d) == 1) continue;
-    if (!stride)
-      stride = x.stride(d);
-    else if (x.stride(d) != expected)
-      return std::nullopt;
-    expected = x.stride(d) * x.size(d);
-  }
-  return stride ? stride : single;
-}
-
-std::optional<Operand> as_rows(const at::Tensor& x, bool ensemble) {
-  if (x.numel() == 0) return Operand{x.data_ptr(), 0, 0, 1};  // contiguous() keeps its strides
-  const int64_t class_dim = ensemble ? 2 : (x.dim() == 1 ? 0 : 1);
-  if (x.stride(class_dim) != 1 && x.size(class_dim) != 1) return std::nullopt;
-  const auto row_stride = joint_stride(x, ensemble ? 1 : 0, class_dim, x.size(class_dim));
-  if (!row_stride) return std::nullopt;
-  return Operand{x.data_ptr(), ensemble ? x.stride(0) : 0, *row_stride, 1};
-}
-
-std::optional<Operand> as_planes(const at::Tensor& x, bool ensemble) {
-  if (ensemble || x.dim() < 2 || x.size(1) > max_plane_classes) return std::nullopt;
-  if (x.dim() == 2) {
-    if (x.stride(0) != 1) return std::nullopt;
-    return Operand{x.data_ptr(), 0, 1, x.stride(1)};
-  }
-  if (joint_stride(x, 2, 1, 1) != 1) return std::nullopt;
-  return Operand{x.data_ptr(), x.stride(0), 1, x.stride(1)};
-}
-
-Layout layout_of(const at::Tensor& logits, bool ensemble, bool planes) {
-  const int64_t classes = logits.size(ensemble ? 2 : (logits.dim() == 1 ? 0 : 1));
-  const int64_t samples = logits.numel() / std::max<int64_t>(classes, 1);
-  int64_t blocks = 1;
-  if (ensemble)
-    blocks = logits.size(0);
-  else if (planes && logits.dim() > 2)
-    blocks = logits.size(0);
-  return {planes, blocks, blocks == 0 ? 0 : samples / blocks, classes};
-}
-
-// A fresh tensor of many megabytes spends more time in page faults than in arithmetic; large pages make them
-// rare.
-void advise_huge_pages(const at::Tensor& fresh) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t page = uintptr_t(1) << 21;
-  const auto begin = (reinterpret_cast<uintptr_t>(fresh.data_ptr()) + page - 1) & ~(page - 1);
-  const auto end = (reinterpret_cast<uintptr_t>(fresh.data_ptr()) + fresh.nbytes()) & ~(page - 1);
-  if (end > begin + page) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-}
-
-// Shaped like the logits, and with their strides where these leave no gaps.
-at::Tensor new_gradient(const at::Tensor& logits) {
-  at::Tensor gradient =
-      logits.is_non_overlapping_and_dense()
-          ? at::Tensor(at::detail::empty_strided_cpu(logits.sizes(), logits.strides(), logits.scalar_type()))
-          : new_tensor(logits.sizes(), logits.scalar_type());
-  advise_huge_pages(gradient);
-  return gradient;
-}
-
-// The operands of one call in a common layout, that of the logits. Those that do not fit are copied; a result
-// that does not is written to a copy, which finish() copies back.
-class Operands {
- public:
-  Operands(const at::Tensor& logits, bool ensemble) : ensemble_(ensemble) {
-    planes_ = !as_rows(logits, ensemble) && as_planes(logits, ensemble);
-    this->logits = input(logits);
-    layout = layout_of(logits, ensemble, planes_);
-  }
-
-  Operand input(const at::Tensor& x) {
-    if (const auto operand = view(x)) return *operand;
-    copies_.push_back(rearranged(x));
-    return *view(copies_.back());
-  }
-
-  Operand output(const at::Tensor& out) {
-    if (const auto operand = view(out)) return *operand;
-    destination_ = out;
-    return input(out);
-  }
-
-  void finish() {
-    if (destination_.defined()) destination_.copy_(copies_.back());
-  }
-
-  Operand logits;
-  Layout layout;
-
- private:
-  std::optional<Operand> view(const at::Tensor& x) const {
-    return planes_ ? as_planes(x, ensemble_) : as_rows(x, ensemble_);
-  }
-
-  at::Tensor rearranged(const at::Tensor& x) const {
-    if (planes_) return x.dim() == 2 ? x.t().contiguous().t() : x.contiguous();
-    return ensemble_ || x.dim() <= 2 ? x.contiguous() : x.movedim(1, -1).contiguous().movedim(-1, 1);
-  }
-
-  bool ensemble_, planes_;
-  std::vector<at::Tensor> copies_;
-  at::Tensor destination_;
-};
-
-Storage storage_of(at::ScalarType dtype) {
-  switch (dtype) {
-    case at::kFloat:
-      return Storage::float32;
-    case at::kDouble:
-      return Storage::float64;
-    case at::kHalf:
-      return Storage::float16;
-    default:
-      return Storage::bfloat16;
-  }
-}
 
 // ---- targets
 
@@ -362,110 +169,89 @@ void write_loss(const at::Tensor& loss, const Few<double>& block_sums, const dou
 
 // ---- the ops
 
-struct Forward {
+struct Results {
   at::Tensor loss, gradient, weights, normalizer;
 };
 
-// Where the gradient goes.
-enum class Gradient { none, fresh, into_logits };
-
-Forward forward(Gradient gradient, const at::Tensor& logits, const at::Tensor& target, int64_t step,
-                const Optional& step_tensor, const at::Tensor& clock, const Optional& class_order,
-                const Optional& table, int64_t reduction, bool by_weights, int64_t ignore_index,
-                double label_smoothing) {
-  const bool ensemble = is_ensemble(clock);
-  const int64_t members = ensemble ? clock.size(0) : 1;
-  check_options(reduction, label_smoothing);
-  check_logits_and_target(logits, target, members, ensemble);
-  Operands operands(logits, ensemble);
-  const int64_t classes = operands.layout.classes;
-  check_schedule({clock, step_tensor, class_order, table}, classes, logits.device());
-  check_class_order(class_order, classes);
-  const at::Tensor labels = as_labels(target);
-
-  Forward result;
-  result.weights =
-      ensemble ? new_tensor({members, classes}, at::kDouble) : new_tensor({classes}, at::kDouble);
-  result.normalizer = ensemble ? new_tensor({members, 2}, at::kDouble) : new_tensor({2}, at::kDouble);
-  double* weights = result.weights.mutable_data_ptr<double>();
-  double* normalizer = result.normalizer.mutable_data_ptr<double>();
-  const at::Tensor clocks = clock.contiguous();
-  const Optional tables = table ? Optional(table->contiguous()) : table;
-  const Optional order = class_order ? Optional(class_order->contiguous()) : class_order;
-  const Optional steps = step_tensor ? Optional(step_tensor->contiguous()) : step_tensor;
-  const bool own_labels = ensemble && target.dim() == 2;
-  const int64_t samples = own_labels ? target.size(1) : labels.numel();
+// Γ and the divisors of each member; returns whether any row is ignored.
+bool resolve(const ForwardArguments& x, Gradient gradient, const at::Tensor& labels, int64_t classes,
+             const Results& results) {
+  const ScheduleData schedule(x.schedule(), classes);
+  check_class_order(schedule, classes);
+  const int64_t members = x.ensemble() ? x.clock.size(0) : 1;
+  const bool own_labels = x.ensemble() && x.target.dim() == 2;
+  const int64_t samples = own_labels ? x.target.size(1) : labels.numel();
+  const int64_t step = x.step.expect_int(), ignore_index = x.ignore_index.expect_int();
+  double* weights = results.weights.mutable_data_ptr<double>();
+  double* normalizer = results.normalizer.mutable_data_ptr<double>();
+  // float16 could not hold the gradient of a mean until a loss scale has been applied.
+  const bool postpone = gradient == Gradient::into_logits && x.logits.scalar_type() == at::kHalf;
   int64_t counted = 0, ignored = 0;
-  for (int64_t e = 0; e < members; ++e) {
+  for (int64_t e = 0; e < members; ++e, weights += classes, normalizer += 2) {
     const int64_t first = own_labels ? e * samples : 0;
     if (e == 0 || own_labels) {
       counted = counted_labels(labels, first, samples, classes, ignore_index);
       ignored += samples - counted;
     }
-    const int64_t offset = steps ? steps->const_data_ptr<int64_t>()[steps->dim() == 1 ? e : 0] : 0;
-    double* own_weights = weights + e * classes;
-    if (classes > 0)
-      write_weights(member_schedule(clocks, order, tables, e, classes), step + offset, own_weights);
+    const int64_t offset = schedule.steps() == nullptr ? 0 : schedule.steps()[e * schedule.step_stride()];
+    if (classes > 0) write_weights(schedule.of_member(e), step + offset, weights);
     double divisor = 1.0;
-    if (reduction == reduction_mean)
-      divisor = by_weights ? sum_of_label_weights(labels.const_data_ptr<int64_t>() + first, samples,
-                                                  ignore_index, own_weights)
-                           : static_cast<double>(counted);
-    normalizer[2 * e] = divisor;
-    // float16 could not hold the gradient of a mean until a loss scale has been applied.
-    const bool postpone = gradient == Gradient::into_logits && logits.scalar_type() == at::kHalf;
-    normalizer[2 * e + 1] = postpone ? 1.0 : divisor;
+    if (x.reduction == reduction_mean)
+      divisor = x.by_weights ? sum_of_label_weights(labels.const_data_ptr<int64_t>() + first, samples,
+                                                    ignore_index, weights)
+                             : static_cast<double>(counted);
+    normalizer[0] = divisor;
+    normalizer[1] = postpone ? 1.0 : divisor;
   }
+  return ignored > 0;
+}
 
-  Run run = new_run(gradient == Gradient::none ? Kind::loss : Kind::loss_and_gradient, operands, logits,
-                    labels, result.weights, ignore_index, ignored > 0, label_smoothing);
+Results forward(const ForwardArguments& x, Gradient gradient) {
+  check_forward(x);
+  Operands operands(x.logits, x.ensemble());
+  const at::Tensor labels = as_labels(x.target);
+  const ResultSizes sizes(x);
+  Results results;
+  results.weights = new_tensor(sizes.weights, at::kDouble);
+  results.normalizer = new_tensor(sizes.normalizer, at::kDouble);
+  const bool any_ignored = resolve(x, gradient, labels, operands.layout.classes, results);
+  const double* normalizer = results.normalizer.const_data_ptr<double>();
+
+  Run run = new_run(gradient == Gradient::none ? Kind::loss : Kind::loss_and_gradient, operands, x.logits,
+                    labels, results.weights, x.ignore_index.expect_int(), any_ignored, x.label_smoothing);
   if (gradient != Gradient::none) {
-    result.gradient = gradient == Gradient::into_logits ? logits : new_gradient(logits);
-    run.block.out = operands.output(result.gradient);
+    results.gradient = gradient == Gradient::into_logits ? x.logits : new_gradient(x.logits);
+    run.block.out = operands.output(results.gradient);
     run.block.into_logits = run.block.out.data == run.block.logits.data;
     for (int64_t index = 0; index < run.layout.blocks; ++index)
-      run.scale[index] = 1.0 / normalizer[ensemble ? 2 * index + 1 : 1];
+      run.scale[index] = 1.0 / normalizer[x.ensemble() ? 2 * index + 1 : 1];
   }
-  const at::ScalarType dtype = loss_dtype(logits, reduction);
-  if (reduction == reduction_none) {
-    const auto sizes = ensemble ? at::DimVector{members, logits.size(1)} : at::DimVector(target.sizes());
-    result.loss = new_tensor(sizes, dtype);
+  results.loss = new_tensor(sizes.loss, loss_dtype(x.logits, x.reduction));
+  if (x.reduction == reduction_none) {
     // Empty tensors have no rows to write.
-    run.row_loss = static_cast<char*>(result.loss.data_ptr());
+    run.row_loss = static_cast<char*>(results.loss.data_ptr());
     run();
   } else {
-    result.loss = ensemble ? new_tensor({members}, dtype) : new_tensor({}, dtype);
-    write_loss(result.loss, run(), normalizer);
+    write_loss(results.loss, run(), normalizer);
   }
   operands.finish();
-  return result;
+  return results;
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> cross_entropy(
-    const at::Tensor& logits, const at::Tensor& target, int64_t step, const Optional& step_tensor,
-    const at::Tensor& clock, const Optional& class_order, const Optional& table, int64_t reduction,
-    bool by_weights, int64_t ignore_index, double label_smoothing) {
-  Forward result = forward(Gradient::none, logits, target, step, step_tensor, clock, class_order, table,
-                           reduction, by_weights, ignore_index, label_smoothing);
-  return {result.loss, result.weights, result.normalizer};
+ops::Loss cross_entropy(const ForwardArguments& x) {
+  const Results results = forward(x, Gradient::none);
+  return {results.loss, results.weights, results.normalizer};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> cross_entropy_with_gradient(
-    const at::Tensor& logits, const at::Tensor& target, int64_t step, const Optional& step_tensor,
-    const at::Tensor& clock, const Optional& class_order, const Optional& table, int64_t reduction,
-    bool by_weights, int64_t ignore_index, double label_smoothing, bool) {
-  Forward result = forward(Gradient::fresh, logits, target, step, step_tensor, clock, class_order, table,
-                           reduction, by_weights, ignore_index, label_smoothing);
-  return {result.loss, result.gradient, result.weights, result.normalizer};
+// The gradient of a mean is always divided by what the loss is: labels are counted first.
+ops::LossAndGradient cross_entropy_with_gradient(const ForwardArguments& x, bool) {
+  const Results results = forward(x, Gradient::fresh);
+  return {results.loss, results.gradient, results.weights, results.normalizer};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> cross_entropy_into_logits(
-    at::Tensor& logits, const at::Tensor& target, int64_t step, const Optional& step_tensor,
-    const at::Tensor& clock, const Optional& class_order, const Optional& table, int64_t reduction,
-    bool by_weights, int64_t ignore_index, double label_smoothing) {
-  Forward result = forward(Gradient::into_logits, logits, target, step, step_tensor, clock, class_order,
-                           table, reduction, by_weights, ignore_index, label_smoothing);
-  return {result.loss, result.weights, result.normalizer};
+ops::Loss cross_entropy_into_logits(const ForwardArguments& x) {
+  const Results results = forward(x, Gradient::into_logits);
+  return {results.loss, results.weights, results.normalizer};
 }
 
 void rescale_(at::Tensor& gradient, const at::Tensor& grad_output, const at::Tensor& normalizer) {
@@ -487,25 +273,27 @@ void rescale_(at::Tensor& gradient, const at::Tensor& grad_output, const at::Ten
   for (int64_t e = 0; ensemble && e < factors.numel(); ++e) gradient.select(0, e).mul_(factors.select(0, e));
 }
 
-at::Tensor derivative(Kind kind, const at::Tensor* u, const at::Tensor* v, const at::Tensor& grad_output,
-                      const at::Tensor& logits, const at::Tensor& target, const at::Tensor& weights,
-                      const at::Tensor& normalizer, int64_t ignore_index, double label_smoothing) {
-  check_derivative(grad_output, logits, target, weights, normalizer);
-  const bool ensemble = is_ensemble(weights);
-  Operands operands(logits, ensemble);
-  const at::Tensor labels = as_labels(target), gamma = weights.contiguous(),
-                   divisors = normalizer.contiguous();
+at::Tensor cross_entropy_derivative(const DerivativeArguments& x) {
+  check_derivative(x);
+  const bool ensemble = x.ensemble();
+  constexpr Kind kinds[] = {Kind::gradient, Kind::hessian, Kind::third};
+  const size_t along = x.directions.size();
+  const int64_t ignore_index = x.ignore_index.expect_int();
+  Operands operands(x.logits, ensemble);
+  const at::Tensor labels = as_labels(x.target), gamma = x.weights.contiguous(),
+                   divisors = x.normalizer.contiguous();
   const bool any_ignored =
       counted_labels(labels, 0, labels.numel(), operands.layout.classes, ignore_index) < labels.numel();
-  Run run = new_run(kind, operands, logits, labels, gamma, ignore_index, any_ignored, label_smoothing);
-  if (u != nullptr) check_direction("u", *u, logits), run.block.u = operands.input(*u);
-  if (v != nullptr) check_direction("v", *v, logits), run.block.v = operands.input(*v);
-  at::Tensor out = new_gradient(logits);
+  Run run =
+      new_run(kinds[along], operands, x.logits, labels, gamma, ignore_index, any_ignored, x.label_smoothing);
+  if (along >= 1) run.block.v = operands.input(x.directions[along - 1]);
+  if (along == 2) run.block.u = operands.input(x.directions[0]);
+  at::Tensor out = new_gradient(x.logits);
   run.block.out = operands.output(out);
 
-  const bool per_row = grad_output.dim() > (ensemble ? 1 : 0);
-  const auto arithmetic = logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  const at::Tensor scale = grad_output.to(per_row ? arithmetic : at::kDouble).contiguous();
+  const bool per_row = x.grad_output.dim() > (ensemble ? 1 : 0);
+  const auto arithmetic = x.logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const at::Tensor scale = x.grad_output.to(per_row ? arithmetic : at::kDouble).contiguous();
   for (int64_t index = 0; index < run.layout.blocks; ++index) {
     const int64_t e = ensemble ? index : 0;
     run.scale[index] = 1.0 / divisors.const_data_ptr<double>()[2 * e];
@@ -520,39 +308,15 @@ at::Tensor derivative(Kind kind, const at::Tensor* u, const at::Tensor* v, const
   return out;
 }
 
-at::Tensor cross_entropy_gradient(const at::Tensor& grad_output, const at::Tensor& logits,
-                                  const at::Tensor& target, const at::Tensor& weights,
-                                  const at::Tensor& normalizer, int64_t ignore_index,
-                                  double label_smoothing) {
-  return derivative(Kind::gradient, nullptr, nullptr, grad_output, logits, target, weights, normalizer,
-                    ignore_index, label_smoothing);
-}
-
-at::Tensor cross_entropy_hessian(const at::Tensor& v, const at::Tensor& grad_output, const at::Tensor& logits,
-                                 const at::Tensor& target, const at::Tensor& weights,
-                                 const at::Tensor& normalizer, int64_t ignore_index, double label_smoothing) {
-  return derivative(Kind::hessian, nullptr, &v, grad_output, logits, target, weights, normalizer,
-                    ignore_index, label_smoothing);
-}
-
-at::Tensor cross_entropy_third(const at::Tensor& u, const at::Tensor& v, const at::Tensor& grad_output,
-                               const at::Tensor& logits, const at::Tensor& target, const at::Tensor& weights,
-                               const at::Tensor& normalizer, int64_t ignore_index, double label_smoothing) {
-  return derivative(Kind::third, &u, &v, grad_output, logits, target, weights, normalizer, ignore_index,
-                    label_smoothing);
-}
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(dynloss, CPU, library) {
-  library.impl("oscillation_weights", &oscillation_weights);
-  library.impl("cross_entropy", &cross_entropy);
-  library.impl("cross_entropy_with_gradient", &cross_entropy_with_gradient);
-  library.impl("cross_entropy_into_logits", &cross_entropy_into_logits);
+  library.impl("cross_entropy", &forward_kernel<&cross_entropy>);
+  library.impl("cross_entropy_with_gradient",
+               &forward_kernel<&cross_entropy_with_gradient, const at::Tensor&, bool>);
+  library.impl("cross_entropy_into_logits", &forward_kernel<&cross_entropy_into_logits, at::Tensor&>);
   library.impl("rescale_", &rescale_);
-  library.impl("cross_entropy_gradient", &cross_entropy_gradient);
-  library.impl("cross_entropy_hessian", &cross_entropy_hessian);
-  library.impl("cross_entropy_third", &cross_entropy_third);
+  library.impl("cross_entropy_derivative", &derivative_kernel<&cross_entropy_derivative>);
 }
 
 }  // namespace dynloss::cpu

@@ -4,10 +4,11 @@
 
 #include <cstdint>
 
+#include "core/storage.h"
+
 namespace dynloss::cpu {
 
 enum class Kind { loss, loss_and_gradient, gradient, hessian, third };
-enum class Storage { float32, float64, float16, bfloat16 };
 
 // A tensor seen as blocks of rows of classes; strides in elements.
 struct Operand {

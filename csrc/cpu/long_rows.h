@@ -59,96 +59,143 @@ class Buffer {
   T* data_;
 };
 
+// What the rows of a block share.
+template <typename T>
+struct LongRows {
+  explicit LongRows(const Block& block, int64_t exponentials)
+      : num_classes(block.num_classes),
+        smooth(block.label_smoothing != 0),
+        weights(smooth ? block.num_classes : 0),
+        buffer(exponentials) {
+    for (int64_t c = 0; smooth && c < num_classes; ++c) weights.data()[c] = static_cast<T>(block.weights[c]);
+  }
+  int64_t num_classes;
+  bool smooth;
+  Buffer<T> weights;
+  Buffer<T> buffer;  // exp(z - max) of a row, where the output cannot hold it
+};
+
+// Writes e = exp(z - top) where K needs it; returns Σ e and Σ Γ_c (z_c - top).
+template <typename T, typename S, Kind K>
+DYNLOSS_ALWAYS_INLINE void exponentials(const LongRows<T>& shared, const S* z, T top, T* e, T& sum,
+                                        T& linear) {
+  const T lowest = -static_cast<T>(INFINITY);
+  Vec<T> sums[4] = {}, linears[4] = {};
+  for_vectors<T>(shared.num_classes, [&](int64_t i, int k, int count) DYNLOSS_ALWAYS_INLINE_LAMBDA {
+    const Vec<T> shifted = load_some<T, S>(z + i, count, lowest) - top;
+    if (has_loss_v<K> && shared.smooth) {
+      const Vec<T> gamma = load_some<T, T>(shared.weights.data() + i, count);
+      linears[k] += count == width<T> ? gamma * shifted : (gamma != T(0) ? gamma * shifted : Vec<T>{});
+    }
+    const Vec<T> exps = exp_nonpositive(shifted);
+    sums[k] += exps;
+    if constexpr (has_output_v<K>) store_some<T, T>(e + i, exps, count);
+  });
+  sum = horizontal_sum<T>(sums);
+  linear = horizontal_sum<T>(linears);
+}
+
+template <typename T, typename S>
+DYNLOSS_ALWAYS_INLINE void write_gradient(const LongRows<T>& shared, const TargetWeights<T>& q, T scale,
+                                          T sum, const T* e, int64_t label, S* out) {
+  const RowGradient<T> gradient(scale, q.total, q.spread, sum);
+  const T* weights = shared.weights.data();
+  for_vectors<T>(shared.num_classes, [&](int64_t i, int, int count) DYNLOSS_ALWAYS_INLINE_LAMBDA {
+    Vec<T> x = gradient.of_softmax(load_some<T, T>(e + i, count));
+    if (shared.smooth) x -= gradient.of_smoothing(load_some<T, T>(weights + i, count));
+    store_some<T, S>(out + i, x, count);
+  });
+  // Where the exponentials lie in the output the pass has replaced them.
+  constexpr bool in_place = std::is_same_v<T, S>;
+  const T here = in_place ? static_cast<T>(e[label])
+                          : gradient.of_softmax(e[label]) -
+                                (shared.smooth ? gradient.of_smoothing(weights[label]) : T(0));
+  store_part<T, S>(out + label, broadcast(here - scale * q.on_label), 1);
+}
+
+// Q p∘f, the derivatives along directions.
+template <typename T, typename S, Kind K>
+DYNLOSS_ALWAYS_INLINE void write_along(int64_t C, T scaled_total, T sum, const T* e, const S* u, const S* v,
+                                       S* out) {
+  InnerProducts<Vec<T>> parts[4];
+  for_vectors<T>(C, [&](int64_t i, int k, int count) DYNLOSS_ALWAYS_INLINE_LAMBDA {
+    const Vec<T> some = load_some<T, T>(e + i, count), vi = load_some<T, S>(v + i, count);
+    if constexpr (K == Kind::third)
+      parts[k].add(some, load_some<T, S>(u + i, count), vi);
+    else
+      parts[k].add(some, vi);
+  });
+  InnerProducts<Vec<T>> products;
+  for (int n = 0; n < 3; ++n) {
+    const Vec<T> four[4] = {parts[0].sums[n], parts[1].sums[n], parts[2].sums[n], parts[3].sums[n]};
+    products.sums[n] = broadcast(horizontal_sum<T>(four) / sum);
+  }
+  for_vectors<T>(C, [&](int64_t i, int, int count) DYNLOSS_ALWAYS_INLINE_LAMBDA {
+    const Vec<T> vi = load_some<T, S>(v + i, count);
+    Vec<T> factor;
+    if constexpr (K == Kind::third)
+      factor = products.factor(load_some<T, S>(u + i, count), vi);
+    else
+      factor = products.factor(vi);
+    store_some<T, S>(out + i, load_some<T, T>(e + i, count) * scaled_total * factor, count);
+  });
+}
+
+// Returns the loss.
+template <typename T, typename S, Kind K>
+DYNLOSS_ALWAYS_INLINE T run_long_row(const Block& block, const LongRows<T>& shared, int64_t row) {
+  const int64_t C = shared.num_classes;
+  const S* z = row_of<S>(block.logits, row);
+  const int64_t label = block.labels[row];
+  const TargetWeights<T> q(block.weights[label], block.weights_sum, block.label_smoothing, C);
+  const T top = row_max<T, S>(z, C);
+  // In the output itself where that has the type of the arithmetic.
+  T* e = nullptr;
+  if constexpr (has_output_v<K>) {
+    if constexpr (std::is_same_v<T, S>)
+      e = row_of<S>(block.out, row);
+    else
+      e = shared.buffer.data();
+  }
+  // Read before the output is written: it may be the same row.
+  const T picked = load_part<T, S>(z + label, 1, T(0))[0] - top;
+  T sum, smoothed, loss = 0;
+  exponentials<T, S, K>(shared, z, top, e, sum, smoothed);
+  if constexpr (has_loss_v<K>) {
+    T linear = q.on_label * picked;
+    if (shared.smooth) linear += q.spread * smoothed;
+    loss = row_loss(q.total, std::log(sum), linear);
+  }
+  if constexpr (has_output_v<K>) {
+    T scale = static_cast<T>(block.scale);
+    if (block.row_scale != nullptr) scale *= static_cast<const T*>(block.row_scale)[row];
+    S* out = row_of<S>(block.out, row);
+    if constexpr (K == Kind::gradient || K == Kind::loss_and_gradient) {
+      write_gradient<T, S>(shared, q, scale, sum, e, label, out);
+    } else {
+      const S* v = row_of<S>(block.v, row);
+      write_along<T, S, K>(C, scale * q.total / sum, sum, e, K == Kind::third ? row_of<S>(block.u, row) : v,
+                           v, out);
+    }
+  }
+  return loss;
+}
+
 template <typename T, typename S, Kind K>
 double run_long_rows(const Block& block, int64_t begin, int64_t end) {
-  const int64_t C = block.num_classes;
-  const T lowest = -static_cast<T>(INFINITY);
-  const bool smooth = block.label_smoothing != 0;
-  // exp(z - max) of the row in the type of the arithmetic: in the output itself where that has it.
-  constexpr bool in_place = std::is_same_v<T, S>;
-  const Buffer<T> buffer(has_output_v<K> && !in_place ? C : 0), weights(smooth ? C : 0);
-  for (int64_t c = 0; smooth && c < C; ++c) weights.data()[c] = static_cast<T>(block.weights[c]);
+  const LongRows<T> shared(block, has_output_v<K> && !std::is_same_v<T, S> ? block.num_classes : 0);
   double loss_sum = 0;
   for (int64_t row = begin; row < end; ++row) {
-    const S* z = row_of<S>(block.logits, row);
-    const int64_t label = block.labels[row];
-    if (label == block.ignore_index) {
+    if (block.labels[row] == block.ignore_index) {
       if (block.row_loss != nullptr) static_cast<S*>(block.row_loss)[row] = S{};
-      if (has_output_v<K>) std::memset(row_of<S>(block.out, row), 0, C * sizeof(S));
+      if (has_output_v<K>) std::memset(row_of<S>(block.out, row), 0, block.num_classes * sizeof(S));
       continue;
     }
-    const TargetWeights<T> q(block.weights[label], block.weights_sum, block.label_smoothing, C);
-    const T top = row_max<T, S>(z, C);
-    T* e = nullptr;
-    if constexpr (has_output_v<K>) {
-      if constexpr (in_place)
-        e = row_of<S>(block.out, row);
-      else
-        e = buffer.data();
-    }
-    // Read before the output is written: it may be the same row.
-    const T picked = load_part<T, S>(z + label, 1, T(0))[0] - top;
-    Vec<T> sums[4] = {}, linears[4] = {};
-    for_vectors<T>(C, [&](int64_t i, int k, int count) DYNLOSS_ALWAYS_INLINE_LAMBDA {
-      const Vec<T> shifted = load_some<T, S>(z + i, count, lowest) - top;
-      if (has_loss_v<K> && smooth) {
-        const Vec<T> gamma = load_some<T, T>(weights.data() + i, count);
-        linears[k] += count == width<T> ? gamma * shifted : (gamma != T(0) ? gamma * shifted : Vec<T>{});
-      }
-      const Vec<T> exps = exp_nonpositive(shifted);
-      sums[k] += exps;
-      if constexpr (has_output_v<K>) store_some<T, T>(e + i, exps, count);
-    });
-    const T sum = horizontal_sum<T>(sums);
+    const T loss = run_long_row<T, S, K>(block, shared, row);
     if constexpr (has_loss_v<K>) {
-      T linear = q.on_label * picked;
-      if (smooth) linear += q.spread * horizontal_sum<T>(linears);
-      const T loss = q.total * std::log(sum) - linear;
       loss_sum += static_cast<double>(loss);
       if (block.row_loss != nullptr)
         store_part<T, S>(static_cast<S*>(block.row_loss) + row, broadcast(loss), 1);
-    }
-    if constexpr (has_output_v<K>) {
-      T scale = static_cast<T>(block.scale);
-      if (block.row_scale != nullptr) scale *= static_cast<const T*>(block.row_scale)[row];
-      const T scaled_total = scale * q.total / sum;
-      S* out = row_of<S>(block.out, row);
-      if constexpr (K == Kind::gradient || K == Kind::loss_and_gradient) {
-        const T at_all = scale * q.spread;
-        for_vectors<T>(C, [&](int64_t i, int k, int count) DYNLOSS_ALWAYS_INLINE_LAMBDA {
-          Vec<T> x = load_some<T, T>(e + i, count) * scaled_total;
-          if (smooth) x -= at_all * load_some<T, T>(weights.data() + i, count);
-          store_some<T, S>(out + i, x, count);
-        });
-        const T here = in_place ? static_cast<T>(e[label])
-                                : e[label] * scaled_total - (smooth ? at_all * weights.data()[label] : T(0));
-        store_part<T, S>(out + label, broadcast(here - scale * q.on_label), 1);
-      } else {
-        const S* v = row_of<S>(block.v, row);
-        const S* u = K == Kind::third ? row_of<S>(block.u, row) : v;
-        Vec<T> pvs[4] = {}, pus[4] = {}, puvs[4] = {};
-        for_vectors<T>(C, [&](int64_t i, int k, int count) DYNLOSS_ALWAYS_INLINE_LAMBDA {
-          const Vec<T> weighted = load_some<T, T>(e + i, count) * load_some<T, S>(v + i, count);
-          pvs[k] += weighted;
-          if constexpr (K == Kind::third) {
-            const Vec<T> ui = load_some<T, S>(u + i, count);
-            pus[k] += load_some<T, T>(e + i, count) * ui;
-            puvs[k] += weighted * ui;
-          }
-        });
-        const T pv = horizontal_sum<T>(pvs) / sum;
-        const T pu = horizontal_sum<T>(pus) / sum, puv = horizontal_sum<T>(puvs) / sum;
-        for_vectors<T>(C, [&](int64_t i, int k, int count) DYNLOSS_ALWAYS_INLINE_LAMBDA {
-          const Vec<T> vi = load_some<T, S>(v + i, count);
-          Vec<T> factor;
-          if constexpr (K == Kind::hessian)
-            factor = hessian_factor(vi, broadcast(pv));
-          else
-            factor =
-                third_factor(load_some<T, S>(u + i, count), vi, broadcast(pu), broadcast(pv), broadcast(puv));
-          store_some<T, S>(out + i, load_some<T, T>(e + i, count) * scaled_total * factor, count);
-        });
-      }
     }
   }
   return loss_sum;

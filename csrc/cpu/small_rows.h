@@ -121,15 +121,14 @@ struct Shared {
   explicit Shared(const Block& block)
       : num_classes(block.num_classes),
         smooth(block.label_smoothing != 0),
-        keep(static_cast<T>(1.0 - block.label_smoothing)),
-        spread(static_cast<T>(block.label_smoothing / static_cast<double>(block.num_classes))),
-        spread_total(static_cast<T>(block.weights_sum) * spread),
+        target(block.weights_sum, block.label_smoothing, block.num_classes),
         scale(static_cast<T>(block.scale)) {
     for (int64_t c = 0; c < num_classes; ++c) weights[c] = static_cast<T>(block.weights[c]);
   }
   int64_t num_classes;
   bool smooth;
-  T keep, spread, spread_total, scale;
+  SharedTargetWeights<T> target;
+  T scale;
   T weights[max_plane_classes];
 };
 
@@ -171,20 +170,21 @@ DYNLOSS_ALWAYS_INLINE Vec<T> run_tile(const Shared<T>& shared, const Tile<T, S>&
     z[c] = exp_nonpositive(shifted);
     sum += z[c];
   });
-  on_label *= shared.keep;
-  const Vec<T> total = on_label + shared.spread_total;
+  on_label *= shared.target.keep;
+  const Vec<T> total = on_label + shared.target.common;
 
   if constexpr (has_output_v<K>) {
-    const Vec<T> scaled_total = tile.scale * total / sum;  // times exp(z - top): scale·Q·p
+    const RowGradient<Vec<T>> gradient(tile.scale, total, broadcast(shared.target.spread), sum);
     if constexpr (!has_v) {
-      const Vec<T> at_label = tile.scale * on_label, at_all = tile.scale * shared.spread;
+      const Vec<T> at_label = tile.scale * on_label;
       for_classes<Classes>(C, [&](int64_t c) DYNLOSS_ALWAYS_INLINE_LAMBDA {
-        Vec<T> x = z[c] * scaled_total;
-        if (shared.smooth) x -= at_all * shared.weights[c];
+        Vec<T> x = gradient.of_softmax(z[c]);
+        if (shared.smooth) x -= gradient.of_smoothing(shared.weights[c]);
         z[c] = tile.labels.index == static_cast<Lane<T>>(c) ? x - at_label : x;
       });
     } else {
-      Vec<T> pv{}, pu{}, puv{}, v[room], u[K == Kind::third ? room : 1];
+      InnerProducts<Vec<T>> products;
+      Vec<T> v[room], u[K == Kind::third ? room : 1];
       load_tile<T, S, Classes>(tile.v, C, v);
       drop_ignored(v);
       if constexpr (K == Kind::third) {
@@ -192,21 +192,17 @@ DYNLOSS_ALWAYS_INLINE Vec<T> run_tile(const Shared<T>& shared, const Tile<T, S>&
         drop_ignored(u);
       }
       for_classes<Classes>(C, [&](int64_t c) DYNLOSS_ALWAYS_INLINE_LAMBDA {
-        const Vec<T> weighted = z[c] * v[c];
-        pv += weighted;
-        if constexpr (K == Kind::third) {
-          pu += z[c] * u[c];
-          puv += weighted * u[c];
-        }
-      });
-      pv /= sum;
-      pu /= sum;
-      puv /= sum;
-      for_classes<Classes>(C, [&](int64_t c) DYNLOSS_ALWAYS_INLINE_LAMBDA {
-        if constexpr (K == Kind::hessian)
-          z[c] *= scaled_total * hessian_factor(v[c], pv);
+        if constexpr (K == Kind::third)
+          products.add(z[c], u[c], v[c]);
         else
-          z[c] *= scaled_total * third_factor(u[c], v[c], pu, pv, puv);
+          products.add(z[c], v[c]);
+      });
+      products.divide(sum);
+      for_classes<Classes>(C, [&](int64_t c) DYNLOSS_ALWAYS_INLINE_LAMBDA {
+        if constexpr (K == Kind::third)
+          z[c] *= gradient.factor * products.factor(u[c], v[c]);
+        else
+          z[c] *= gradient.factor * products.factor(v[c]);
       });
     }
     drop_ignored(z);
@@ -214,8 +210,8 @@ DYNLOSS_ALWAYS_INLINE Vec<T> run_tile(const Shared<T>& shared, const Tile<T, S>&
   }
   if constexpr (has_loss_v<K>) {
     Vec<T> linear = on_label * picked;
-    if (shared.smooth) linear += shared.spread * smoothed;
-    const Vec<T> loss = total * log_of_sum(sum) - linear;
+    if (shared.smooth) linear += shared.target.spread * smoothed;
+    const Vec<T> loss = row_loss(total, log_of_sum(sum), linear);
     return tile.all_counted ? loss : (tile.labels.counted ? loss : Vec<T>{});
   }
   return Vec<T>{};

@@ -6,10 +6,10 @@
 #include <cstdint>
 
 #include "core/oscillation.h"
+#include "core/storage.h"
 
 namespace dynloss::cuda {
 
-enum class Storage { float32, float64, float16, bfloat16 };
 enum class Label { int64, int32, uint8 };
 
 // A tensor seen as members of rows of classes, strides in elements. Row r of a member begins at

@@ -75,7 +75,7 @@ __device__ void fill_row(const Run<S>& out, Arithmetic<S> value) {
 
 template <typename S>
 __device__ void write_gradient(const LongRow<S>& row, const Run<S>& out,
-                               const RowGradient<Arithmetic<S>>& gradient,
+                               const LabelledGradient<Arithmetic<S>>& gradient,
                                const MemberWeights<Arithmetic<S>>& weights, int64_t classes, int64_t label,
                                Arithmetic<S> top) {
   using T = Arithmetic<S>;
@@ -86,7 +86,7 @@ __device__ void write_gradient(const LongRow<S>& row, const Run<S>& out,
     for (int j = 0; j < piece_size<S>; ++j) {
       const int64_t c = begin + j;
       const T e = std::exp(widen(piece.values[j]) - top);
-      if (c >= 0 && c < classes) piece.values[j] = narrow<S>(gradient.at(weights, c, label, e));
+      if (c >= 0 && c < classes) piece.values[j] = narrow<S>(gradient(weights, c, label, e));
     }
     out.store(k, piece);
   });
@@ -124,8 +124,8 @@ __global__ void __launch_bounds__(max_block_threads<S>, 1) forward_block(const F
       }
       loss = q.loss(whole.sum, linear);
       if (p.out.data != nullptr)
-        write_gradient(row, out, RowGradient<T>(q, block.scale, whole.sum), weights, p.classes, label.index,
-                       whole.max);
+        write_gradient(row, out, LabelledGradient<T>(q, block.scale, whole.sum), weights, p.classes,
+                       label.index, whole.max);
     } else if (p.out.data != nullptr) {
       fill_row(out, loss);
     }
@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(max_block_threads<S>, 1)
       continue;
     }
     const MaxSum<T> whole = row.read();
-    const RowGradient<T> gradient(weights.at(label.index), block.row_scale(p, r), whole.sum);
+    const LabelledGradient<T> gradient(weights.at(label.index), block.row_scale(p, r), whole.sum);
     if (p.order == 1) {
       write_gradient(row, out, gradient, weights, p.classes, label.index, whole.max);
       continue;
@@ -174,7 +174,7 @@ __global__ void __launch_bounds__(max_block_threads<S>, 1)
       const Piece<S> zs = row.again(k);
       Piece<S> piece;
       elements(k, zs, [&](T e, T ui, T vi, int j) {
-        piece.values[j] = narrow<S>(gradient.factor * e * products.factor(p.order, ui, vi));
+        piece.values[j] = narrow<S>(gradient.factor * e * factor_of_order(products, p.order, ui, vi));
       });
       out.store(k, piece);
     });

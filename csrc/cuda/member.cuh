@@ -226,39 +226,28 @@ struct ForwardBlock {
   }
 };
 
-// ---- the elements of a row, given e = exp(z - max) and their sum
+// ---- derivatives
 
+// The gradient of a row, element by element.
 template <typename T>
-struct RowGradient {
-  T factor, spread, on_label;
+struct LabelledGradient : RowGradient<T> {
+  T on_label;
 
-  __device__ RowGradient(const TargetWeights<T>& q, T scale, T sum)
-      : factor(scale * q.total / sum), spread(scale * q.spread), on_label(scale * q.on_label) {}
+  __device__ LabelledGradient(const TargetWeights<T>& q, T scale, T sum)
+      : RowGradient<T>(scale, q.total, q.spread, sum), on_label(scale * q.on_label) {}
 
-  __device__ T at(const MemberWeights<T>& weights, int64_t class_index, int64_t label, T e) const {
-    T x = factor * e;
-    if (weights.smooth) x -= spread * weights.gamma(class_index);
+  __device__ T operator()(const MemberWeights<T>& weights, int64_t class_index, int64_t label, T e) const {
+    T x = this->of_softmax(e);
+    if (weights.smooth) x -= this->of_smoothing(weights.gamma(class_index));
     return class_index == label ? x - on_label : x;
   }
 };
 
-// Σ p v, Σ p u and Σ p u v, of a part of a row before they are divided by the sum of e.
+// What p is multiplied by, besides Q.
 template <typename T>
-struct InnerProducts {
-  T sums[3] = {};  // v, u, u v
-
-  __device__ void add(T e, T u, T v) {
-    sums[0] += e * v;
-    sums[1] += e * u;
-    sums[2] += e * u * v;
-  }
-  __device__ void divide(T sum) {
-    for (T& x : sums) x /= sum;
-  }
-  __device__ T factor(int order, T u, T v) const {
-    return order == 2 ? hessian_factor(v, sums[0]) : third_factor(u, v, sums[1], sums[0], sums[2]);
-  }
-};
+__device__ T factor_of_order(const InnerProducts<T>& products, int order, T u, T v) {
+  return order == 2 ? products.factor(v) : products.factor(u, v);
+}
 
 template <typename S>
 struct DerivativeBlock {

@@ -168,9 +168,9 @@ __device__ void forward_row(const Forward& p, ForwardBlock<S>& block, int64_t ro
   }
   const T sum = row.exponentials(top);
   block.add(p, row_index, label, q.loss(sum, linear));
-  const RowGradient<T> gradient(q, block.scale, sum);
+  const LabelledGradient<T> gradient(q, block.scale, sum);
 #pragma unroll
-  for (int c = 0; c < row.classes(); ++c) tile[c] = gradient.at(weights, c, label.index, row[c]);
+  for (int c = 0; c < row.classes(); ++c) tile[c] = gradient(weights, c, label.index, row[c]);
 }
 
 // One resident block suffices: left to itself the compiler spills registers so that more fit.
@@ -215,15 +215,16 @@ __device__ void derivative_row(const Derivative& p, const DerivativeBlock<S>& bl
   }
   SmallRow<T, 0> row(tile, classes);
   const T sum = row.exponentials(row.max());
-  const RowGradient<T> gradient(weights.at(label.index), block.row_scale(p, row_index), sum);
+  const LabelledGradient<T> gradient(weights.at(label.index), block.row_scale(p, row_index), sum);
   if (p.order == 1) {
-    for (int c = 0; c < classes; ++c) tile[c] = gradient.at(weights, c, label.index, tile[c]);
+    for (int c = 0; c < classes; ++c) tile[c] = gradient(weights, c, label.index, tile[c]);
     return;
   }
   InnerProducts<T> products;
   for (int c = 0; c < classes; ++c) products.add(tile[c], u[c], v[c]);
   products.divide(sum);
-  for (int c = 0; c < classes; ++c) tile[c] *= gradient.factor * products.factor(p.order, u[c], v[c]);
+  for (int c = 0; c < classes; ++c)
+    tile[c] *= gradient.factor * factor_of_order(products, p.order, u[c], v[c]);
 }
 
 template <typename S>

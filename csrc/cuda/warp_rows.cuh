@@ -96,9 +96,9 @@ __global__ void __launch_bounds__(max_warp_threads, 1) forward_warp(const Forwar
       }
       const T sum = exponentials_of_items(top, z);
       loss = q.loss(sum, linear);
-      const RowGradient<T> gradient(q, block.scale, sum);
+      const LabelledGradient<T> gradient(q, block.scale, sum);
       for_items<S, kItems>(in, p.classes,
-                           [&](int i, int c) { z[i] = gradient.at(weights, c, label.index, z[i]); });
+                           [&](int i, int c) { z[i] = gradient(weights, c, label.index, z[i]); });
     } else {
       fill_items(loss, z);
     }
@@ -128,10 +128,10 @@ __global__ void __launch_bounds__(max_warp_threads, 1) derivative_warp(const Der
     }
     load_items<S>(in, -static_cast<T>(INFINITY), z);
     const T sum = exponentials_of_items(max_of_items(z), z);
-    const RowGradient<T> gradient(weights.at(label.index), block.row_scale(p, row), sum);
+    const LabelledGradient<T> gradient(weights.at(label.index), block.row_scale(p, row), sum);
     if (p.order == 1) {
       for_items<S, kItems>(in, p.classes,
-                           [&](int i, int c) { z[i] = gradient.at(weights, c, label.index, z[i]); });
+                           [&](int i, int c) { z[i] = gradient(weights, c, label.index, z[i]); });
     } else {
       const Operand& second = p.order == 3 ? p.u : p.v;
       const Run<S> v(row_of<S>(p.v, p, block.member, row), p.classes, in.shift());
@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(max_warp_threads, 1) derivative_warp(const Der
 #pragma unroll
         for (int j = 0; j < piece_size<S>; ++j)
           z[k * piece_size<S> + j] *=
-              gradient.factor * products.factor(p.order, widen(us.values[j]), widen(vs.values[j]));
+              gradient.factor * factor_of_order(products, p.order, widen(us.values[j]), widen(vs.values[j]));
       }
     }
     store_items<S>(out, z);
