@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Host tests under AddressSanitizer and UndefinedBehaviorSanitizer: csrc/core, and the CUDA kernels in an
-# emulator (emulator/cuda_runtime.h). Then faults are planted into copies of the kernels, each of which the
-# tests must find. Usage: bash tests/cpp/run.sh; needs g++ (or $CXX) with C++20.
+# emulator (emulator/cuda_runtime.h), also by the test for a device (gpu_guard.cu). Then faults are planted into
+# copies of the kernels, each of which the tests must find. Usage: bash tests/cpp/run.sh; needs g++ (or $CXX) with C++20.
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -41,24 +41,58 @@ in_parallel \
   '"${CXX:-g++}" -std=c++20 -Wall -Wextra -Istreams -I. "${checked[@]}" test_arrival_counters.cpp \
     "$csrc/cuda/arrival_counters.cpp" -o "$build/arrivals"' \
   'compile -O1 -I"$csrc" -c test_cuda_kernels.cpp -o "$build/plain_tests.o"' \
+  'compile -O1 -I"$csrc" -x c++ -c gpu_guard.cu -o "$build/plain_guard.o"' \
+  'compile -O1 -I"$csrc" -x c++ -c "$csrc/cuda/cross_entropy.cu" -o "$build/plain_kernels.o"' \
   'compile -O1 -c emulator/emulator.cpp -o "$build/plain_emulator.o"'
 compile "${sanitize[@]}" "$build"/{tests,kernels,emulator}.o -o "$build/kernels"
+compile "$build"/plain_{guard,kernels,emulator}.o -o "$build/guard"
 
-# planted FILE SED-SCRIPT: succeeds if the tests fail with the script applied to the file.
-planted() {
-  local copy
-  copy=$(mktemp -d -p "$build")
+# faulty COPY FILE SED-SCRIPT: the kernels and their tests in the folder COPY, with the script applied to the
+# file.
+faulty() {
+  local copy=$1
+  shift
   cp -r "$csrc/core" "$csrc/cuda" "$copy"
   sed -i "$2" "$copy/cuda/$1"
   if cmp -s "$copy/cuda/$1" "$csrc/cuda/$1"; then echo "does not apply: $1: $2"; return 1; fi
   compile -w -O0 -I"$copy" -x c++ -c "$copy/cuda/cross_entropy.cu" -o "$copy/kernels.o"
   compile "$copy/kernels.o" "$build"/plain_{tests,emulator}.o -o "$copy/kernels"
-  if timeout 120 "$copy/kernels" faults >"$copy/log" 2>&1; then echo "NOT FOUND: $1: $2"; return 1; fi
-  echo "found: $1: $2:$(grep -m 1 -E 'failed|emulator' "$copy/log" | sed 's/.*://')"
+  compile "$copy/kernels.o" "$build"/plain_{guard,emulator}.o -o "$copy/guard"
 }
 
-in_parallel '"$build/core"' '"$build/arrivals"' '"$build/kernels" float32' '"$build/kernels" float64' '"$build/kernels" float16' \
-  '"$build/kernels" bfloat16' '"$build/kernels" other'
+# found WHAT COMMAND...: succeeds if the command fails, and tells by what.
+found() {
+  local what=$1 log
+  log=$(mktemp -p "$build")
+  shift
+  if timeout 120 "$@" >"$log" 2>&1; then echo "NOT FOUND: $what"; return 1; fi
+  echo "found: $what:$(grep -m 1 -E 'failed|emulator' "$log" | sed 's/.*://')"
+}
+
+# planted FILE SED-SCRIPT: succeeds if the tests fail with the script applied to the file.
+planted() {
+  local copy
+  copy=$(mktemp -d -p "$build")
+  faulty "$copy" "$@" && found "$1: $2" "$copy/kernels" faults
+}
+
+# guarded FILE SED-SCRIPT: succeeds if it takes the test for a device to find the fault.
+guarded() {
+  local copy
+  copy=$(mktemp -d -p "$build")
+  faulty "$copy" "$@" || return 1
+  if ! "$copy/kernels" faults >"$copy/log" 2>&1; then
+    cat "$copy/log"
+    echo "found without guards: $1: $2"
+    return 1
+  fi
+  found "$1: $2" "$copy/guard" --cases "$guard_cases"
+}
+
+guard_cases=80
+in_parallel '"$build/guard" --cases "$guard_cases"' '"$build/core"' '"$build/arrivals"' \
+  '"$build/kernels" float32' '"$build/kernels" float64' '"$build/kernels" float16' '"$build/kernels" bfloat16' \
+  '"$build/kernels" other'
 
 faults=('planted member.cuh "s/p.arrivals\[member\] = 0;//"'
   'planted member.cuh "s/if (!scratch().last) return false;//"'
@@ -67,7 +101,10 @@ faults=('planted member.cuh "s/p.arrivals\[member\] = 0;//"'
   'planted warp_rows.cuh "s/logits\[label.index\]/logits[label.index - 1]/"'
   'planted long_rows.cuh "s/linear = weighted(q.on_label, picked/linear = weighted(q.on_label, widen(row_of<S>(p.logits, p, block.member, r)[label.index])/"'
   'planted long_rows.cuh "s/r < p.rows/r + 1 < p.rows/"'
-  'planted storage.cuh "s/i + j < size_) first_/i + j <= size_) first_/"')
+  'planted storage.cuh "s/i + j < size_) first_/i + j <= size_) first_/"'
+  # An element behind the losses is written; a row whose label is no class is not.
+  'guarded member.cuh "s/static_cast<T\*>(p.loss)\[member\] =/static_cast<T*>(p.loss)[p.members] = &/"'
+  'guarded long_rows.cuh "s/for_pieces(out.pieces(), \[&\](int64_t k) { out.store(k, piece); });/if (value == value) &/"')
 while IFS=: read -r file line _; do # every single barrier must be missed
   faults+=("planted $file ${line}d")
 done < <(cd "$csrc/cuda" && grep -n '__syncthreads();' ./*)
