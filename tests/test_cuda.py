@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import textwrap
+import threading
 
 import pytest
 import torch
 
-from dynloss_ext import DynamicCrossEntropyLoss, Oscillation, dynamic_cross_entropy, loss_and_gradient
+from dynloss_ext import DynamicCrossEntropyLoss, Oscillation, dynamic_cross_entropy, loss_and_gradient, reference
 
 pytestmark = [
     pytest.mark.cuda,
@@ -53,7 +55,7 @@ def near(actual, expected, dtype):
 
 def derivatives(logits, target, oscillation, step, u, v, **options):
     """Loss, gradient by a plain backward and by create_graph, Hessian·v and third·u·v of the summed loss."""
-    leaf = logits.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    leaf = logits.detach().requires_grad_()
     loss = dynamic_cross_entropy(leaf, target, oscillation, step, **options)
     (plain,) = torch.autograd.grad(loss.sum(), leaf)
     loss = dynamic_cross_entropy(leaf, target, oscillation, step, **options)
@@ -63,15 +65,24 @@ def derivatives(logits, target, oscillation, step, u, v, **options):
     return loss.detach(), plain, gradient.detach(), hessian.detach(), third
 
 
-def compare(logits, target, oscillation, step, dtype, **options):
-    """The op on the device in `dtype` against the CPU in float64, at the values that `dtype` can hold."""
+def compare(logits, target, oscillation, step, dtype, *, place=torch.Tensor.cuda, **options):
+    """The op on the device in `dtype` against the CPU in float64, at the values that `dtype` can hold.
+
+    `place` brings logits and directions to the device.
+    """
     logits = logits.to(dtype)
     u, v = (torch.randn_like(logits, dtype=torch.float64).to(dtype) for _ in range(2))
     expected = derivatives(logits.double(), target, oscillation, step, u.double(), v.double(), **options)
     device_step = step.cuda() if isinstance(step, torch.Tensor) else step
-    actual = derivatives(logits.cuda(), target.cuda(), oscillation, device_step, u.cuda(), v.cuda(), **options)
+    actual = derivatives(place(logits), target.cuda(), oscillation, device_step, place(u), place(v), **options)
     for ours, theirs in zip(actual, expected, strict=True):
         near(ours, theirs, dtype)
+
+
+def in_a_process_of_its_own(code, seconds=120):
+    """Runs code that must be the first to do something, or that could hang."""
+    environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=seconds, env=environment)
 
 
 # ---- values
@@ -125,14 +136,20 @@ def test_layouts_equal_the_cpu(classes, dtype):
     rows = randn(classes, 300).t()
     compare(rows, labels(classes, 300), oscillation, 3, dtype)
     compare(randn(classes), torch.tensor(classes - 1), oscillation, 3, dtype)
-    # Rows that do not begin at multiples of 16 bytes.
-    logits = randn(301 * classes + 1)[1:].view(301, classes).to(dtype)
-    target = labels(classes, 301)
-    expected = loss_and_gradient(logits.double(), target, oscillation, 3)
-    storage = torch.empty(301 * classes + 1, device="cuda", dtype=dtype)
-    misaligned = storage[1:].view(301, classes).copy_(logits)
-    for ours, theirs in zip(loss_and_gradient(misaligned, target.cuda(), oscillation, 3), expected, strict=True):
-        near(ours, theirs, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("offset", [1, 3])
+@pytest.mark.parametrize("classes", [3, 10, 17, 32, 33, 100, 257, 1000, 1025, 4099, 60001])
+def test_rows_that_do_not_begin_at_multiples_of_16_bytes(classes, offset, dtype):
+    rows = 301 if classes < 1000 else 9
+
+    def misaligned(x):
+        storage = torch.empty(x.numel() + offset, device="cuda", dtype=dtype)
+        return storage[offset:].view(x.shape).copy_(x)
+
+    target = labels(classes, rows, ignored=True)
+    compare(randn(rows, classes), target, Oscillation(classes, 9, 10), 3, dtype, place=misaligned)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
@@ -224,17 +241,24 @@ def test_gradient_in_the_place_of_logits_with_gaps(dtype, ignored):
 
 
 @pytest.mark.slow
-def test_offsets_beyond_32_bits():
-    classes, rows = 10, 2**31 // 10 + 1000
-    if torch.cuda.mem_get_info()[0] < 3 * 2 * rows * classes + 8 * rows:
-        pytest.skip("needs 15 GB of free device memory")
-    logits = torch.zeros(rows, classes, device="cuda", dtype=torch.bfloat16)
-    logits[-1] = randn(classes).bfloat16().cuda()
-    target = torch.zeros(rows, device="cuda", dtype=torch.int64)
+@pytest.mark.parametrize("classes", [10, 1000, 32000])
+def test_offsets_beyond_32_bits(classes):
+    rows = 2**31 // classes + 1000
+    if torch.cuda.mem_get_info()[0] < 3 * 2 * rows * classes + 16 * rows:
+        pytest.skip("needs 17 GB of free device memory")
+    logits = torch.empty(rows, classes, device="cuda", dtype=torch.bfloat16).normal_()
+    target = torch.randint(classes, (rows,), device="cuda")
     oscillation = Oscillation(classes, 70, 100)
-    _, gradient = loss_and_gradient(logits, target, oscillation, 3, reduction="sum")
-    _, expected = loss_and_gradient(logits[-2:].double().cpu(), target[-2:].cpu(), oscillation, 3, reduction="sum")
-    near(gradient[-2:], expected, torch.bfloat16)
+    picked = torch.tensor([0, 1, rows // 2, rows - 2, rows - 1], device="cuda")
+    some = (logits[picked].double().cpu(), target[picked].cpu(), oscillation, 3)
+    arguments = (logits, target, 3, None, *oscillation.on(logits.device), 2, False, -100, 0.0)
+    _, gradient, weights, normalizer = torch.ops.dynloss.cross_entropy_with_gradient(*arguments)
+    near(gradient[picked], reference.gradient(*some, reduction="sum"), torch.bfloat16)
+    del gradient
+    product = torch.ops.dynloss.cross_entropy_hessian(
+        logits, torch.ones((), device="cuda"), logits, target, weights, normalizer, -100, 0.0
+    )
+    near(product[picked], reference.hvp(*some, some[0], reduction="sum"), torch.bfloat16)
 
 
 # ---- streams, graphs, launches
@@ -253,6 +277,193 @@ def test_same_bits_on_every_run_and_stream():
                 results.append(loss_and_gradient(logits, target, oscillation, 7))
     torch.cuda.synchronize()
     assert all(torch.equal(x, loss) and torch.equal(y, gradient) for x, y in results)
+
+
+def test_streams_at_once_with_shapes_of_their_own():
+    problems = []
+    for shape in ((20000, 10), (70000, 3), (4096, 100), (300, 2000)):
+        arguments = (randn(*shape, dtype=torch.float32).cuda(), labels(shape[1], shape[0], ignored=True).cuda())
+        oscillation = Oscillation(shape[1], 70, 100)
+        expected = loss_and_gradient(*arguments, oscillation, 7)
+        problems.append((torch.cuda.Stream(), (*arguments, oscillation, 7), expected))
+    torch.cuda.synchronize()
+    results = []
+    for _ in range(50):
+        for stream, arguments, expected in problems:
+            with torch.cuda.stream(stream):
+                results.append((loss_and_gradient(*arguments), expected))
+    torch.cuda.synchronize()
+    for actual, expected in results:
+        assert all(map(torch.equal, actual, expected))
+
+
+def test_threads_whose_streams_have_one_handle():
+    # cudaStreamPerThread is the same handle, 2, in every thread, and another stream in each.
+    problems, results, errors = [], [[], []], []
+    for rows, classes in ((20000, 10), (2000, 100)):
+        arguments = (randn(rows, classes, dtype=torch.float32).cuda(), labels(classes, rows).cuda())
+        problems.append((*arguments, Oscillation(classes, 70, 100), 7))
+    expected = [loss_and_gradient(*problem) for problem in problems]
+    torch.cuda.synchronize()
+    together = threading.Barrier(2)
+    pools = [torch.cuda.MemPool() for _ in problems]
+
+    def work(k):
+        try:
+            stream = torch.cuda.ExternalStream(2, device=torch.device("cuda", torch.cuda.current_device()))
+            # PyTorch's allocator, too, takes the streams for one: each thread has memory of its own.
+            with torch.cuda.use_mem_pool(pools[k]), torch.cuda.stream(stream):
+                together.wait(timeout=60)
+                for _ in range(200):
+                    results[k].append(loss_and_gradient(*problems[k]))
+                stream.synchronize()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+    torch.cuda.synchronize()
+    assert not errors and [len(x) for x in results] == [200, 200], errors
+    for k in range(2):
+        for actual in results[k]:
+            assert all(map(torch.equal, actual, expected[k]))
+    results.clear()  # before the pools
+
+
+def test_first_call_of_several_blocks_inside_a_memory_pool():
+    in_a_process_of_its_own("""
+        import torch
+        from dynloss_ext import Oscillation, loss_and_gradient
+
+        logits = torch.randn(20000, 10, device="cuda")
+        target = torch.randint(10, (20000,), device="cuda")
+        oscillation = Oscillation(10, 70, 100)
+        loss_and_gradient(logits[:4], target[:4], oscillation, 7)  # one block
+        pool = torch.cuda.MemPool()
+        with torch.cuda.use_mem_pool(pool):
+            loss, gradient = loss_and_gradient(logits, target, oscillation, 7)
+        expected = loss.clone(), gradient.clone()
+        del loss, gradient
+        torch.cuda.synchronize()
+        # Nothing of what the op keeps to itself lies in memory that is not its own.
+        blocks = [block for segment in pool.snapshot() for block in segment["blocks"]]
+        assert blocks and not [block for block in blocks if block["state"] == "active_allocated"], blocks
+        del pool
+        torch.cuda.empty_cache()
+        junk = torch.full((1 << 26,), 0x55555555, dtype=torch.int32, device="cuda")
+        for _ in range(3):
+            assert all(map(torch.equal, loss_and_gradient(logits, target, oscillation, 7), expected))
+    """)
+
+
+def test_first_call_of_several_blocks_inside_a_capture_and_graphs_beside_eager_calls():
+    in_a_process_of_its_own("""
+        import torch
+        from dynloss_ext import Oscillation, loss_and_gradient
+
+        oscillations = [Oscillation(10, 70, 100), Oscillation(100, 70, 100)]
+        problems = []
+        for rows, oscillation in zip((20000, 3000), oscillations):
+            classes = oscillation.num_classes
+            logits = torch.randn(rows, classes, device="cuda")
+            target = torch.randint(classes, (rows,), device="cuda")
+            loss_and_gradient(logits[:4], target[:4], oscillation, 7)  # one block: loads the kernel
+            problems.append((logits, target, oscillation, 7))
+        torch.cuda.synchronize()
+        graphs, captured = [torch.cuda.CUDAGraph() for _ in problems], []
+        for graph, problem in zip(graphs, problems):
+            with torch.cuda.graph(graph):
+                captured.append(loss_and_gradient(*problem))
+        expected = [loss_and_gradient(*problem) for problem in problems]
+        for actual, (logits, target, oscillation, step) in zip(expected, problems):
+            exact, _ = loss_and_gradient(logits.double().cpu(), target.cpu(), oscillation, step)
+            torch.testing.assert_close(actual[0].double().cpu(), exact, rtol=1e-5, atol=0)
+        streams = [torch.cuda.Stream() for _ in graphs]
+        for _ in range(5):
+            for results in captured:
+                for tensor in results:
+                    tensor.fill_(float("nan"))
+            torch.cuda.synchronize()
+            eager = []
+            for _ in range(20):
+                for stream, graph, problem in zip(streams, graphs, problems):
+                    with torch.cuda.stream(stream):
+                        graph.replay()
+                    eager.append(loss_and_gradient(*problem))
+            torch.cuda.synchronize()
+            for k, results in enumerate(eager):
+                assert all(map(torch.equal, results, expected[k % 2]))
+            for results, wanted in zip(captured, expected):
+                assert all(map(torch.equal, results, wanted))
+    """)
+
+
+@pytest.mark.parametrize("kind", ["plain", "order", "table", "ensemble"])
+def test_first_use_of_an_oscillation_inside_a_capture(kind):
+    def oscillation():
+        if kind == "table":
+            return Oscillation.from_table(randn(4, 10).abs())
+        if kind == "ensemble":
+            return Oscillation(10, torch.tensor([2.0, 30.0]), 100)
+        return Oscillation(10, 70, 100, class_order=list(range(9, -1, -1)) if kind == "order" else None)
+
+    shape = (2, 300) if kind == "ensemble" else (300,)
+    problem = randn(*shape, 10, dtype=torch.float32).cuda(), labels(10, *shape).cuda()
+    expected = loss_and_gradient(*problem, oscillation(), 7)
+    fresh = oscillation()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = loss_and_gradient(*problem, fresh, 7)
+    # What the capture has left behind serves before the first replay as well,
+    assert all(map(torch.equal, loss_and_gradient(*problem, fresh, 7), expected))
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(map(torch.equal, captured, expected))
+    # and when the graph and its memory are gone.
+    del captured, graph
+    torch.cuda.empty_cache()
+    junk = torch.full((1 << 24,), float("nan"), device="cuda")
+    assert all(map(torch.equal, loss_and_gradient(*problem, fresh, 7), expected))
+    del junk
+
+
+def test_compiled_with_graphs_equals_eager():
+    in_a_process_of_its_own(
+        """
+        import torch
+        from dynloss_ext import Oscillation, dynamic_cross_entropy
+
+        for rows, classes in ((20000, 10), (4096, 100), (300, 2000)):
+            oscillation = Oscillation(classes, 70, 5)
+            target = torch.randint(classes, (rows,), device="cuda")
+            target[::7] = -100
+            logits = torch.randn(rows, classes, device="cuda", requires_grad=True)
+            step = torch.zeros((), dtype=torch.int64, device="cuda")
+
+            def loss_of(logits, target, step, oscillation=oscillation):
+                return dynamic_cross_entropy(logits * 2, target, oscillation, step)
+
+            compiled = torch.compile(loss_of, mode="reduce-overhead", fullgraph=True, dynamic=False)
+            for number in range(8):  # warmed up, recorded, replayed
+                with torch.no_grad():
+                    logits.normal_()
+                torch.compiler.cudagraph_mark_step_begin()
+                loss = compiled(logits, target, step)
+                (gradient,) = torch.autograd.grad(loss, logits)
+                actual = loss.detach().clone(), gradient.clone()
+                loss = loss_of(logits, target, step)
+                (gradient,) = torch.autograd.grad(loss, logits)
+                assert torch.equal(actual[0], loss.detach()), (rows, classes, number, actual[0], loss)
+                assert torch.equal(actual[1], gradient), (rows, classes, number)
+                step += 1
+        # Else nothing was captured, and this shows nothing.
+        assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
+        """,
+        seconds=240,
+    )
 
 
 @pytest.mark.parametrize("rows", [512, 20000])
@@ -318,19 +529,40 @@ def test_nothing_waits_for_the_device():
         torch.cuda.set_sync_debug_mode("default")
 
 
+def launched_by(call):
+    """The names of what a call runs on the device, after one to warm up."""
+    call()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    return [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+
+
 @pytest.mark.parametrize("shape", [(300, 3), (512, 10), (65536, 10), (4096, 1000), (64, 32000)], ids=str)
 def test_one_launch_for_loss_and_gradient_and_one_to_scale_it(shape):
     logits = randn(*shape, dtype=torch.float32).cuda().requires_grad_()
     target = labels(shape[1], shape[0]).cuda()
     oscillation = Oscillation(shape[1], 70, 10)
-    dynamic_cross_entropy(logits, target, oscillation, 3).backward()
-    logits.grad = None
-    activities = [torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
+
+    def backward():
+        logits.grad = None
         dynamic_cross_entropy(logits, target, oscillation, 3).backward()
-        torch.cuda.synchronize()
-    kernels = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+
+    kernels = launched_by(backward)
     ours = [name for name in kernels if "dynloss" in name]
     assert len(ours) == 2
     # Beside ours only the 1 that backward begins with.
     assert len(kernels) <= 3, kernels
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("shape", [(300, 3), (128, 10), (65536, 10), (4096, 1000), (64, 32000)], ids=str)
+def test_launches_of_loss_and_gradient(shape, reduction):
+    logits, target = randn(*shape, dtype=torch.float32).cuda(), labels(shape[1], shape[0]).cuda()
+    oscillation = Oscillation(shape[1], 70, 10)
+    kernels = launched_by(lambda: loss_and_gradient(logits, target, oscillation, 3, reduction=reduction))
+    assert all("dynloss" in name for name in kernels), kernels
+    # Several blocks learn what a mean divides by only from each other, or from a launch before them.
+    one_block = shape in ((300, 3), (128, 10))
+    assert len(kernels) == 1 or (reduction == "mean" and not one_block and len(kernels) == 2), kernels
