@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
+import time
 import types
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 MODULES = ("gpu_kernels", "kernel_rows", "compare_losses", "loss_contenders", "machine")
 
@@ -120,6 +124,93 @@ def test_an_unwritten_element_anywhere_is_found(kernel_rows):
     assert inputs.errors([result])["ok"] is False
 
 
+# ---- graphs, with a stand-in for the device
+
+
+class Recorder(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.ops = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.ops.append((function, args, kwargs or {}, result))
+        return result
+
+
+class RecordedGraph:
+    """Replays the ops of a capture into the memory of their results."""
+
+    def replay(self):
+        for function, args, kwargs, result in self.ops:
+            again = function(*args, **kwargs)
+            for old, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
+                if old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+@pytest.fixture
+def gpu(gpu_kernels, monkeypatch):
+    """A Gpu whose device is the CPU."""
+
+    @contextlib.contextmanager
+    def capture(graph):
+        with Recorder() as recorder:
+            yield
+        graph.ops = recorder.ops
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.time = time.perf_counter()
+
+        def elapsed_time(self, end):
+            return (end.time - self.time) * 1e3
+
+    stream = types.SimpleNamespace(wait_stream=lambda other: None)
+    for name, value in {
+        "CUDAGraph": RecordedGraph,
+        "graph": capture,
+        "Event": Event,
+        "Stream": lambda: stream,
+        "current_stream": lambda: stream,
+        "stream": lambda stream: contextlib.nullcontext(),
+        "synchronize": lambda: None,
+        "_sleep": lambda cycles: None,
+        "get_device_properties": lambda index: types.SimpleNamespace(L2_cache_size=1 << 14),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value, raising=False)
+    monkeypatch.setattr(torch.cuda.profiler, "profile", contextlib.nullcontext)
+    monkeypatch.setattr(gpu_kernels, "NOMINAL_GBPS", 0.5)  # so that graphs stay short
+    gpu = gpu_kernels.Gpu()
+    gpu.device = "cpu"
+    return gpu
+
+
+@pytest.mark.parametrize("variant", ["sum", "mean", "ignored", "smoothing", "weights", "ensemble", "hessian", "loss"])
+def test_graphs_are_timed_and_checked(gpu_kernels, kernel_rows, gpu, variant):
+    row = gpu_kernels.measure(kernel_rows.Row(400, 10, torch.float32, variant), gpu, 3000.0, 0.0)
+    assert row["ok"] is True and row["cold"] is True
+    assert row["calls"] > row["sets"] >= 2 and row["calls"] % row["sets"] == 0
+    assert row["us"] > 0 and row["memcpy_us"] > 0 and row["elementwise_us"] > 0
+
+
+def test_what_a_replay_does_not_write_is_found(gpu_kernels, kernel_rows, gpu, monkeypatch):
+    monkeypatch.setattr(RecordedGraph, "replay", lambda self: None)
+    row = gpu_kernels.measure(kernel_rows.Row(400, 10, torch.float32), gpu, 3000.0, 0.0)
+    assert row["ok"] is False and math.isnan(row["derivative_error"]) and math.isnan(row["loss_error"])
+
+
+def test_results_of_a_graph_belong_to_the_problems_in_their_order(gpu_kernels, kernel_rows, gpu):
+    inputs = kernel_rows.Inputs(kernel_rows.Row(40, 10, torch.float32), 3, "cpu")
+    graph = gpu_kernels.Graph(inputs.calls(), 9)
+    assert len(graph.results) == 3
+    for i, result in enumerate(graph.results):
+        assert torch.equal(result.derivative, inputs.call(i).derivative)
+
+
 # ---- dry runs
 
 
@@ -214,11 +305,27 @@ def test_rows_stop_when_no_other_fits_and_the_file_is_never_behind(gpu_kernels, 
         clock.now += 10
         return {"ok": True}
 
-    gpu_kernels.go_through({str(i): measure for i in range(6)}, results, budget, 0.5, lambda *_: None)
+    gpu_kernels.go_through({f"{i}-sum": measure for i in range(6)}, results, budget, 0.5, lambda *_: None)
     assert [len(rows) for rows in seen] == [0, 1, 2, 3]  # after 40 s another 10 s do not fit
     rows = json.loads(path.read_text())["rows"]
-    assert rows["4"] == rows["5"] == {"skipped": "no time left"}
+    assert rows["4-sum"] == rows["5-sum"] == {"skipped": "no time left"}
     assert not results.failed and not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_short_kind_of_row_is_not_skipped_for_a_long_one(gpu_kernels, tmp_path):
+    clock = Clock()
+    results = gpu_kernels.Results(tmp_path / "x.json", {})
+
+    def lasting(duration):
+        def measure(seconds):
+            clock.now += duration
+            return {}
+
+        return measure
+
+    rows = {"a-loss": lasting(20), "b-hessian": lasting(1), "c-loss": lasting(20), "d-hessian": lasting(1)}
+    gpu_kernels.go_through(rows, results, gpu_kernels.Budget(30, clock), 0.5, lambda *_: None)
+    assert [name for name, row in results.rows.items() if "skipped" in row] == ["c-loss"]
 
 
 def test_a_failing_row_costs_only_itself(gpu_kernels, tmp_path):

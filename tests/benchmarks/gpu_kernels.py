@@ -54,26 +54,26 @@ def one_line(error: BaseException) -> str:
 
 
 class Budget:
-    """The time for everything, and what the longest row has taken of it."""
+    """The time for everything, and what the longest row of each kind has taken of it."""
 
     def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock, self._end = clock, clock() + seconds
-        self._longest = 0.0
+        self._longest: dict[str, float] = {}
 
     @property
     def left(self) -> float:
         return self._end - self._clock()
 
-    def allows(self) -> bool:
-        """Whether another row like the longest fits."""
-        return self.left > max(1.2 * self._longest, 0.2)
+    def allows(self, kind: str) -> bool:
+        """Whether another row like the longest of the kind fits."""
+        return self.left > max(1.2 * self._longest.get(kind, 0.0), 0.2)
 
-    def run(self, row: Callable[[], Report]) -> Report:
+    def run(self, kind: str, row: Callable[[], Report]) -> Report:
         start = self._clock()
         try:
             return row()
         finally:
-            self._longest = max(self._longest, self._clock() - start)
+            self._longest[kind] = max(self._longest.get(kind, 0.0), self._clock() - start)
 
     def share(self, rows: int, most: float) -> float:
         """Seconds of measuring for each of so many rows, if half of the time goes into preparing them."""
@@ -104,15 +104,19 @@ class Results:
 def go_through(
     rows: dict[str, Callable[[float], Report]], results: Results, budget: Budget, most: float, show: Callable[..., None]
 ) -> None:
-    """Runs the rows, each with its seconds, while time is left; a failure costs its own row only."""
+    """Runs the rows, each with its seconds, while time is left; a failure costs its own row only.
+
+    The names end with the kind.
+    """
     dead = ""
     for number, (name, measure) in enumerate(rows.items()):
-        if dead or not budget.allows():
+        kind = name.rpartition("-")[2]
+        if dead or not budget.allows(kind):
             results.add(name, {"skipped": dead or "no time left"})
             continue
         seconds = budget.share(len(rows) - number, most)
         try:
-            row = budget.run(lambda measure=measure, seconds=seconds: measure(seconds))
+            row = budget.run(kind, lambda measure=measure, seconds=seconds: measure(seconds))
         except Exception as error:
             row = {"error": one_line(error)}
             dead = device_error()
@@ -461,9 +465,13 @@ def run_contenders(options: argparse.Namespace, bench: Gpu | Rehearsal, budget: 
         there = Case(min(case.samples, 40), min(case.classes, 50), case.dtype) if options.dry_run else case
         return lambda seconds: compare(group, there, bench, seconds)
 
-    rows = {f"{case}-{group}": of(group, case) for group in ("loss", "hessian") for case in cases}
     # Where the classes are few there is nothing to gain from a fusion with the linear layer.
-    rows |= {f"{case}-linear": of("linear", case) for case in cases if case.classes >= 1000}
+    rows = {
+        f"{case}-{group}": of(group, case)
+        for case in cases
+        for group in GROUPS
+        if group != "linear" or case.classes >= 1000
+    }
     if options.dry_run:
         print(*rows, sep="\n")
     go_through(rows, results, budget, 1.0, show_contenders)
