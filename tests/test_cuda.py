@@ -446,6 +446,7 @@ def test_compiled_with_graphs_equals_eager():
             def loss_of(logits, target, step, oscillation=oscillation):
                 return dynamic_cross_entropy(logits * 2, target, oscillation, step)
 
+            loss_of(logits, target, step)  # brings the oscillation to the device
             compiled = torch.compile(loss_of, mode="reduce-overhead", fullgraph=True, dynamic=False)
             for number in range(8):  # warmed up, recorded, replayed
                 with torch.no_grad():
@@ -457,7 +458,7 @@ def test_compiled_with_graphs_equals_eager():
                 loss = loss_of(logits, target, step)
                 (gradient,) = torch.autograd.grad(loss, logits)
                 assert torch.equal(actual[0], loss.detach()), (rows, classes, number, actual[0], loss)
-                assert torch.equal(actual[1], gradient), (rows, classes, number)
+                torch.testing.assert_close(actual[1], gradient, rtol=2e-7, atol=0)  # rescaled by other kernels
                 step += 1
         # Else nothing was captured, and this shows nothing.
         assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
