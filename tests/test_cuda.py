@@ -251,7 +251,7 @@ def test_offsets_beyond_32_bits(classes):
     oscillation = Oscillation(classes, 70, 100)
     picked = torch.tensor([0, 1, rows // 2, rows - 2, rows - 1], device="cuda")
     some = (logits[picked].double().cpu(), target[picked].cpu(), oscillation, 3)
-    arguments = (logits, target, 3, None, *oscillation.on(logits.device), 2, False, -100, 0.0)
+    arguments = (logits, target, 3, None, *oscillation.on(logits.device), 2, False, -100, 0.0, True)
     _, gradient, weights, normalizer = torch.ops.dynloss.cross_entropy_with_gradient(*arguments)
     near(gradient[picked], reference.gradient(*some, reduction="sum"), torch.bfloat16)
     del gradient
@@ -327,9 +327,7 @@ def test_threads_whose_streams_have_one_handle():
         thread.join(timeout=120)
     torch.cuda.synchronize()
     assert not errors and [len(x) for x in results] == [200, 200], errors
-    for k in range(2):
-        for actual in results[k]:
-            assert all(map(torch.equal, actual, expected[k]))
+    assert all(all(map(torch.equal, actual, expected[k])) for k in range(2) for actual in results[k])
     results.clear()  # before the pools
 
 

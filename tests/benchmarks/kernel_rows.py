@@ -150,19 +150,19 @@ class Inputs:
             for target in self.target:
                 target[::IGNORED_EVERY] = -100
         self.v = several(sets, (*lead, row.classes), row.dtype, device) if row.variant == "hessian" else []
-        self._clock = self.oscillation.on(self.logits[0].device)
+        self._schedule = self.oscillation.on(self.logits[0].device)
         self._one = torch.ones((), device=device)
         if row.variant == "hessian":
-            forward = self._arguments(0, reduction=2)
-            _, self._weights, self._normalizer = torch.ops.dynloss.cross_entropy(*forward)
+            _, self._weights, self._normalizer = torch.ops.dynloss.cross_entropy(*self._arguments(0))
 
-    def _arguments(self, i: int, reduction: int) -> tuple[object, ...]:
-        return (self.logits[i], self.target[i], STEP, None, *self._clock, reduction, False, -100, 0.0)
+    def _arguments(self, i: int) -> tuple[object, ...]:
+        """Of the ops, for a sum."""
+        return (self.logits[i], self.target[i], STEP, None, *self._schedule, 2, False, -100, 0.0)
 
     def call(self, i: int) -> Result:
         logits, target = self.logits[i], self.target[i]
         if self.row.variant == "sum":  # the op itself: whatever surrounds it, one launch
-            return Result(*torch.ops.dynloss.cross_entropy_with_gradient(*self._arguments(i, reduction=2))[:2])
+            return Result(*torch.ops.dynloss.cross_entropy_with_gradient(*self._arguments(i), True)[:2])
         if self.row.variant == "hessian":
             product = torch.ops.dynloss.cross_entropy_hessian(
                 self.v[i], self._one, logits, target, self._weights, self._normalizer, -100, 0.0
