@@ -4,10 +4,11 @@
 // well.
 //
 //     bash tests/cpp/gpu_guard.sh build OUTPUT sm_90
-//     OUTPUT [--seconds S] [--cases N] [--exact]
+//     OUTPUT [--seconds S] [--cases N] [--exact] [--stop]
 //
 // --exact leaves the zones out: under compute-sanitizer they find nothing that it would not. Ends by itself
-// after S seconds, or N cases; their order is mixed, so that a part of them is a sample of all.
+// after S seconds, N cases, or with --stop at the first failure; the order of the cases is mixed, so that a
+// part of them is a sample of all.
 #include <cuda_runtime.h>
 
 #include <chrono>
@@ -241,14 +242,15 @@ int main(int argc, char** argv) {
     const std::string argument = argv[i];
     const char* value = i + 1 < argc ? argv[i + 1] : "";
     char* end = nullptr;
-    if (argument == "--exact") {
-      exact_only = true;
+    if (argument == "--exact" || argument == "--stop") {
+      (argument == "--exact" ? exact_only : stop_at_first) = true;
       continue;
     }
     if (argument == "--seconds") seconds = std::strtod(value, &end);
     if (argument == "--cases") most = std::strtoull(value, &end, 10);
     if (end == nullptr || end == value || *end != 0) {
-      std::printf("%s: expected [--seconds S] [--cases N] [--exact], got %s %s\n", argv[0], argv[i], value);
+      std::printf("%s: expected [--seconds S] [--cases N] [--exact] [--stop], got %s %s\n", argv[0], argv[i],
+                  value);
       return 2;
     }
     ++i;
