@@ -56,8 +56,8 @@ class Copy {
   unsigned char* begin() const { return static_cast<unsigned char*>(allocation_) + zone_; }
   void may_be_written() { access_ = Access::write; }
 
-  // To the host, if all was written as it should be.
-  void take_back() {
+  // To the host, or if it has the results of another launch already, only compared with those.
+  void take_back(bool results_are_there) {
     std::vector<unsigned char> all(host_.bytes + 2 * zone_);
     CUDA(cudaMemcpy(all.data(), allocation_, all.size(), cudaMemcpyDeviceToHost));
     const auto first = all.begin() + zone_, end = first + host_.bytes;
@@ -65,7 +65,7 @@ class Copy {
     CHECK(std::all_of(all.begin(), first, is_guard));  // before the operand
     CHECK(std::all_of(end, all.end(), is_guard));      // behind it
     auto* host = static_cast<unsigned char*>(host_.begin);
-    if (access_ == Access::read)
+    if (access_ == Access::read || results_are_there)
       CHECK(std::equal(first, end, host));
     else
       std::copy(first, end, host);
@@ -94,8 +94,8 @@ class Device {
     const auto offset = reinterpret_cast<uintptr_t>(pointer) - reinterpret_cast<uintptr_t>(host.begin);
     pointer = reinterpret_cast<T*>(at->second->begin() + offset);
   }
-  void take_back() {
-    for (Copy& copy : copies_) copy.take_back();
+  void take_back(bool results_are_there = false) {
+    for (Copy& copy : copies_) copy.take_back(results_are_there);
   }
 
  private:
@@ -124,7 +124,7 @@ void carry_out(Run& run) {
   launch_on(exact, run);
   if (!exact_only) launch_on(guarded, run);
   exact.take_back();
-  if (!exact_only) guarded.take_back();
+  if (!exact_only) guarded.take_back(true);
 }
 
 namespace {
