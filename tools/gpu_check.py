@@ -169,8 +169,9 @@ def describe() -> dict[str, Any]:
 def head(arguments: argparse.Namespace, pack: Path | None, description: dict[str, Any]) -> dict[str, Any]:
     """What the report says of the run as a whole."""
     tree, commit = tree_hash(), git_commit()
-    if commit is None and pack and read_pack(pack)["tree"] == tree:
-        commit = read_pack(pack)["commit"]
+    if commit is None and pack:  # a copy without its repository
+        packed = read_pack(pack)
+        commit = packed["commit"] if packed["tree"] == tree else f"unknown, other than {packed['commit']}"
     return {
         "plan": arguments.plan,
         "dry_run": arguments.dry_run,

@@ -118,6 +118,12 @@ def pytest(name: str, marks: str, limit: float, workers: bool, **fields: Any) ->
     return Stage(name, command, limit, read=read_pytest, **fields)
 
 
+def training(name: str, *options: str, **fields: Any) -> Stage:
+    path = f"{BENCHMARKS}/compare_training.py"
+    here = ("--device", "{device}", "--json", "{json}")
+    return script(name, path, *here, "--rounds", "3", "--seconds", "0.5", *options, **fields)
+
+
 def sanitizer(tool: str) -> Stage:
     options = ("--tool", tool, "--error-exitcode", "9", "{work}/gpu_guard", "--exact", "--seconds", "{seconds}")
     return Stage(
@@ -170,14 +176,7 @@ CHECK = (
     ),
     pytest("correctness_slow", "cuda and slow", limit=60, workers=False, fixed=25, dry=()),
     script("contenders", KERNELS, "contenders", "--json", "{json}", "--seconds", "{seconds}", limit=60, fixed=50),
-    script(
-        "training",
-        f"{BENCHMARKS}/compare_training.py",
-        *("--device", "{device}", "--json", "{json}", "--rounds", "3", "--seconds", "0.5"),
-        limit=75,
-        fixed=40,
-        work=120,  # torch.compile
-    ),
+    training("training", "--no-fast", limit=60, fixed=30),
     script(
         "spiral",
         f"{EXAMPLES}/spiral_mlp.py",
@@ -232,6 +231,7 @@ CHECK = (
         dry=("bash", "-n", "tests/cpp/gpu_guard.sh"),
     ),
     *map(sanitizer, ("memcheck", "racecheck", "synccheck", "initcheck")),
+    training("training_compiled", limit=120, fixed=40, work=250),
     later("phase_diagram"),
     later("fused_perceptron_ensembles"),
     later("training_in_graphs"),

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gpu_pack import ROOT, git_commit, size_of, source_hash, tree_hash, unpack_site
+from gpu_pack import ROOT, SOURCES, git_commit, size_of, source_hash, tree_hash, unpack_site
 
 TARGET = {"python": "3.12", "torch": "2.11", "cuda": "13.0"}
 ARCHITECTURE = "9.0"
@@ -188,12 +188,14 @@ def compress(wheel: Path, scratch: Path, site: Path) -> list[str]:
 
 def make(python: Path, scratch: Path, out: Path, without: Sequence[str]) -> dict[str, Any]:
     environment = build_environment(python, scratch)
+    sources = {what: source_hash(what) for what in SOURCES}  # before the build: they may change meanwhile
+    symbols = {}
     build_module(python, scratch, environment, out / "module")
-    sources, symbols = {"module": source_hash("module")}, {}
     if (ROOT / "tests/cpp/gpu_guard.sh").exists():
         architecture = f"sm_{ARCHITECTURE.replace('.', '')}"
         run("bash", "tests/cpp/gpu_guard.sh", "build", out / "gpu_guard", architecture, cwd=ROOT, env=environment)
-        sources["gpu_guard"] = source_hash("gpu_guard")
+    else:
+        del sources["gpu_guard"]
     for binary in (*out.glob("module/*.so"), *out.glob("gpu_guard")):
         symbols[binary.name] = check_symbols(binary)
     (out / "site").mkdir()
