@@ -24,7 +24,7 @@ from typing import Any
 from gpu_stages import REFUSED, Artefacts, Reading, Stage, read_json
 
 GRACE = 5.0  # seconds from SIGTERM to SIGKILL
-LAST_WRITE = 3.0  # seconds for the results of the last stage
+LAST_WRITE = 8.0  # seconds for the results of the last stage
 DRY_LIMIT = 120.0  # of each stage in a dry run
 LEAST = 5.0  # a stage is not begun with fewer seconds left, nor with less than half of its estimate
 ARCHIVE_BYTES = 16 << 20  # such machines give back no larger file
@@ -137,7 +137,7 @@ class Results:
         """Returns the names of what it has left out."""
         found = [path for kept in KEPT for path in sorted((self.work / kept).rglob("*")) if path.is_file()]
         out = [path for path in found if any(path.match(pattern) for pattern in left_out)]
-        with Replacement(self.archive) as part, tarfile.open(part, "w:gz", compresslevel=6) as tar:
+        with Replacement(self.archive) as part, tarfile.open(part, "w:gz", compresslevel=4) as tar:
             for path in found:
                 if path not in out:
                     tar.add(path, path.relative_to(self.work))
@@ -324,7 +324,8 @@ def verdict(stage: Stage, code: int, late: bool, limit: float, text: str, readin
     if stage.program and refusal:
         return {"result": "unavailable", "reason": refusal[:200]}
     if stage.goes_on and code == 130:  # stopped, with a whole checkpoint
-        return {"result": "ok", "reason": "stopped in time; goes on with --from", "finished": False}
+        step = next(iter(re.findall(r"stopped after step \d+", text)), "stopped in time")
+        return {"result": "ok", "reason": f"{step}; goes on with --from", "finished": False}
     if late:
         return {"result": "failed", "reason": f"took more than {limit:.3g} s"}
     if reading.result:
