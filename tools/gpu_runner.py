@@ -36,12 +36,12 @@ ALSO_LEFT_OUT = ("metrics.npz",)
 
 
 def end_group(child: subprocess.Popen[bytes], grace: float) -> None:
-    """Ends a child that leads its group, and all that it has started."""
-    _signal_group(child.pid, signal.SIGTERM)
+    """Ends a child that leads its group, if it has not ended, and all that it has started."""
     try:
-        child.wait(grace)
-    except subprocess.TimeoutExpired:
-        pass
+        if child.poll() is None:
+            _signal_group(child.pid, signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(grace)
     finally:
         _signal_group(child.pid, signal.SIGKILL)
         child.wait()
@@ -78,9 +78,7 @@ def run_child(
         except subprocess.TimeoutExpired:
             late = True
         finally:
-            if child.poll() is None:
-                end_group(child, grace)
-            _signal_group(child.pid, signal.SIGKILL)  # what a child that has ended by itself left behind
+            end_group(child, grace)
     return child.returncode, late
 
 
