@@ -18,6 +18,8 @@ from typing import Any
 
 import pytest
 
+import dynloss_ext
+
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "tools"))
 
@@ -156,10 +158,19 @@ def test_a_stage_ends_at_its_limit_and_at_the_end_of_the_plan(tmp_path: Path, mo
     assert time.monotonic() - begin < 4
     found = entries(tmp_path / "out")
     assert found["short"]["reason"] == "took more than 0.5 s" and found["short"]["limit"] == 0.5
-    assert found["long"]["result"] == "failed" and found["long"]["limit"] < 2.5
+    assert found["long"]["result"] == "skipped" and found["long"]["limit"] < 2.5
+    assert "ended with the plan" in found["long"]["reason"]
     assert found["last"]["result"] == "skipped" and "no time left" in found["last"]["reason"]
     with tarfile.open(tmp_path / "out/gpu_check.tar.gz") as tar:
         assert tar.extractfile("logs/long.log").read() == b"before\n"  # type: ignore[union-attr]
+
+
+def test_nothing_is_tried_without_the_extension(tmp_path: Path) -> None:
+    runner = make_runner(tmp_path / "out", tmp_path / "work")
+    assert not runner.run([python("load", "raise SystemExit(1)"), python("other", "")])
+    assert entries(tmp_path / "out")["other"]["reason"] == "the extension did not load"
+    late = make_runner(tmp_path / "late", tmp_path / "work", seconds=1)
+    assert not late.run([python("load", ""), python("other", "")])
 
 
 def test_a_stage_that_would_have_less_than_half_of_its_time_is_not_begun(tmp_path: Path) -> None:
@@ -431,6 +442,10 @@ def test_every_command_can_be_filled(plan: str, tmp_path: Path) -> None:
     correctness = next(stage for stage in PLANS["check"] if stage.name == "correctness")
     words = runner.fill(correctness, correctness.command, 100)
     assert words[:2] == ["env", "OMP_NUM_THREADS=2"]
+    sass = next(stage for stage in PLANS["check"] if stage.name == "sass")
+    module = Path(runner.fill(sass, sass.command, 100)[-1])
+    assert module.parent == tmp_path / "tree/dynloss_ext"
+    assert (Path(dynloss_ext.__file__).parent / module.name).exists()
     assert words[-6:] == ["-n", "8", "--dist", "worksteal", "tests/test_cuda.py", "tests/test_cuda_curvature.py"]
 
 

@@ -20,6 +20,7 @@ import os
 import signal
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import tempfile
 import time
@@ -197,7 +198,7 @@ def values(
         "data": data,
         "device": "cuda",
         "arch": "sm_" + description.get("gpu", {}).get("capability", "9.0").replace(".", ""),
-        "module": str(work / "tree/dynloss_ext/_C.so"),
+        "module": str(work / f"tree/dynloss_ext/_C{sysconfig.get_config_var('EXT_SUFFIX')}"),
         "threads": str(max(1, arguments.processors // workers)),
         "xdist": ["-n", str(workers), "--dist", "worksteal"],
         "cuda_tests": [f"tests/{path.name}" for path in sorted((ROOT / "tests").glob("test_cuda*.py"))],

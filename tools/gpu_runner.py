@@ -194,7 +194,7 @@ class Runner:
             if self.results.is_done(stage.name) and not again:
                 say(stage.name, "ok before")
                 continue
-            sharing = sum(bool(other.goes_on) for other in stages[index:])
+            sharing = sum(bool(other.goes_on) and not self.results.is_done(other.name) for other in stages[index:])
             entry = self.attempt(stage, max(1, sharing))
             self.results.record(stage.name, entry)
             say(stage.name, entry["result"], entry.get("reason", ""), entry["seconds"])
@@ -202,7 +202,7 @@ class Runner:
                 for other in stages[index + 1 :]:
                     if not self.results.is_done(other.name):
                         self.results.record(other.name, skipped("the extension did not load"))
-                break
+                return False
         return not any(entry["result"] == "failed" for entry in self.results.report["stages"].values())
 
     def attempt(self, stage: Stage, sharing: int = 1) -> dict[str, Any]:
@@ -214,12 +214,13 @@ class Runner:
         grace = self.grace_of(stage)
         if left < least + grace:
             return skipped(f"no time left: it needs {least:.0f} s and more, there are {max(0.0, left - grace):.0f}")
-        limit = (left / sharing if stage.goes_on else min(left, stage.limit + grace)) - grace
         if not self.dry:
-            return self.execute(stage, self.command(stage, limit), limit)
+            limit = left / sharing - grace if stage.goes_on else min(left - grace, stage.limit)
+            return self.execute(stage, self.command(stage, limit), limit, limit < stage.limit)
         if stage.dry == ():
             return skipped("needs a GPU; nothing of it runs without one") | {"dry": "ok"}
-        entry = self.execute(stage, self.fill(stage, self.dry_command(stage), limit), min(left - grace, DRY_LIMIT))
+        limit = min(left - grace, DRY_LIMIT)
+        entry = self.execute(stage, self.fill(stage, self.dry_command(stage), limit), limit, limit < DRY_LIMIT)
         if stage.dry is None and entry["result"] == "ok":
             entry |= self.unknown_options(stage)
         if stage.needs_gpu and entry["result"] == "ok":
@@ -246,7 +247,8 @@ class Runner:
             return skipped(f"{stage.artefact.rpartition('/')[2]} is not there: an earlier stage has not made it")
         return None
 
-    def execute(self, stage: Stage, command: Sequence[str], limit: float) -> dict[str, Any]:
+    def execute(self, stage: Stage, command: Sequence[str], limit: float, is_cut: bool) -> dict[str, Any]:
+        """Runs a command for a stage; `is_cut`: the limit is that of the plan, and not the stage's own."""
         artefacts = self.artefacts(stage)
         start = time.monotonic()
         entry: dict[str, Any] = {"command": [str(word) for word in command], "limit": round(limit, 1)}
@@ -268,7 +270,11 @@ class Runner:
             reading = Reading(None, "failed", f"its results cannot be read: {error!r}")
         if reading.numbers is not None:
             entry["numbers"] = reading.numbers
-        entry |= verdict(stage, code, late, limit, text, reading)
+        entry |= verdict(stage, code, late, text, reading)
+        if late and entry["result"] == "failed":
+            entry["reason"] = f"took more than {limit:.3g} s"
+            if is_cut:
+                entry |= {"result": "skipped", "reason": f"no time left: ended with the plan after {limit:.3g} s"}
         if entry["result"] == "failed":
             entry["end"] = text[-1500:]
         return entry
@@ -316,7 +322,7 @@ class Runner:
         return words
 
 
-def verdict(stage: Stage, code: int, late: bool, limit: float, text: str, reading: Reading) -> dict[str, Any]:
+def verdict(stage: Stage, code: int, late: bool, text: str, reading: Reading) -> dict[str, Any]:
     """Result and reason of a child that has ended."""
     refusal = next((line.strip() for line in text.splitlines() if any(word in line for word in REFUSED)), None)
     if stage.program and refusal:
@@ -325,7 +331,7 @@ def verdict(stage: Stage, code: int, late: bool, limit: float, text: str, readin
         step = next(iter(re.findall(r"stopped after step \d+", text)), "stopped in time")
         return {"result": "ok", "reason": f"{step}; goes on with --from", "finished": False}
     if late:
-        return {"result": "failed", "reason": f"took more than {limit:.3g} s"}
+        return {"result": "failed"}
     if reading.result:
         return {"result": reading.result, "reason": reading.reason}
     if code:

@@ -125,12 +125,12 @@ def training(name: str, *options: str, **fields: Any) -> Stage:
 
 
 def sanitizer(tool: str) -> Stage:
-    options = ("--tool", tool, "--error-exitcode", "9", "{work}/gpu_guard", "--exact", "--seconds", "{seconds}")
+    options = ("--tool", tool, "--error-exitcode", "9", "{work}/gpu_guard", "--exact", "--seconds", "12")
     return Stage(
         tool,
         ("compute-sanitizer", *options),
-        limit=25,
-        fixed=15,
+        limit=45,  # it slows down what it watches
+        fixed=18,
         script="tests/cpp/gpu_guard.sh",
         program="compute-sanitizer",
         artefact="{work}/gpu_guard",
@@ -204,7 +204,7 @@ CHECK = (
     Stage(
         "ncu",
         (
-            *("ncu", "--target-processes", "all", "--clock-control", "none", "--launch-count", "12"),
+            *("ncu", "--target-processes", "all", "--clock-control", "none", "--profile-from-start", "off"),
             *("--kernel-name", "regex:forward_|derivative_"),
             *(word for section in NCU_SECTIONS for word in ("--section", section)),
             *("--csv", "--log-file", "{table}"),
@@ -223,10 +223,10 @@ CHECK = (
         (
             *("sh", "-c"),
             '[ -x "$0" ] || bash tests/cpp/gpu_guard.sh build "$0" "$1" && exec "$0" --seconds "$2"',
-            *("{work}/gpu_guard", "{arch}", "{seconds}"),
+            *("{work}/gpu_guard", "{arch}", "10"),
         ),
         limit=60,
-        fixed=10,
+        fixed=12,
         script="tests/cpp/gpu_guard.sh",
         dry=("bash", "-n", "tests/cpp/gpu_guard.sh"),
     ),
