@@ -400,6 +400,12 @@ def test_a_run_goes_on_from_the_archive(tmp_path: Path, monkeypatch: pytest.Monk
     assert later.results.is_done("fig3")
 
 
+def test_what_is_no_archive_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no archive")
+    with pytest.raises(ValueError, match=r"file: expected the archive of an earlier run"):
+        unpack(tmp_path / "file", tmp_path, "runs")
+
+
 def test_runs_without_end_share_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_runner, "LEAST", 0.1)
     stages = [python(name, "", goes_on=("true",)) for name in ("fig3", "fig2")]

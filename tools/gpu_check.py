@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 results.resume()
             if arguments.before:
                 unpack(arguments.before, work, "runs")
-        except (ValueError, OSError, tarfile.TarError) as error:
+        except (ValueError, OSError) as error:
             sys.exit(f"gpu_check: {error}")
         runner = Runner(
             results,
@@ -80,6 +80,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         passed = runner.run(stages)
         if arguments.dry_run:
             passed &= rehearse(results, stages)
+    archive = results.report["archive"]
+    if archive["left_out"]:
+        print("left out of the archive:", ", ".join(archive["left_out"]))
+    if "warning" in archive:
+        print("the archive has", archive["warning"])
     written = ", ".join(f"{path} ({path.stat().st_size:,} bytes)" for path in (results.json, results.archive))
     print(f"{time.monotonic() - start:.0f} s of {arguments.seconds:.0f}: {written}")
     if not passed:

@@ -159,10 +159,18 @@ class Replacement:
 
 
 def unpack(archive: Path, work: Path, only: str = "") -> None:
-    """Puts an archive's folders back into the work folder, or only the one named."""
-    with tarfile.open(archive) as tar:
-        members = [member for member in tar if not only or Path(member.name).parts[0] == only]
-        tar.extractall(work, members=members, filter="data")
+    """Puts an archive's folders back into the work folder, or only the one named.
+
+    Raises:
+        ValueError: It is no archive.
+    """
+    try:
+        with tarfile.open(archive) as tar:
+            members = [member for member in tar if not only or Path(member.name).parts[0] == only]
+            tar.extractall(work, members=members, filter="data")
+    except tarfile.TarError as error:
+        reason = str(error).partition(":")[0]
+        raise ValueError(f"{archive}: expected the archive of an earlier run ({reason})") from None
 
 
 @dataclasses.dataclass
