@@ -24,12 +24,11 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "tools"))
 
 import gpu_check  # noqa: E402
+import gpu_packing  # noqa: E402
 import gpu_runner  # noqa: E402
 import pack_for_gpu  # noqa: E402
 from gpu_runner import Results, Runner, run_child, unpack  # noqa: E402
 from gpu_stages import PLANS, Artefacts, Stage, read_ncu, read_pytest  # noqa: E402
-
-import gpu_pack  # noqa: E402
 
 HEAD = {"plan": "check", "dry_run": False, "tree": "0123", "commit": "abc", "card": "NVIDIA H100"}
 
@@ -490,7 +489,7 @@ def test_bad_options_are_named(options: list[str], message: str, capsys: pytest.
 
 def make_pack(pack: Path, **changes: Any) -> Path:
     (pack / "site").mkdir(parents=True)
-    sources = {"module": gpu_pack.source_hash("module")}
+    sources = {"module": gpu_packing.source_hash("module")}
     content = {**pack_for_gpu.TARGET, "commit": "abc", "tree": "0123", "sources": sources, "packages": {}} | changes
     (pack / "pack.json").write_text(json.dumps(content))
     return pack
@@ -498,13 +497,13 @@ def make_pack(pack: Path, **changes: Any) -> Path:
 
 def test_a_pack_of_other_sources_or_another_torch_is_not_used(tmp_path: Path) -> None:
     target = {"python": "3.12", "torch": "2.11"}
-    assert gpu_pack.misfit(make_pack(tmp_path / "fits"), "module", target) is None
+    assert gpu_packing.misfit(make_pack(tmp_path / "fits"), "module", target) is None
     assert "built for torch 2.11, this is 2.13" in str(
-        gpu_pack.misfit(tmp_path / "fits", "module", target | {"torch": "2.13"})
+        gpu_packing.misfit(tmp_path / "fits", "module", target | {"torch": "2.13"})
     )
     other = make_pack(tmp_path / "other", sources={"module": "f00"})
-    assert "built from other sources (commit abc)" in str(gpu_pack.misfit(other, "module", target))
-    assert gpu_pack.misfit(other, "gpu_guard", target) == "the pack has no gpu_guard"
+    assert "built from other sources (commit abc)" in str(gpu_packing.misfit(other, "module", target))
+    assert gpu_packing.misfit(other, "gpu_guard", target) == "the pack has no gpu_guard"
 
 
 def test_the_hash_is_of_names_and_contents_of_sources_alone(tmp_path: Path) -> None:
@@ -512,17 +511,17 @@ def test_the_hash_is_of_names_and_contents_of_sources_alone(tmp_path: Path) -> N
     source.parent.mkdir(parents=True)
     source.write_text("1")
     (tmp_path / "setup.py").write_text("2")
-    first = gpu_pack.source_hash("module", tmp_path), gpu_pack.tree_hash(tmp_path)
+    first = gpu_packing.source_hash("module", tmp_path), gpu_packing.tree_hash(tmp_path)
     (tmp_path / "csrc/core/a.so").write_text("built")
     (tmp_path / "README.rst").write_text("3")
-    assert (gpu_pack.source_hash("module", tmp_path), gpu_pack.tree_hash(tmp_path)) == first
+    assert (gpu_packing.source_hash("module", tmp_path), gpu_packing.tree_hash(tmp_path)) == first
     source.rename(source.with_name("b.h"))
-    assert gpu_pack.source_hash("module", tmp_path) != first[0] and gpu_pack.tree_hash(tmp_path) != first[1]
+    assert gpu_packing.source_hash("module", tmp_path) != first[0] and gpu_packing.tree_hash(tmp_path) != first[1]
 
 
 def test_an_unfinished_pack_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"--pack: expected a folder made by tools/pack_for_gpu\.py, got"):
-        gpu_pack.read_pack(tmp_path)
+        gpu_packing.read_pack(tmp_path)
 
 
 def test_only_what_the_machine_lacks_is_unpacked(tmp_path: Path) -> None:
@@ -531,7 +530,7 @@ def test_only_what_the_machine_lacks_is_unpacked(tmp_path: Path) -> None:
         (tmp_path / f"{name}.py").write_text("")
         with tarfile.open(pack / f"site/{name}.tar.xz", "w:xz") as tar:
             tar.add(tmp_path / f"{name}.py", f"{name}.py")
-    assert gpu_pack.unpack_site(pack, tmp_path / "site") == ["two"]
+    assert gpu_packing.unpack_site(pack, tmp_path / "site") == ["two"]
     assert [path.name for path in (tmp_path / "site").iterdir()] == ["two.py"]
 
 

@@ -28,10 +28,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from gpu_packing import ROOT, git_commit, read_pack, tree_hash
 from gpu_runner import GRACE, LAST_WRITE, Results, Runner, run_child, say, unpack
 from gpu_stages import BUILD_SECONDS, PLANS, Stage
-
-from gpu_pack import ROOT, git_commit, read_pack, tree_hash
 
 SECONDS = 510.0
 PROCESSES = 8  # of pytest, on one GPU

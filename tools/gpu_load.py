@@ -17,7 +17,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from gpu_pack import copy_tree, misfit, unpack_site
+from gpu_packing import copy_tree, misfit, unpack_site
 
 MODULE = ("_C*.so", "_build_info.json")
 

@@ -14,7 +14,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import tarfile
 import time
 from collections.abc import Mapping, Sequence
@@ -366,4 +365,3 @@ def shorten(log: Path) -> None:
 
 def say(name: str, result: str, reason: str = "", seconds: float = 0.0) -> None:
     print(f"{name:28}{seconds:7.1f} s  {result}{': ' if reason else ''}{reason}", flush=True)
-    sys.stdout.flush()

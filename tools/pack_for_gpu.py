@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gpu_pack import ROOT, SOURCES, git_commit, size_of, source_hash, tree_hash, unpack_site
+from gpu_packing import ROOT, SOURCES, git_commit, size_of, source_hash, tree_hash, unpack_site
 
 TARGET = {"python": "3.12", "torch": "2.11", "cuda": "13.0"}
 ARCHITECTURE = "9.0"
