@@ -225,7 +225,7 @@ CHECK = (
             '[ -x "$0" ] || bash tests/cpp/gpu_guard.sh build "$0" "$1" && exec "$0" --seconds "$2"',
             *("{work}/gpu_guard", "{arch}", "10"),
         ),
-        limit=60,
+        limit=80,  # most of it for a build, where there is no pack
         fixed=12,
         script="tests/cpp/gpu_guard.sh",
         dry=("bash", "-n", "tests/cpp/gpu_guard.sh"),
