@@ -6,7 +6,6 @@ leaves what it had. A stage's child leads a process group of its own, which ends
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -38,17 +37,23 @@ def end_group(child: subprocess.Popen[bytes], grace: float) -> None:
     """Ends a child that leads its group, if it has not ended, and all that it has started."""
     try:
         if child.poll() is None:
-            _signal_group(child.pid, signal.SIGTERM)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                child.wait(grace)
+            signal_group(child, signal.SIGTERM)
+            end = time.monotonic() + grace
+            while signal_group(child, 0) and time.monotonic() < end:
+                time.sleep(0.02)
+                child.poll()  # one that nobody has waited for still counts
     finally:
-        _signal_group(child.pid, signal.SIGKILL)
+        signal_group(child, signal.SIGKILL)
         child.wait()
 
 
-def _signal_group(group: int, number: int) -> None:
-    with contextlib.suppress(ProcessLookupError):  # none is left
-        os.killpg(group, number)
+def signal_group(child: subprocess.Popen[bytes], number: int) -> bool:
+    """False if none of the group is left."""
+    try:
+        os.killpg(child.pid, number)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def run_child(
