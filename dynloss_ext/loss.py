@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -246,6 +247,12 @@ class DynamicCrossEntropyLoss(nn.Module):
             ignore_index=self.ignore_index,
             label_smoothing=self.label_smoothing,
         )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DynamicCrossEntropyLoss:
+        """Takes the oscillation along to another device: compiled and captured code is not to copy it there."""
+        super()._apply(fn, recurse)
+        self.oscillation.on(self.current_step.device)
+        return self
 
     def step(self) -> None:
         """Goes on to the next optimisation step."""

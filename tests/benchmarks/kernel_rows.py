@@ -164,8 +164,8 @@ class Inputs:
         if self.row.variant == "sum":  # the op itself: whatever surrounds it, one launch
             return Result(*torch.ops.dynloss.cross_entropy_with_gradient(*self._arguments(i), True)[:2])
         if self.row.variant == "hessian":
-            product = torch.ops.dynloss.cross_entropy_hessian(
-                self.v[i], self._one, logits, target, self._weights, self._normalizer, -100, 0.0
+            product = torch.ops.dynloss.cross_entropy_derivative(
+                None, self.v[i], self._one, logits, target, self._weights, self._normalizer, -100, 0.0
             )
             return Result(None, product)
         if self.row.variant == "loss":
