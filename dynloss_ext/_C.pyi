@@ -68,10 +68,10 @@ def eigsh(
 def sample_trace(op: SymmetricOperator, *, range: int, samples: int, generator: Generator) -> tuple[float, list[float]]:
     """The trace on the range of H on random vectors, and zᵀ H z for random z of ±1 without their part in it."""
 
-def tridiagonalize(
+def gauss_quadrature(
     op: SymmetricOperator, *, steps: int, probes: int, generator: Generator
 ) -> list[tuple[list[float], list[float]]]:
-    """Diagonal and off-diagonal of the Lanczos matrix from each of some random vectors of ±1."""
+    """Nodes, ascending, and weights of the spectral measure of each of some random vectors of ±1."""
 
 def take_device_path(on: bool) -> None: ...
 def num_reads() -> int: ...

@@ -54,17 +54,6 @@ def _generator(seed: int) -> torch.Generator:
     return torch.Generator(device="cpu").manual_seed(check_seed(seed))
 
 
-def _quadrature(diagonal: list[float], off_diagonal: list[float], length: int) -> tuple[Tensor, Tensor]:
-    """Nodes and weights (length,) of a tridiagonal matrix, padded with weight 0."""
-    matrix = torch.diag(torch.tensor(diagonal, dtype=torch.float64, device="cpu"))
-    if off_diagonal:
-        side = torch.tensor(off_diagonal, dtype=torch.float64, device="cpu")
-        matrix = matrix + torch.diag(side, 1) + torch.diag(side, -1)
-    nodes, vectors = torch.linalg.eigh(matrix)
-    missing = length - len(nodes)
-    return torch.cat([nodes, nodes[-1:].expand(missing)]), torch.cat([vectors[0] ** 2, nodes.new_zeros(missing)])
-
-
 def _default_bandwidth(low: float, high: float, dtype: torch.dtype) -> float:
     """A hundredth of the range of the nodes; of their size, where they differ by rounding alone."""
     size, spread = max(abs(low), abs(high)), high - low
@@ -121,9 +110,10 @@ def spectral_density(
     if bandwidth is not None:
         bandwidth = check_number("bandwidth", bandwidth, 0, open_low=True)
     length = min(num_steps, size)
-    matrices = _C.tridiagonalize(op, steps=length, probes=num_probes, generator=_generator(seed))
-    quadratures = [_quadrature(diagonal, off_diagonal, length) for diagonal, off_diagonal in matrices]
-    nodes, weights = (torch.stack(part) for part in zip(*quadratures, strict=True))
+    probes = _C.gauss_quadrature(op, steps=length, probes=num_probes, generator=_generator(seed))
+    # Where the Krylov space of a probe ends early, its last node fills up the row, with weight 0.
+    rows = [(x + x[-1:] * (length - len(x)), w + [0.0] * (length - len(w))) for x, w in probes]
+    nodes, weights = torch.tensor(rows, dtype=torch.float64, device="cpu").unbind(1)
     low, high = float(nodes.min()), float(nodes.max())
     if bandwidth is None:
         bandwidth = _default_bandwidth(low, high, options.dtype)
@@ -136,7 +126,7 @@ def spectral_density(
         nodes=nodes,
         weights=weights,
         bandwidth=bandwidth,
-        num_hvp=sum(len(diagonal) for diagonal, _ in matrices),
+        num_hvp=sum(len(nodes) for nodes, _ in probes),
     )
 
 

@@ -3,6 +3,8 @@
 import math
 import os
 import signal
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -380,6 +382,36 @@ def test_the_number_of_threads_changes_nothing():
     for result in results[1:]:
         assert torch.equal(result.values, results[0].values)
         assert torch.equal(result.vectors, results[0].vectors)
+
+
+SUMS = """
+import hashlib, torch
+from dynloss_ext import _C, eigsh
+diagonal = torch.linspace(-1, 1, 9001) ** 3
+result = eigsh(lambda v: diagonal * v, 2, n=len(diagonal), tol=1e-2, max_basis=8)
+print(_C.cpu_instruction_set(), hashlib.sha256(result.vectors.numpy().tobytes()).hexdigest(), *result.values.tolist())
+"""
+
+
+def test_the_driver_runs_the_instruction_set_that_is_asked_for():
+    """Each adds up in an order of its own, which shows in the last bits."""
+    names, bits, values = set(), set(), []
+    for capability in ("default", "avx2", "avx512"):
+        variables = {"PYTHONPATH": os.pathsep.join(sys.path), "DYNLOSS_CPU_CAPABILITY": capability}
+        name, digest, *found = subprocess.run(
+            [sys.executable, "-c", SUMS],
+            env=os.environ | variables,
+            cwd=os.path.dirname(__file__),  # elsewhere a source folder could hide the package
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        ).stdout.split()
+        names.add(name)
+        bits.add((name, digest))
+        values.append([float(value) for value in found])
+    assert len({digest for _, digest in bits}) == len(bits) == len(names)
+    assert values[1:] == [pytest.approx(values[0], rel=1e-5)] * 2
 
 
 @pytest.mark.parametrize("n", [600, 20_000, 100_000])

@@ -21,10 +21,9 @@
 #include "graph_operator.h"
 #include "operator.h"
 #include "python_operator.h"
-#include "quadrature.h"
 #include "random_vector.h"
 #include "row_algebra.h"
-#include "trace.h"
+#include "spectrum.h"
 
 namespace py = pybind11;
 
@@ -94,15 +93,14 @@ py::tuple run_eigsh(SymmetricOperator& op, int64_t k, const std::string& which, 
                         std::move(result.status), result.miss_probability, std::move(result.origins));
 }
 
-std::vector<std::pair<std::vector<double>, std::vector<double>>> run_tridiagonalize(
+std::vector<std::pair<std::vector<double>, std::vector<double>>> run_gauss_quadrature(
     SymmetricOperator& op, int64_t steps, int64_t probes, const at::Generator& generator) {
   std::vector<std::pair<std::vector<double>, std::vector<double>>> out;
   without_gil([&] {
-    const at::NoGradGuard no_grad;
     SignalCheck poll;
     for (int64_t i = 0; i < probes; ++i) {
-      Tridiagonal probe = tridiagonalize(op, random_signs(op, generator), steps, std::ref(poll));
-      out.emplace_back(std::move(probe.diagonal), std::move(probe.off_diagonal));
+      Quadrature probe = gauss_quadrature(op, random_signs(op, generator), steps, std::ref(poll));
+      out.emplace_back(std::move(probe.nodes), std::move(probe.weights));
     }
   });
   return out;
@@ -149,7 +147,7 @@ void bind_lanczos(py::module_& module) {
   module.def("num_reads", &num_reads);
   module.def("sample_trace", &run_sample_trace, py::arg("op"), py::kw_only(), py::arg("range"),
              py::arg("samples"), py::arg("generator"));
-  module.def("tridiagonalize", &run_tridiagonalize, py::arg("op"), py::kw_only(), py::arg("steps"),
+  module.def("gauss_quadrature", &run_gauss_quadrature, py::arg("op"), py::kw_only(), py::arg("steps"),
              py::arg("probes"), py::arg("generator"));
 }
 

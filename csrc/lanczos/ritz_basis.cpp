@@ -3,11 +3,9 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
-#include <ATen/ops/mv.h>
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <numeric>
 #include <optional>
 #include <utility>
@@ -17,9 +15,8 @@
 namespace dynloss {
 namespace {
 
-// Squares that cancel to less than this, in units of the rounding of the largest, are not good to a
-// thousandth any more.
-constexpr double kCancelled = 1e4;
+// Differences of squares below this, in units of the rounding of the largest, are not good to a thousandth.
+constexpr double kRoundingsOfAGoodDifference = 1e4;
 
 // Squared lengths of products that leave room, in float32 too, for the squares of residuals and of sums.
 constexpr double kSmallestSquare = 1e-16;
@@ -29,14 +26,13 @@ constexpr double kLargestSquare = 1e16;
 
 RitzBasis::RitzBasis(int64_t capacity, int64_t length, const at::TensorOptions& options)
     : length_(length),
-      epsilon_(options.dtype() == at::kFloat ? std::numeric_limits<float>::epsilon()
-                                             : std::numeric_limits<double>::epsilon()),
+      epsilon_(rounding_of(options)),
       // Where the basis may span all but one dimension, a probe of that one still has its columns.
       rows_(at::empty({2 * (capacity < length ? capacity : capacity + 1), length}, options)),
       blind_(!Rows(rows_).on_host()) {}
 
 bool RitzBasis::propose(const Rows& x, double norm) {
-  const Rows v = vectors(), slot = candidate_row();
+  const Rows v = vectors(), slot = spare_row(0);
   if (size_ == 0) {
     copy(slot, x);
     return make_unit(slot, 0.0);
@@ -56,7 +52,7 @@ bool RitzBasis::propose_residual(const double* coefficients, double value, doubl
   std::vector<double> minus_factors = residual_factors(coefficients, value);
   for (double& factor : minus_factors) factor = -factor;
   const at::Tensor weights = to_device(minus_factors, 1, at::empty({0}, rows_.options().dtype(at::kDouble)));
-  const Rows slot = candidate_row();
+  const Rows slot = spare_row(0);
   // The basis has no part in a residual but what rounding left, which may be all of it.
   const at::Tensor rest = subtract_and_overlap(slot, std::nullopt, weights.view(-1), pairs(), vectors());
   return finish_candidate(slot, rest, norm);
@@ -64,10 +60,10 @@ bool RitzBasis::propose_residual(const double* coefficients, double value, doubl
 
 bool RitzBasis::finish_candidate(const Rows& x, const at::Tensor& overlaps, double norm,
                                  const at::Tensor& square) {
-  const Rows v = vectors(), slot = candidate_row();
-  subtract_combination(slot, slot, subtract_and_overlap(slot, x, overlaps, v, v), v);
-  const double rounding =
-      100.0 * epsilon_;  // in units of what x was: below this what is left is nothing else
+  const Rows slot = spare_row(0);
+  orthogonalise(slot, x, overlaps, vectors());
+  // In units of what x was: below this what is left is nothing else.
+  const double rounding = 100.0 * epsilon_;
   return make_unit(slot, rounding * norm, square.defined() ? square.sqrt().mul_(rounding) : square);
 }
 
@@ -88,9 +84,7 @@ at::Tensor RitzBasis::overlaps_of_pair(int64_t j) const {
 }
 
 void RitzBasis::accept(const at::Tensor& product) {
-  const Rows w(rows_, 2 * size_ + 1, 1);
-  copy(w, product);
-  if (unit_ != 1.0) scale(w, unit_);
+  copy_scaled(spare_row(1), product, unit_);
   product_overlaps_ = overlaps_of_pair(size_++);
   waiting_.push_back(product_overlaps_);
 }
@@ -108,12 +102,10 @@ RitzBasis::Settled RitzBasis::settle() {
     const double square = overlaps[4 * j + 3];
     std::vector<double> again;
     if (!(square <= kLargestSquare) || std::max(largest_square_, square) < kSmallestSquare) {
-      const Rows w(rows_, 2 * j + 1, 1);
-      const double factor = normalising_power_of_two(w);
+      const double factor = scale_into_range(Rows(rows_, 2 * j + 1, 1));
       if (!std::isfinite(factor)) return Settled::kNonFinite;
-      if (factor > 0.0) {
+      if (factor != 1.0) {
         change_unit(factor);
-        scale(w, factor);
         product_overlaps_ = overlaps_of_pair(j);
         again = to_host({product_overlaps_});
         overlaps = again.data();
@@ -164,58 +156,6 @@ void RitzBasis::change_unit(double ratio) {
   unit_ *= ratio;
 }
 
-void RitzBasis::start_probe(const at::Tensor& x, std::vector<double> coupling) {
-  for (double& entry : coupling) entry = -entry;  // as it is subtracted
-  minus_coupling_ = to_device(coupling, size_, at::empty({0}, rows_.options().dtype(at::kDouble)));
-  const Rows first = spare_row(2), v = vectors();
-  subtract_combination(first, x, inner_products(v, x), v);
-  subtract_combination(first, first, inner_products(v, first), v);
-  make_unit(first, 0.0);
-  restart_probe();
-}
-
-void RitzBasis::restart_probe() {
-  probed_ = 0;
-  last_off_diagonal_ = largest_probed_ = 0.0;
-  copy(probe_row(), spare_row(2));
-}
-
-std::pair<double, double> RitzBasis::advance_probe(const at::Tensor& product) {
-  const Rows now = probe_row();
-  const Rows next = spare_row(1 - probed_ % 2);  // where the last vector is
-  if (probed_ == 0) {
-    copy(next, product);
-    scale(next, unit_);
-  } else {
-    scale(next, -last_off_diagonal_);
-    subtract_combination(next, next, at::full({1}, -unit_, rows_.options().dtype(at::kDouble)), product);
-  }
-  const Rows v = vectors(), w(rows_, 1, size_, 2);
-  subtract_combination(next, next, at::mv(minus_coupling_, inner_products(v, next)), w);
-  const at::Tensor overlap = inner_products(now, next);
-  subtract_combination(next, next, overlap, now);
-  // Twice: of W it has a large part in the basis, and what is left of that the coupling would magnify.
-  const at::Tensor rest = subtract_and_overlap(next, next, inner_products(v, next), v, v);
-  subtract_combination(next, next, rest, v);
-  const std::vector<double> read = to_host({overlap, lengths(next)});
-  const double diagonal = read[0], length = read[1];
-  largest_probed_ = std::max({largest_probed_, std::abs(diagonal), length});
-  last_off_diagonal_ = length > 100.0 * epsilon_ * largest_probed_ ? length : 0.0;
-  if (last_off_diagonal_ > 0.0) scale(next, 1.0 / length);
-  ++probed_;
-  return {diagonal, std::isfinite(length) ? last_off_diagonal_ : length};
-}
-
-void RitzBasis::collect_probe(double coefficient) {
-  const Rows to = collected();
-  if (probed_ == 0) {
-    copy(to, probe_row());
-    scale(to, coefficient);
-    return;
-  }
-  subtract_combination(to, to, at::full({1}, -coefficient, rows_.options().dtype(at::kDouble)), probe_row());
-}
-
 double RitzBasis::noise() const {
   if (num_pairs_ == 0) return 0.0;
   // Each difference is one component of the noise of one product less one of another's.
@@ -249,7 +189,7 @@ std::vector<double> RitzBasis::residual_norms(const std::vector<double>& coeffic
                                               const std::vector<double>& values,
                                               const std::vector<double>& enough) const {
   // ‖H y - θ y‖² = ‖H y‖² - θ² costs no look at the vectors; but where that cancels, only they know.
-  const double cancelled_below = kCancelled * epsilon_ * largest_square_;
+  const double cancelled_below = kRoundingsOfAGoodDifference * epsilon_ * largest_square_;
   const int64_t m = size_;
   std::vector<double> norms, factors;
   std::vector<size_t> cancelled;

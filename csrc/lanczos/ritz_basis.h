@@ -3,7 +3,6 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
-#include <utility>
 #include <vector>
 
 #include "row_algebra.h"
@@ -32,12 +31,11 @@ class RitzBasis {
   // (classical Gram-Schmidt, twice). False, and no candidate, where x, of the given norm, lies in the basis
   // to rounding; while the basis is blind that is not said before `settle`.
   bool propose(const Rows& x, double norm);
-  // The same for the product taken in last, whose overlaps with the basis are known already; not after a
-  // restart.
+  // Proposes the product taken in last, whose overlaps with the basis are known already; not after a restart.
   bool propose_product();
-  // The same for the residual, of the given norm, of the Ritz pair with these coefficients.
+  // Proposes the residual, of the given norm, of the Ritz pair with these coefficients.
   bool propose_residual(const double* coefficients, double value, double norm);
-  at::Tensor candidate() const { return candidate_row().vector(); }
+  at::Tensor candidate() const { return spare_row(0).vector(); }
 
   // Takes in the candidate together with its product.
   void accept(const at::Tensor& product);
@@ -65,19 +63,14 @@ class RitzBasis {
                                      const std::vector<double>& values,
                                      const std::vector<double>& enough) const;
 
-  // The Lanczos process with H + W S Wᵀ in the complement of the basis, by its three-term recurrence: it
-  // keeps no vectors, so that its length is not bound by the basis, which stays as it is. It works in
-  // kProbeColumns free columns. S is the coupling, row-major (size, size).
-  static constexpr int64_t kProbeColumns = 2;
-  void start_probe(const at::Tensor& x, std::vector<double> coupling);
-  at::Tensor probe() const { return probe_row().vector(); }  // the vector to be multiplied next
-  // Takes the product; returns the new diagonal and off-diagonal entry of the Lanczos matrix. An off-diagonal
-  // of 0 says that there is no next vector.
-  std::pair<double, double> advance_probe(const at::Tensor& product);
-  // For a second run from the same start, in which a combination of the vectors is collected.
-  void restart_probe();
-  void collect_probe(double coefficient);
-  Rows collected() const { return spare_row(3); }
+  Rows vectors() const { return {rows_, 0, size_, 2}; }   // V
+  Rows products() const { return {rows_, 1, size_, 2}; }  // W
+  // Room for one more vector: there are two for each column that the basis may still grow by.
+  Rows spare_row(int64_t i) const { return {rows_, 2 * size_ + i, 1}; }
+
+  // Divides a row by its length; false where that is at most `negligible` or `or_this`, if it is defined,
+  // which a blind basis does not say.
+  bool make_unit(const Rows& x, double negligible, const at::Tensor& or_this = {}) const;
 
   // T[i, j] = v_i · H v_j, row-major (size, size); symmetric up to the operator's own asymmetry.
   const std::vector<double>& projection() const { return projection_; }
@@ -92,8 +85,6 @@ class RitzBasis {
   double noise() const;
 
  private:
-  Rows vectors() const { return {rows_, 0, size_, 2}; }
-  Rows candidate_row() const { return {rows_, 2 * size_, 1}; }
   // The overlaps and squares that come with the product of the j-th vector: (2 (j + 1), 2), on its device.
   // Entry (2 i + a, b) is the inner product of {v_i, H v_i}[a] with {v_j, H v_j}[b].
   at::Tensor overlaps_of_pair(int64_t j) const;
@@ -101,17 +92,11 @@ class RitzBasis {
   // too.
   bool finish_candidate(const Rows& x, const at::Tensor& overlaps, double norm,
                         const at::Tensor& square = {});
-  // Divides a row by its length, blindly if so; false where that is at most `negligible`, or the other, if it
-  // is defined.
-  bool make_unit(const Rows& x, double negligible, const at::Tensor& or_this = {}) const;
   void append(const double* overlaps);
   Rows pairs() const { return {rows_, 0, 2 * size_}; }
   // Factors of v_j and H v_j by turns which give the residuals of Ritz pairs.
   std::vector<double> residual_factors(const double* coefficients, double value) const;
   std::vector<double> times_product_squares(const double* x) const;  // W Wᵀ x
-  // The rows of free columns: of the probe, the vectors last and now by turns, the first, the collected one.
-  Rows spare_row(int64_t i) const { return {rows_, 2 * size_ + i, 1}; }
-  Rows probe_row() const { return spare_row(probed_ % 2); }
   void change_unit(double ratio);
 
   int64_t length_;
@@ -130,11 +115,6 @@ class RitzBasis {
   int64_t num_pairs_ = 0;
 
   at::Tensor product_overlaps_;  // of the pair taken in last
-
-  int64_t probed_ = 0;  // products of the probe
-  at::Tensor minus_coupling_;
-  double last_off_diagonal_ = 0.0;
-  double largest_probed_ = 0.0;
 };
 
 }  // namespace dynloss

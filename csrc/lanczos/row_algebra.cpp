@@ -19,13 +19,9 @@
 #include <array>
 #include <atomic>
 #include <cmath>
+#include <limits>
 
-// Compiled once per instruction set, of which the loader takes the widest that the processor has.
-#if defined(__x86_64__) && defined(__GLIBC__)
-#define PER_INSTRUCTION_SET __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define PER_INSTRUCTION_SET
-#endif
+#include "row_loops.h"
 
 namespace dynloss {
 namespace {
@@ -46,48 +42,6 @@ class Plainly {
 constexpr int64_t kBlock = 4096;
 // Numbers that are worth a thread.
 constexpr int64_t kGrain = 1 << 16;
-
-// Products of floats that are summed as floats, before the sum goes on in double precision.
-constexpr int64_t kFloats = 512;
-
-// A quarter of the sum at a time: one addition would wait for the last.
-template <typename T>
-[[gnu::always_inline]] inline T dot_in_dtype(const T* a, const T* b, int64_t length) {
-  const int64_t q = length / 4;
-  T s0 = 0, s1 = 0, s2 = 0, s3 = 0;
-#pragma omp simd reduction(+ : s0, s1, s2, s3)
-  for (int64_t i = 0; i < q; ++i) {
-    s0 += a[i] * b[i];
-    s1 += a[i + q] * b[i + q];
-    s2 += a[i + 2 * q] * b[i + 2 * q];
-    s3 += a[i + 3 * q] * b[i + 3 * q];
-  }
-  for (int64_t i = 4 * q; i < length; ++i) s0 += a[i] * b[i];
-  return (s0 + s1) + (s2 + s3);
-}
-
-template <typename T>
-[[gnu::always_inline]] inline void add_scaled_of(T* out, T factor, const T* x, int64_t length) {
-#pragma omp simd
-  for (int64_t i = 0; i < length; ++i) out[i] += factor * x[i];
-}
-
-PER_INSTRUCTION_SET double dot(const float* a, const float* b, int64_t length) {
-  double sum = 0;
-  for (int64_t i = 0; i < length; i += kFloats) {
-    sum += static_cast<double>(dot_in_dtype(a + i, b + i, std::min(kFloats, length - i)));
-  }
-  return sum;
-}
-PER_INSTRUCTION_SET double dot(const double* a, const double* b, int64_t length) {
-  return dot_in_dtype(a, b, length);
-}
-PER_INSTRUCTION_SET void add_scaled(float* out, float factor, const float* x, int64_t length) {
-  add_scaled_of(out, factor, x, length);
-}
-PER_INSTRUCTION_SET void add_scaled(double* out, double factor, const double* x, int64_t length) {
-  add_scaled_of(out, factor, x, length);
-}
 
 // work(first column, columns, number of the block) for every block of columns; `rows` of each are touched.
 template <typename Work>
@@ -333,6 +287,14 @@ at::Tensor subtract_and_overlap(const Rows& out, const std::optional<Rows>& x, c
   return overlaps;
 }
 
+void orthogonalise(const Rows& out, const Rows& x, const at::Tensor& overlaps, const Rows& rows) {
+  subtract_combination(out, out, subtract_and_overlap(out, x, overlaps, rows, rows), rows);
+}
+
+void orthogonalise(const Rows& out, const Rows& x, const Rows& rows) {
+  orthogonalise(out, x, inner_products(rows, x), rows);
+}
+
 void copy(const Rows& out, const Rows& x) {
   if (!out.on_host()) {
     const Plainly plainly;
@@ -363,6 +325,11 @@ void scale(const Rows& x, double factor) {
   });
 }
 
+void copy_scaled(const Rows& out, const Rows& x, double factor) {
+  copy(out, x);
+  if (factor != 1.0) scale(out, factor);
+}
+
 at::Tensor lengths(const Rows& x) {
   const Plainly plainly;
   if (!x.on_host()) return lengths_on_device(x.tensor());
@@ -391,12 +358,20 @@ void normalise_blindly(const Rows& x, const at::Tensor& negligible) {
   x.vector().div_(at::where(length > negligible, length, INFINITY));
 }
 
-double normalising_power_of_two(const Rows& x) {
+double scale_into_range(const Rows& x) {
   const Plainly plainly;
   const double largest = to_host({at::linalg_vector_norm(x.vector(), INFINITY)}).front();
-  if (largest == 0.0 || !std::isfinite(largest)) return largest;
+  if (!std::isfinite(largest)) return largest;
+  if (largest == 0.0) return 1.0;
   const int limit = x.matrix().scalar_type() == at::kDouble ? 1020 : 120;
-  return std::ldexp(1.0, std::clamp(-std::ilogb(largest), -limit, limit));
+  const double factor = std::ldexp(1.0, std::clamp(-std::ilogb(largest), -limit, limit));
+  scale(x, factor);
+  return factor;
+}
+
+double rounding_of(const at::TensorOptions& options) {
+  return options.dtype() == at::kFloat ? std::numeric_limits<float>::epsilon()
+                                       : std::numeric_limits<double>::epsilon();
 }
 
 std::vector<double> to_host(const std::vector<at::Tensor>& values) {

@@ -47,7 +47,7 @@ at::Tensor inner_products(const Rows& a, const Rows& b);
 // coefficients · rows: shape (rows of coefficients, length).
 at::Tensor combinations(const Rows& coefficients, const Rows& rows);
 
-// The lengths of the rows of that, on the host, without holding them.
+// The lengths of the rows of coefficients · rows, on the host, without holding them.
 std::vector<double> combination_norms(const Rows& coefficients, const Rows& rows);
 
 // Replaces the first rows of a (count, length) matrix by combinations of all of them.
@@ -58,14 +58,19 @@ void replace_by_combinations(const at::Tensor& rows, const Rows& coefficients);
 void subtract_combination(const Rows& out, const std::optional<Rows>& x, const at::Tensor& coefficients,
                           const Rows& rows);
 
-// The same, and the inner products of `against` with it, at one pass over rows that are in both.
+// subtract_combination, and the inner products of `against` with its result, at one pass over rows that are
+// in both.
 at::Tensor subtract_and_overlap(const Rows& out, const std::optional<Rows>& x, const at::Tensor& coefficients,
                                 const Rows& rows, const Rows& against);
 
-// out = x for single rows.
-void copy(const Rows& out, const Rows& x);
+// out = x without its part in orthonormal rows, by classical Gram-Schmidt, twice, for single rows x and out,
+// which may be the same; with the overlaps of the rows with x where they are known.
+void orthogonalise(const Rows& out, const Rows& x, const at::Tensor& overlaps, const Rows& rows);
+void orthogonalise(const Rows& out, const Rows& x, const Rows& rows);
 
-// x *= factor for a single row.
+// For single rows: out = x, out = factor x and x *= factor.
+void copy(const Rows& out, const Rows& x);
+void copy_scaled(const Rows& out, const Rows& x, double factor);
 void scale(const Rows& x, double factor);
 
 // The lengths of rows in double precision: shape (rows of x,), on their device.
@@ -74,12 +79,17 @@ at::Tensor lengths(const Rows& x);
 // Divides a single row by its length; false, and nothing done, where that is at most `negligible` or NaN.
 bool normalise(const Rows& x, double negligible);
 
-// The same without a reading: such a row becomes zeros, or NaN. `negligible` is a number on the device of x.
+// Divides a single row by its length without a reading: where `normalise` does nothing it becomes zeros, or
+// NaN. `negligible` is a number on the device of x.
 void normalise_blindly(const Rows& x, const at::Tensor& negligible);
 
-// The power of two that brings the largest entry of a row to [1, 2); 0 for zeros; what is not finite where an
+// Multiplies a single row by the power of two that brings its largest entry to [1, 2), where no square
+// overflows or vanishes, and returns it: 1 for zeros. Does nothing, and returns what is not finite, where an
 // entry is not.
-double normalising_power_of_two(const Rows& x);
+double scale_into_range(const Rows& x);
+
+// The distance from 1 to the next number of the dtype.
+double rounding_of(const at::TensorOptions& options);
 
 // Small tensors as doubles on the host, one after the other: the one synchronisation of a decision.
 std::vector<double> to_host(const std::vector<at::Tensor>& values);

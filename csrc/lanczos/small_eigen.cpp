@@ -1,4 +1,4 @@
-#include "projected.h"
+#include "small_eigen.h"
 
 #include <c10/util/Exception.h>
 
@@ -10,13 +10,13 @@
 namespace dynloss {
 namespace {
 
-// A symmetric matrix on its way to diagonal form by rotations and reflections Q: the matrix is Qᵀ T Q with T
-// given by its diagonal and off-diagonal once `tridiagonalize` is through.
+// A symmetric matrix on its way to diagonal form by rotations and reflections Q, of which the first columns
+// are kept: once it is tridiagonal, the matrix is Qᵀ T Q with the diagonal and off-diagonal of T.
 class Diagonalisation {
  public:
-  Diagonalisation(std::vector<double> matrix, int64_t size)
-      : a_(std::move(matrix)), m_(size), q_(size * size), d_(size), e_(size) {
-    for (int64_t i = 0; i < m_; ++i) q_[i * m_ + i] = 1.0;
+  Diagonalisation(std::vector<double> matrix, int64_t size, int64_t columns)
+      : a_(std::move(matrix)), m_(size), columns_(columns), q_(size * columns), d_(size), e_(size) {
+    for (int64_t i = 0; i < columns_; ++i) q_[i * columns_ + i] = 1.0;
   }
 
   EigenPairs run() && {
@@ -46,11 +46,15 @@ class Diagonalisation {
     std::vector<double> u(m_), p(m_);
     double norm = 0.0;
     for (int64_t i = first; i < m_; ++i) norm = std::hypot(norm, u[i] = a_[i * m_ + j]);
+    if (norm == 0.0) return;
     const double target = -std::copysign(norm, u[first]);
+    if (std::all_of(u.begin() + first + 1, u.end(), [](double x) { return x == 0.0; })) {
+      change_sign(first);  // all that is left of a reflection of a tridiagonal matrix
+      return;
+    }
     u[first] -= target;
     double length = 0.0;
     for (int64_t i = first; i < m_; ++i) length = std::hypot(length, u[i]);
-    if (length == 0.0) return;
     for (int64_t i = first; i < m_; ++i) u[i] /= length;
     a_[first * m_ + j] = target;
 
@@ -65,11 +69,18 @@ class Diagonalisation {
     }
     std::fill(p.begin(), p.end(), 0.0);
     for (int64_t i = first; i < m_; ++i) {
-      for (int64_t k = 0; k < m_; ++k) p[k] += u[i] * q_[i * m_ + k];
+      for (int64_t k = 0; k < columns_; ++k) p[k] += u[i] * q_[i * columns_ + k];
     }
     for (int64_t i = first; i < m_; ++i) {
-      for (int64_t k = 0; k < m_; ++k) q_[i * m_ + k] -= 2.0 * u[i] * p[k];
+      for (int64_t k = 0; k < columns_; ++k) q_[i * columns_ + k] -= 2.0 * u[i] * p[k];
     }
+  }
+
+  void change_sign(int64_t i) {
+    for (int64_t k = i - 1; k < m_; ++k) {
+      if (k != i) a_[k * m_ + i] = a_[i * m_ + k] = -a_[i * m_ + k];
+    }
+    for (int64_t k = 0; k < columns_; ++k) q_[i * columns_ + k] = -q_[i * columns_ + k];
   }
 
   bool negligible(int64_t i) {
@@ -99,23 +110,24 @@ class Diagonalisation {
         z = s * e_[k + 1];
         e_[k + 1] *= c;
       }
-      for (int64_t j = 0; j < m_; ++j) {
-        const double first = q_[k * m_ + j], second = q_[(k + 1) * m_ + j];
-        q_[k * m_ + j] = c * first + s * second;
-        q_[(k + 1) * m_ + j] = c * second - s * first;
+      for (int64_t j = 0; j < columns_; ++j) {
+        double &first = q_[k * columns_ + j], &second = q_[(k + 1) * columns_ + j];
+        const double turned = c * first + s * second;
+        second = c * second - s * first;
+        first = turned;
       }
     }
   }
 
   std::vector<double> a_;
-  int64_t m_;
-  std::vector<double> q_;
+  int64_t m_, columns_;
+  std::vector<double> q_;  // (m, columns)
   std::vector<double> d_, e_;
 };
 
 }  // namespace
 
-EigenPairs symmetric_eigen(const std::vector<double>& matrix, int64_t size) {
+EigenPairs symmetric_eigen(const std::vector<double>& matrix, int64_t size, int64_t components) {
   double scale = 0.0;  // squares of the scaled entries neither overflow nor vanish
   for (const double entry : matrix) scale = std::max(scale, std::abs(entry));
   if (scale == 0.0) scale = 1.0;
@@ -125,19 +137,20 @@ EigenPairs symmetric_eigen(const std::vector<double>& matrix, int64_t size) {
       symmetric[i * size + j] = 0.5 * (matrix[i * size + j] / scale + matrix[j * size + i] / scale);
     }
   }
-  EigenPairs pairs = Diagonalisation(std::move(symmetric), size).run();
+  EigenPairs pairs = Diagonalisation(std::move(symmetric), size, components).run();
   for (double& value : pairs.values) value *= scale;
   return pairs;
 }
 
-EigenPairs tridiagonal_eigen(const std::vector<double>& alpha, const std::vector<double>& beta) {
+EigenPairs tridiagonal_eigen(const std::vector<double>& alpha, const std::vector<double>& beta,
+                             int64_t components) {
   const auto size = static_cast<int64_t>(alpha.size());
   std::vector<double> matrix(size * size);
   for (int64_t i = 0; i < size; ++i) {
     matrix[i * size + i] = alpha[i];
     if (i + 1 < size) matrix[i * size + i + 1] = matrix[(i + 1) * size + i] = beta[i];
   }
-  return symmetric_eigen(matrix, size);
+  return symmetric_eigen(matrix, size, components);
 }
 
 double shifted_minres_residual(const std::vector<double>& alpha, const std::vector<double>& beta,

@@ -1,0 +1,66 @@
+#include "complement_probe.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/mv.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "row_algebra.h"
+
+namespace dynloss {
+
+void ComplementProbe::start(const at::Tensor& x, std::vector<double> coupling) {
+  for (double& entry : coupling) entry = -entry;  // as it is subtracted
+  minus_coupling_ = to_device(coupling, basis_.size(), at::empty({0}, x.options().dtype(at::kDouble)));
+  orthogonalise(start_row(), x, basis_.vectors());
+  basis_.make_unit(start_row(), 0.0);
+  restart();
+}
+
+void ComplementProbe::restart() {
+  diagonal_.clear();
+  off_diagonal_.clear();
+  largest_ = 0.0;
+  copy(row_of(0), start_row());
+}
+
+bool ComplementProbe::advance(const at::Tensor& product) {
+  const Rows v = basis_.vectors(), now = row_of(steps()),
+             next = row_of(steps() + 1);  // where the last one is
+  if (steps() == 0) {
+    copy_scaled(next, product, basis_.unit());
+  } else {
+    scale(next, -off_diagonal_.back());
+    subtract_combination(next, next, factor(-basis_.unit()), product);
+  }
+  subtract_combination(next, next, at::mv(minus_coupling_, inner_products(v, next)), basis_.products());
+  const at::Tensor overlap = inner_products(now, next);
+  subtract_combination(next, next, overlap, now);
+  // Twice: W has a large part in the basis, and what is left of that the coupling would magnify.
+  orthogonalise(next, next, v);
+  const std::vector<double> read = to_host({overlap, lengths(next)});
+  const double diagonal = read[0], length = read[1];
+  if (!std::isfinite(diagonal) || !std::isfinite(length)) return false;
+  largest_ = std::max({largest_, std::abs(diagonal), length});
+  const bool ends = !(length > 100.0 * rounding_of(next.matrix().options()) * largest_);
+  if (!ends) scale(next, 1.0 / length);
+  diagonal_.push_back(diagonal);
+  off_diagonal_.push_back(ends ? 0.0 : length);
+  return true;
+}
+
+void ComplementProbe::collect(double coefficient) {
+  if (steps() == 0) {
+    copy_scaled(collected(), row_of(0), coefficient);
+  } else {
+    subtract_combination(collected(), collected(), factor(-coefficient), row_of(steps()));
+  }
+}
+
+at::Tensor ComplementProbe::factor(double value) const {
+  return at::full({1}, value, minus_coupling_.options());
+}
+
+}  // namespace dynloss

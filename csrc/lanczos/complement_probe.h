@@ -1,0 +1,51 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "ritz_basis.h"
+
+namespace dynloss {
+
+// The Lanczos process with H + W S Wᵀ in the complement of a basis, by its three-term recurrence: it keeps no
+// vectors, so that its length is not bound by the basis, which has to stay as it is meanwhile.
+class ComplementProbe {
+ public:
+  // Columns of the basis that have to be free, where the process works.
+  static constexpr int64_t kColumns = 2;
+
+  explicit ComplementProbe(const RitzBasis& basis) : basis_(basis) {}
+
+  // From the part of x beside the basis. S is the coupling, row-major (size, size).
+  void start(const at::Tensor& x, std::vector<double> coupling);
+
+  // The vector to be multiplied next.
+  at::Tensor vector() const { return row_of(steps()).vector(); }
+
+  // Takes its product with H; false, and nothing done, where that is not finite in the unit of the basis.
+  bool advance(const at::Tensor& product);
+
+  // The Lanczos matrix so far. An off-diagonal of 0 says that there is no next vector.
+  const std::vector<double>& diagonal() const { return diagonal_; }
+  const std::vector<double>& off_diagonal() const { return off_diagonal_; }
+  int64_t steps() const { return static_cast<int64_t>(diagonal_.size()); }
+
+  // Goes back to the start for a second run, in which a combination of the vectors is collected.
+  void restart();
+  void collect(double coefficient);
+  Rows collected() const { return basis_.spare_row(3); }
+
+ private:
+  Rows start_row() const { return basis_.spare_row(2); }
+  Rows row_of(int64_t step) const { return basis_.spare_row(step % 2); }
+  at::Tensor factor(double value) const;  // as subtract_combination takes it
+
+  const RitzBasis& basis_;
+  at::Tensor minus_coupling_;
+  std::vector<double> diagonal_, off_diagonal_;
+  double largest_ = 0.0;  // of both
+};
+
+}  // namespace dynloss
