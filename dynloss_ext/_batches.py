@@ -1,188 +1,29 @@
-"""What params and losses must be, evaluations that leave no trace, and sums of products over batches and processes."""
+"""Sums of products over batches and processes."""
 
 from __future__ import annotations
 
 import math
-import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, distributed, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch import Tensor, distributed
 
 from dynloss_ext import _C
+from dynloss_ext._checks import check_callable, check_loss, check_params
+from dynloss_ext._evaluation import (
+    buffers_kept,
+    random_state_kept,
+    relative_rounding,
+    repeatable,
+    uses_batch_statistics,
+)
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-T = TypeVar("T")
-
-
-def check_params(params: Iterable[Tensor], name: str = "params") -> list[Tensor]:
-    """The parameters as a list, or an error that says what is wrong with which."""
-    if isinstance(params, Tensor):
-        raise TypeError(f"{name} must be an iterable of tensors, got one tensor: pass [tensor]")
-    if not isinstance(params, Iterable):
-        raise TypeError(f"{name} must be an iterable of tensors, got {type(params).__name__}")
-    checked = list(params)
-    if not checked:
-        raise ValueError(f"{name} must hold at least one tensor, got none")
-    for i, p in enumerate(checked):
-        if not isinstance(p, Tensor):
-            raise TypeError(f"{name}[{i}] must be a torch.Tensor, got {type(p).__name__}")
-        if p.dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"{name}[{i}] must be float32 or float64, got {p.dtype}")
-        if p.dtype != checked[0].dtype or p.device != checked[0].device:
-            raise ValueError(
-                f"{name} must share one dtype and device: {name}[0] is {checked[0].dtype} on {checked[0].device}, "
-                f"{name}[{i}] is {p.dtype} on {p.device}"
-            )
-        if not p.requires_grad:
-            raise ValueError(f"{name}[{i}] of shape {tuple(p.shape)} does not require grad")
-        if p._backward_hooks:
-            raise ValueError(
-                f"{name}[{i}] of shape {tuple(p.shape)} has a hook (Tensor.register_hook), which every backward pass of"
-                " a product would call: remove it for as long as the operator is used"
-            )
-    if len({id(p) for p in checked}) < len(checked):
-        raise ValueError(f"{name} holds the same tensor twice")
-    if sum(p.numel() for p in checked) == 0:
-        raise ValueError(f"{name} hold no element at all")
-    return checked
-
-
-def check_loss(loss: object, name: str = "loss") -> Tensor:
-    """The loss itself, or an error that says why it has no Hessian here."""
-    if not isinstance(loss, Tensor):
-        raise TypeError(f"{name} must be a 0-d torch.Tensor, got {type(loss).__name__}")
-    if loss.dim() != 0:
-        raise ValueError(f"{name} must be a 0-d tensor, got shape {tuple(loss.shape)}: reduce it first")
-    if not loss.dtype.is_floating_point:
-        raise ValueError(f"{name} must be a floating-point tensor, got {loss.dtype}")
-    if loss.is_inference():
-        raise ValueError(f"{name} has no graph: it was computed in torch.inference_mode(), which records none")
-    if not loss.requires_grad:
-        raise ValueError(f"{name} has no graph: it was computed without grad, or depends on no parameter")
-    return loss
-
-
-_random_state = threading.RLock()
-
-
-@contextmanager
-def random_state_kept(device: torch.device, seed: int | None = None) -> Iterator[None]:
-    """Leaves torch's generators of the CPU and of `device` as they were; inside, they start from the seed, if any.
-
-    One thread at a time: the generators are everybody's.
-    """
-    cuda = device.type == "cuda"
-    with _random_state, torch.random.fork_rng(devices=[device] if cuda else [], device_type="cuda"):
-        if seed is not None:  # not by torch.manual_seed, which seeds every device
-            torch.default_generator.manual_seed(seed)
-            if cuda:
-                torch.cuda.default_generators[device.index].manual_seed(seed)
-        yield
-
-
-class Calls:
-    """What `buffers_kept` saw."""
-
-    def __init__(self) -> None:
-        self.batch_statistics = False  # whether a BatchNorm module normalised by its batch
-
-
-@contextmanager
-def buffers_kept() -> Iterator[Calls]:
-    """Puts the buffers of all modules that this thread calls in training mode back to what they were.
-
-    A buffer that is written to has its values put back behind autograd's back, so that graphs recorded meanwhile stay
-    valid; one that the module replaces is replaced again.
-    """
-    calls, thread = Calls(), threading.get_ident()
-    saved: dict[int, tuple[Tensor, Tensor]] = {}
-    entered: dict[nn.Module, dict[str, Tensor | None]] = {}
-
-    def enter(module: nn.Module, _: object) -> None:
-        if threading.get_ident() != thread:
-            return
-        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
-            calls.batch_statistics = True
-        if module.training and module._buffers:
-            entered[module] = dict(module._buffers)
-            for buffer in map(_plain, module._buffers.values()):
-                if buffer is not None and id(buffer) not in saved:
-                    with torch._C._DisableFuncTorch():
-                        saved[id(buffer)] = buffer, buffer.detach().clone()
-
-    def leave(module: nn.Module, *_: object) -> None:
-        if threading.get_ident() == thread and module in entered:
-            module._buffers.update(entered.pop(module))
-
-    hooks = register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)
-    try:
-        yield calls
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for buffer, values in saved.values():
-            buffer.data.copy_(values)
-
-
-def _plain(buffer: Tensor | None) -> Tensor | None:
-    """The tensor itself inside torch.func's wrappers."""
-    while buffer is not None and torch._C._functorch.is_functorch_wrapped_tensor(buffer):
-        buffer = torch._C._functorch.get_unwrapped(buffer)
-    return buffer
-
-
-def relative_rounding(dtype: torch.dtype) -> float:
-    """How far two evaluations of the same loss may differ: not bit for bit, as sums may take another order."""
-    return min(1e3 * torch.finfo(dtype).eps, 0.03)
-
-
-def repeatable(evaluate: Callable[[], T], loss_of: Callable[[T], Tensor], device: torch.device) -> T:
-    """What the second of two calls gives, if both give the same loss; random state and buffers stay as they were.
-
-    Raises:
-        ValueError: The two losses differ.
-    """
-    with random_state_kept(device), torch.enable_grad():
-        with buffers_kept():
-            first = float(loss_of(evaluate()).detach())
-        with buffers_kept():
-            answer = evaluate()
-    loss = loss_of(answer)
-    second = float(loss.detach())
-    both_nan = math.isnan(first) and math.isnan(second)
-    if not both_nan and not math.isclose(first, second, rel_tol=relative_rounding(loss.dtype)):
-        raise ValueError(
-            f"loss must return the same value for the same parameters, got {first!r} and then {second!r}: "
-            "switch dropout and other randomness off"
-        )
-    return answer
-
-
-def uses_batch_statistics(loss: Tensor) -> bool:
-    """Whether the graph of the loss normalises by statistics of a batch of more than one sample."""
-    seen, waiting = set(), [loss.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if "BatchNorm" in node.name() and getattr(node, "_saved_training", False):
-            # InstanceNorm has such a node too: every channel of every sample is a channel of its one sample.
-            metadata: Any = node._input_metadata
-            if metadata[0].shape[0] > 1:
-                return True
-        waiting.extend(next_node for next_node, _ in node.next_functions)
-    return False
-
 
 CHUNK = 2**20  # elements hashed at once: the memory that a fingerprint takes
 
@@ -238,7 +79,7 @@ class BatchSums:
             distributed.is_available() and isinstance(process_group, distributed.ProcessGroup)
         ):
             raise TypeError(
-                f"process_group must be a torch.distributed.ProcessGroup or None, got {type(process_group).__name__}"
+                f"process_group: expected a torch.distributed.ProcessGroup or None, got {type(process_group).__name__}"
             )
         self._record, self._parts, self._closure = record, parts, closure
         self._batches, self._group = batches, process_group
@@ -252,32 +93,35 @@ class BatchSums:
         _, (weight, count, statistics, dependent, *alike) = self._reduce(partial(self._survey, given), 30)
         if not all_alike(alike, self._processes):
             raise ValueError(
-                "params must be the same in all processes of process_group, got different shapes or values"
+                "params: expected the same in all processes of process_group, got different shapes or values"
             )
         if count == 0:
-            raise ValueError("batches must hold at least one batch, got none")
+            raise ValueError("batches: expected at least one batch, got none")
         if statistics and count > 1:
             raise ValueError(
-                f"closure uses BatchNorm in train mode on {count:.0f} batches, where the loss of all samples is not"
-                " a sum over batches: put the model in eval mode, or pass one batch"
+                "closure: expected a loss of all samples that is a sum over batches, got BatchNorm in train mode on"
+                f" {count:.0f} batches: put the model in eval mode, or pass one batch"
             )
         if not (math.isfinite(weight) and weight > 0):
             raise ValueError(
-                f"the weight_sums of all batches must add up to a finite number that is more than 0, got {weight}"
+                f"weight_sum: expected a finite number in all batches together that is more than 0, got {weight}"
             )
         if not dependent:
-            raise ValueError(f"{parts[-1]} does not depend on any of params in any batch")
+            raise ValueError(f"{parts[-1]}: expected a tensor that depends on params, got none in any batch")
         self._weight = weight
         self.size = sum(p.numel() for p in self._params)
         self.like = torch.empty(0, dtype=self._params[0].dtype, device=self._device)
 
-    def product(self, v: Tensor) -> Tensor:
-        """The matrix times v; the one method that the driver calls."""
+    def operator(self) -> _C.SymmetricOperator:
+        """What the driver calls. Not kept: the garbage collector does not see through it to what the closure holds."""
+        return _C.PythonOperator(self._product, self.size, self.like, symmetric=True)
+
+    def _product(self, v: Tensor) -> Tensor:
         sums = torch.zeros(3, dtype=torch.float64, device=self._device)
         total, (changed, *alike) = self._reduce_product(partial(self._pass, v, sums))
         if not all_alike(alike, self._processes):
             raise RuntimeError(
-                "v must be the same in all processes of process_group, got different values: they make different"
+                "v: expected the same in all processes of process_group, got different values: they make different"
                 " calls, or their devices do not round alike"
             )
         if changed:
@@ -289,8 +133,8 @@ class BatchSums:
                     f" to {now_loss!r} and {now_weight!r} now"
                 )
             raise ValueError(
-                f"every pass over batches must give the same losses, got others{where}: switch off dropout, random"
-                " augmentation, and shuffling with drop_last; autocast must be as it was"
+                f"closure: expected the same losses in every pass over batches, got others{where}: switch off dropout,"
+                " random augmentation, and shuffling with drop_last; autocast must be as it was"
             )
         return total / self._weight
 
@@ -315,8 +159,8 @@ class BatchSums:
         """This process's sum of products, whether its losses changed, and the fingerprint of v."""
         if self._versions() != self._snapshot:
             raise RuntimeError(
-                "a parameter was changed in place after this operator was made; its products would mix two states."
-                " Build a new operator."
+                "params: expected the values of when this operator was made, got one that was changed in place, so that"
+                " products would mix two states: build a new operator"
             )
         total = torch.zeros_like(v)
         with self._pass_state():
@@ -338,12 +182,11 @@ class BatchSums:
         and the fingerprint of params."""
         if isinstance(params, BaseException):
             raise params
-        if not callable(self._closure):
-            raise TypeError(f"closure must be callable, got {type(self._closure).__name__}")
+        check_callable("closure", self._closure)
         if isinstance(self._batches, Iterator) or not isinstance(self._batches, Iterable):
             raise TypeError(
-                "batches must be iterable more than once, such as a list or a DataLoader;"
-                f" got {type(self._batches).__name__}"
+                "batches: expected an iterable to be passed over more than once, such as a list or a DataLoader, got"
+                f" {type(self._batches).__name__}"
             )
         self._params = check_params(params)
         self._snapshot = self._versions()
@@ -380,7 +223,7 @@ class BatchSums:
         expected = (*self._parts, "weight_sum")
         if not isinstance(answer, tuple) or len(answer) != len(expected):
             got = f"a tuple of {len(answer)}" if isinstance(answer, tuple) else type(answer).__name__
-            raise TypeError(f"closure must return ({', '.join(expected)}), got {got}")
+            raise TypeError(f"closure: expected to return ({', '.join(expected)}), got {got}")
         loss, *others, weight = answer
         if isinstance(weight, Tensor) and weight.numel() == 1 and not weight.is_complex():
             weight = weight.detach().to(self._device, torch.float64).view(())
@@ -389,7 +232,7 @@ class BatchSums:
                 weight = float(weight)
             except (TypeError, ValueError, RuntimeError) as error:
                 raise TypeError(
-                    f"closure must return a number or a 0-d tensor as weight_sum, got {type(weight).__name__}"
+                    f"closure: expected a number or a 0-d tensor as weight_sum, got {type(weight).__name__}"
                 ) from error
         return [check_loss(loss, self._parts[0]), *others], weight
 
@@ -421,7 +264,8 @@ class BatchSums:
         *tail, failed = message[keep:].tolist()
         if failed:
             raise RuntimeError(
-                f"{failed:.0f} other process(es) of process_group failed in this call; their own errors say why"
+                f"process_group: expected no process to fail in this call, got {failed:.0f} other(s) that did, whose"
+                " own errors say why"
             )
         return message[:keep], tail
 

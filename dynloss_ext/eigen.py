@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dynloss_ext import _C
-from dynloss_ext._arguments import check_count, check_number, check_seed
+from dynloss_ext._checks import check_choice, check_count, check_number, check_seed, check_tensor, check_vector
 from dynloss_ext.hessian import CurvatureOperator
 
 __all__ = ["ConvergenceWarning", "EigenResult", "EigenTracker", "eigsh"]
@@ -195,8 +195,8 @@ class EigenTracker:
         check_count("k", self._settings["k"], 1, size, "the size of H")
         if old is not None and (len(old), old.dtype, old.device) != (size, options.dtype, options.device):
             raise ValueError(
-                f"H must be of the size, dtype and device of the last update's, {len(old)}, {old.dtype} on"
-                f" {old.device}; got {size}, {options.dtype} on {options.device}: use a new tracker"
+                f"H: expected the size, dtype and device of the last update's, {len(old)}, {old.dtype} on {old.device},"
+                f" got {size}, {options.dtype} on {options.device}: use a new tracker"
             )
         audited = bool(audit) or old is None or self._since_audit + 1 >= self._schedule["audit_every"]
         result, origins = _solve(
@@ -269,13 +269,13 @@ class EigenTracker:
             TypeError, ValueError: it is no such state, or comes from a tracker with other settings.
         """
         if not isinstance(state, Mapping):
-            raise TypeError(f"state must be a dict from state_dict, got {type(state).__name__}")
+            raise TypeError(f"state: expected a dict from state_dict, got {type(state).__name__}")
         missing = {"settings", "result", "start", "identities", *self._COUNTERS} - state.keys()
         if missing:
-            raise ValueError(f"state lacks {sorted(missing)}")
+            raise ValueError(f"state: expected all entries of a state_dict, got none named {sorted(missing)}")
         settings = self._settings | self._schedule
         if state["settings"] != settings:
-            raise ValueError(f"state is of a tracker with {state['settings']}, this one has {settings}")
+            raise ValueError(f"state: expected one of a tracker with {settings}, got one with {state['settings']}")
         names = {f.name for f in fields(EigenResult)}
         expected = {
             "result": state["result"] is None
@@ -286,7 +286,7 @@ class EigenTracker:
         }
         wrong = [name for name, good in expected.items() if not good]
         if wrong:
-            raise ValueError(f"state is not from state_dict: got {state[wrong[0]]!r} for {wrong[0]}")
+            raise ValueError(f"state: expected one from state_dict, got {state[wrong[0]]!r} for {wrong[0]}")
         self.result = None if state["result"] is None else EigenResult(**state["result"])
         self._start = state["start"]
         self.identities = state["identities"].clone()
@@ -299,11 +299,9 @@ class EigenTracker:
 def _check_settings(k: int, which: str, tol: float, max_hvp: int, max_basis: int, size: int | None) -> dict[str, Any]:
     """The settings of the driver, if they can work; size is P where it is known."""
     k = check_count("k", k, 1, size, "the size of H")
-    if not isinstance(which, str) or which not in ("LA", "SA", "LM"):
-        raise ValueError(f'which must be "LA", "SA" or "LM", got {which!r}')
     return {
         "k": k,
-        "which": which,
+        "which": check_choice("which", which, ("LA", "SA", "LM")),
         "tol": check_number("tol", tol, 0, 1),
         "max_hvp": check_count("max_hvp", max_hvp, k),
         "max_basis": check_count("max_basis", max_basis, k + 2 if size is None else min(size, k + 2)),
@@ -339,40 +337,35 @@ def _resolve(
     if isinstance(H, CurvatureOperator):
         for name, given, own in (("n", n, H.shape[0]), ("dtype", dtype, H.dtype)):
             if given is not None and given != own:
-                raise ValueError(f"{name} is known from H to be {own}, got {given}: leave it out")
+                raise ValueError(f"{name}: expected {own}, which is known from H, got {given}: leave it out")
         if device is not None and torch.empty(0, device=device).device != H.device:
-            raise ValueError(f"device is known from H to be {H.device}, got {device}: leave it out")
+            raise ValueError(f"device: expected {H.device}, which is known from H, got {device}: leave it out")
         return H._op, H.shape[0], Options(H.dtype, H.device)
     if not callable(H):
-        raise TypeError(f"H must be a HessianOperator or a callable v -> H v, got {type(H).__name__}")
-    if v0 is not None and not isinstance(v0, Tensor):
-        raise TypeError(f"v0 must be a torch.Tensor, got {type(v0).__name__}")
+        raise TypeError(f"H: expected a HessianOperator or a callable v -> H v, got {type(H).__name__}")
+    if v0 is not None:
+        check_tensor("v0", v0)
     if n is None:
         if v0 is None:
-            raise ValueError("n must be given with a callable H: the length of its vectors")
+            raise ValueError("n: expected the length of the vectors of a callable H, got None")
         if v0.dim() == 0:
-            raise ValueError("v0 must have shape (P,) or (P, m), got ()")
+            raise ValueError("v0: expected shape (P,) or (P, m), got ()")
         n = v0.shape[0]
     n = check_count("n", n, 1)
     asked = "dtype" if dtype is not None or v0 is None else "dtype of v0"
     dtype = dtype or (v0.dtype if v0 is not None else torch.get_default_dtype())
     if dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"{asked} must be torch.float32 or torch.float64, got {dtype!r}")
+        raise ValueError(f"{asked}: expected torch.float32 or torch.float64, got {dtype!r}")
     like = torch.empty(0, dtype=dtype, device=device or (v0.device if v0 is not None else "cpu"))
     return _C.PythonOperator(H, n, like), n, Options(like.dtype, like.device)
 
 
 def _check_start(v0: Tensor, size: int, options: Options, max_basis: int) -> Tensor:
     """v0 as rows, none so long or short that its square is out of range."""
-    if not isinstance(v0, Tensor):
-        raise TypeError(f"v0 must be a torch.Tensor, got {type(v0).__name__}")
-    if v0.dim() not in (1, 2) or v0.shape[0] != size:
-        raise ValueError(f"v0 must have shape ({size},) or ({size}, m), got {tuple(v0.shape)}")
-    if (v0.dtype, v0.device) != options:
-        raise ValueError(f"v0 must be {options.dtype} on {options.device}, got {v0.dtype} on {v0.device}")
+    check_vector("v0", v0, size, *options, columns="m")
     if v0.dim() == 2 and v0.shape[1] > max_basis:
-        raise ValueError(f"v0 must have at most max_basis = {max_basis} columns, got {v0.shape[1]}")
+        raise ValueError(f"v0: expected at most max_basis = {max_basis} columns, got {v0.shape[1]}")
     if not bool(torch.isfinite(v0).all()):
-        raise ValueError("v0 must be finite")
+        raise ValueError("v0: expected finite numbers, got others")
     rows = v0.detach().reshape(size, -1).T
     return rows / rows.abs().amax(1, keepdim=True).clamp_min(torch.finfo(v0.dtype).tiny)

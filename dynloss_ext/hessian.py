@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from dynloss_ext import _C
-from dynloss_ext._batches import BatchSums, check_loss, check_params, repeatable
+from dynloss_ext._batches import BatchSums
+from dynloss_ext._checks import check_loss, check_params, check_tensor, check_vector
+from dynloss_ext._evaluation import repeatable
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -17,6 +19,20 @@ if TYPE_CHECKING:
 __all__ = ["CurvatureOperator", "GaussNewtonOperator", "HessianOperator"]
 
 Made = TypeVar("Made", bound="CurvatureOperator")
+
+
+class _Recorded:
+    """A matrix behind a recorded graph; `BatchSums` answers the same questions."""
+
+    def __init__(self, op: _C.SymmetricOperator) -> None:
+        self._op, self.size = op, op.size
+
+    def operator(self) -> _C.SymmetricOperator:
+        """What the driver calls."""
+        return self._op
+
+    def fail(self, error: Exception) -> None:
+        """Nobody else waits for a product that this process cannot ask for."""
 
 
 class CurvatureOperator:
@@ -28,26 +44,21 @@ class CurvatureOperator:
         device: likewise.
     """
 
-    def __init__(self, source: _C.SymmetricOperator | BatchSums, like: Tensor) -> None:
+    def __init__(self, source: _Recorded | BatchSums, like: Tensor) -> None:
         self._source = source
         self.shape = (source.size, source.size)
         self.dtype = like.dtype
         self.device = like.device
 
     @classmethod
-    def _of(cls: type[Made], source: _C.SymmetricOperator | BatchSums, like: Tensor) -> Made:
+    def _of(cls: type[Made], source: _Recorded | BatchSums, like: Tensor) -> Made:
         made = cls.__new__(cls)
         CurvatureOperator.__init__(made, source, like)
         return made
 
     @property
     def _op(self) -> _C.SymmetricOperator:
-        """What the driver calls."""
-        source = self._source
-        if not isinstance(source, BatchSums):
-            return source
-        # Not kept: the garbage collector does not see through the C++ object to a closure that holds this operator.
-        return _C.PythonOperator(source.product, source.size, source.like, symmetric=True)
+        return self._source.operator()
 
     def __matmul__(self, v: Tensor) -> Tensor:
         """H v for v of shape (P,), or for every column of v of shape (P, k).
@@ -55,10 +66,9 @@ class CurvatureOperator:
         Nothing is recorded for autograd: the product is a constant, also where v or a parameter requires grad.
         """
         try:
-            _check_vector(v, self)
+            check_vector("v", v, self.shape[0], self.dtype, self.device)
         except (TypeError, ValueError) as error:
-            if isinstance(self._source, BatchSums):
-                self._source.fail(error)
+            self._source.fail(error)
             raise
         op, v = self._op, v.detach()
         if v.dim() == 1:
@@ -79,7 +89,7 @@ class CurvatureOperator:
 
         def product(x: Any) -> Any:
             if np.iscomplexobj(x):
-                raise TypeError(f"x must be real, got {x.dtype}")
+                raise TypeError(f"x: expected real numbers, got {x.dtype}")
             v = torch.from_numpy(np.array(x, dtype=name, order="C")).to(self.device)
             return (self @ v).cpu().numpy()
 
@@ -131,8 +141,8 @@ class HessianOperator(CurvatureOperator):
         checked = check_params(params)
         self.gradients = _record_gradients(_evaluate(loss, checked[0].device), checked)
         if _all_none(self.gradients):
-            raise ValueError("loss does not depend on any of params")
-        super().__init__(_C.GraphOperator(self.gradients, checked), checked[0])
+            raise ValueError("loss: expected one that depends on params, got one that depends on none")
+        super().__init__(_Recorded(_C.GraphOperator(self.gradients, checked)), checked[0])
 
     @classmethod
     def layers(
@@ -145,19 +155,19 @@ class HessianOperator(CurvatureOperator):
         errors are those of `HessianOperator` otherwise.
         """
         if not isinstance(groups, Mapping):
-            raise TypeError(f"groups must be a mapping from names to params, got {type(groups).__name__}")
+            raise TypeError(f"groups: expected a mapping from names to params, got {type(groups).__name__}")
         if not groups:
-            raise ValueError("groups must hold at least one group, got none")
+            raise ValueError("groups: expected at least one group, got none")
         checked = {name: check_params(params, f"groups[{name!r}]") for name, params in groups.items()}
         everything = check_params([p for params in checked.values() for p in params], "all groups together")
         recorded = _record_gradients(_evaluate(loss, everything[0].device), everything)
         if _all_none(recorded):
-            raise ValueError("loss does not depend on any of the params in groups")
+            raise ValueError("loss: expected one that depends on the params in groups, got one that depends on none")
         gradients = iter(recorded)
         blocks = {}
         for name, params in checked.items():
             own = tuple(next(gradients) for _ in params)
-            blocks[name] = cls._of(_C.GraphOperator(own, params), params[0])
+            blocks[name] = cls._of(_Recorded(_C.GraphOperator(own, params)), params[0])
             blocks[name].gradients = own
         return blocks
 
@@ -213,8 +223,8 @@ class GaussNewtonOperator(CurvatureOperator):
         checked = check_params(params)
         op = _gauss_newton(checked, check_loss(loss), outputs)
         if op is None:
-            raise ValueError("outputs do not depend on any of params")
-        super().__init__(op, checked[0])
+            raise ValueError("outputs: expected a tensor that depends on params, got one that depends on none")
+        super().__init__(_Recorded(op), checked[0])
 
     @classmethod
     def from_batches(
@@ -244,26 +254,14 @@ def _hessian(params: Sequence[Tensor], loss: Tensor) -> _C.GraphOperator | None:
 
 def _gauss_newton(params: Sequence[Tensor], loss: Tensor, outputs: Tensor) -> _C.GaussNewtonOperator | None:
     """None where the outputs do not depend on params."""
-    if not isinstance(outputs, Tensor):
-        raise TypeError(f"outputs must be a torch.Tensor, got {type(outputs).__name__}")
-    if not outputs.requires_grad:
-        raise ValueError("outputs must be a tensor with its graph, got one that does not require grad")
+    if not check_tensor("outputs", outputs).requires_grad:
+        raise ValueError("outputs: expected a tensor with its graph, got one that does not require grad")
     (gradient,) = _record_gradients(loss, [outputs])
     if gradient is None:
-        raise ValueError("loss does not depend on outputs")
+        raise ValueError("loss: expected one that depends on outputs, got one that does not")
     dummy = torch.zeros_like(outputs, requires_grad=True)
     pullback = _record_gradients(outputs, params, dummy)
     return None if _all_none(pullback) else _C.GaussNewtonOperator(outputs, gradient, dummy, pullback, params)
-
-
-def _check_vector(v: Tensor, op: CurvatureOperator) -> None:
-    """Refuses what is not a vector or a block of vectors of the operator's space."""
-    if not isinstance(v, Tensor):
-        raise TypeError(f"v must be a torch.Tensor, got {type(v).__name__}")
-    if v.dim() not in (1, 2) or v.shape[0] != op.shape[0]:
-        raise ValueError(f"v must have shape ({op.shape[0]},) or ({op.shape[0]}, k), got {tuple(v.shape)}")
-    if v.dtype != op.dtype or v.device != op.device:
-        raise ValueError(f"v must be {op.dtype} on {op.device}, got {v.dtype} on {v.device}")
 
 
 def _record_gradients(of: Tensor, params: Sequence[Tensor], seed: Tensor | None = None) -> tuple[Tensor | None, ...]:
@@ -273,7 +271,7 @@ def _record_gradients(of: Tensor, params: Sequence[Tensor], seed: Tensor | None 
     for p, gradient in zip(params, gradients, strict=True):
         if gradient is not None and gradient.layout != torch.strided:
             raise ValueError(
-                f"params must have dense gradients, got a {gradient.layout} one for the tensor of shape"
+                f"params: expected dense gradients, got a {gradient.layout} one for the tensor of shape"
                 f" {tuple(p.shape)}: build nn.Embedding with sparse=False"
             )
     return gradients
@@ -287,5 +285,5 @@ def _evaluate(loss: Tensor | Callable[[], Tensor], device: torch.device) -> Tens
     if isinstance(loss, Tensor):
         return check_loss(loss)
     if not callable(loss):
-        raise TypeError(f"loss must be a 0-d torch.Tensor or a closure returning one, got {type(loss).__name__}")
+        raise TypeError(f"loss: expected a 0-d torch.Tensor or a closure returning one, got {type(loss).__name__}")
     return repeatable(loss, check_loss, device)

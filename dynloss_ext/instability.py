@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dynloss_ext._arguments import check_count, check_number
+from dynloss_ext._checks import check_array, check_choice, check_count, check_number
 
 __all__ = [
     "Instability",
@@ -109,8 +109,7 @@ def detect_instabilities(
     """
     step, loss = _series("step", step, "loss", loss)
     lambda_step, lambda_max = _series("lambda_step", lambda_step, "lambda_max", lambda_max)
-    if rule not in ("loss", "lambda"):
-        raise ValueError(f"rule: got {rule!r}, expected 'loss' or 'lambda'")
+    check_choice("rule", rule, ("loss", "lambda"))
     loss_jump = check_number("loss_jump", loss_jump, 0, open_low=True)
     lambda_jump = check_number("lambda_jump", lambda_jump, 0, open_low=True)
     max_gap = check_count("max_gap", max_gap, 1)
@@ -192,7 +191,7 @@ def detect_periods(
     max_period = check_count("max_period", max_period, 1)
     segment = check_count("segment", segment, 1)
     if segment < _shortest(max_period):
-        raise ValueError(f"segment must be >= {_shortest(max_period)} for {max_period=}, got {segment}")
+        raise ValueError(f"segment: expected an int >= {_shortest(max_period)} for {max_period=}, got {segment}")
     tolerance = check_number("tolerance", tolerance, 0, open_low=True)
     min_amplitude = check_number("min_amplitude", min_amplitude, 0)
     inside = np.ones(len(step), dtype=bool)
@@ -202,7 +201,7 @@ def detect_periods(
         inside &= step <= check_number("stop", stop, -math.inf)
     step, loss = step[inside], loss[inside]
     if np.any(np.diff(step) != 1):
-        raise ValueError("step: a step is missing within the window, expected the loss at every step")
+        raise ValueError("step: expected every step within the window, got some where one is missing")
     if len(step) < _shortest(2):
         return []
     segments: list[PeriodSegment] = []
@@ -234,14 +233,14 @@ def stability_limit(optimizer: torch.optim.Optimizer) -> float:
         or settings with which no curvature converges: heavy ball with β >= 1, or β > 0 and τ >= 1.
     """
     if type(optimizer) is not torch.optim.SGD:
-        raise ValueError(f"optimizer: got {type(optimizer).__name__}, expected SGD (no limit is known for others)")
+        raise ValueError(f"optimizer: expected SGD (no limit is known for others), got {type(optimizer).__name__}")
     names = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
     settings = {tuple(float(group[name]) for name in names) for group in optimizer.param_groups}
     if len(settings) != 1:
-        raise ValueError(f"optimizer: its parameter groups differ in {', '.join(names)}, expected equal settings")
+        raise ValueError(f"optimizer: expected equal {', '.join(names)}, got parameter groups that differ")
     lr, momentum, dampening, weight_decay, nesterov, maximize = settings.pop()
     if maximize:
-        raise ValueError("optimizer: got maximize=True, expected an optimizer that minimises")
+        raise ValueError("optimizer: expected one that minimises, got maximize=True")
     if momentum == 0:
         rate = lr
     elif nesterov:
@@ -249,18 +248,9 @@ def stability_limit(optimizer: torch.optim.Optimizer) -> float:
     else:
         for name, value in (("momentum", momentum), ("dampening", dampening)):
             if not value < 1:
-                raise ValueError(f"optimizer: got {name} {value}, expected below 1 (no curvature converges)")
+                raise ValueError(f"optimizer: expected a {name} below 1 (no curvature converges else), got {value}")
         rate = lr * (1 - dampening)
     return 2 * (1 + momentum) / rate - weight_decay if rate > 0 else math.inf
-
-
-def to_numpy(value: Any) -> Array:
-    """An array of what is a tensor on any device, a list or an array already."""
-    if isinstance(value, torch.Tensor):
-        value = value.detach().cpu()
-        if value.dtype == torch.bfloat16:  # NumPy has no such type
-            value = value.float()
-    return np.asarray(value)
 
 
 def _epsilon(value: Any) -> float:
@@ -272,23 +262,14 @@ def _epsilon(value: Any) -> float:
 
 
 def _series(step_name: str, step: Any, value_name: str, value: Any) -> tuple[Array, Array]:
-    step, value = _vector(step_name, step), _vector(value_name, value)
+    step, value = check_array(step_name, step, 1, kinds="iuf"), check_array(value_name, value, 1, kinds="iuf")
     if len(step) != len(value):
-        raise ValueError(f"{value_name}: got {len(value)} values for {len(step)} steps in {step_name}")
+        raise ValueError(f"{value_name}: expected {len(step)} values, as many as in {step_name}, got {len(value)}")
     if step.dtype.kind == "u":  # whose differences are never negative
         step = step.astype(np.int64)
     if not (np.all(np.isfinite(step)) and np.all(np.diff(step) > 0)):
-        raise ValueError(f"{step_name}: expected finite, strictly increasing steps")
+        raise ValueError(f"{step_name}: expected finite, strictly increasing steps, got others")
     return step, value.astype(np.float64)
-
-
-def _vector(name: str, value: Any) -> Array:
-    array = to_numpy(value)
-    if array.ndim != 1:
-        raise ValueError(f"{name}: got shape {array.shape}, expected one dimension")
-    if array.dtype.kind not in "iuf":
-        raise TypeError(f"{name}: got dtype {array.dtype}, expected real numbers")
-    return array
 
 
 def _windows(step: Array, value: Array, jump: float, max_gap: int, min_samples: int) -> list[tuple[int, int]]:

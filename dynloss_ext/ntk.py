@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 
-from dynloss_ext._arguments import check_count
-from dynloss_ext._batches import random_state_kept, relative_rounding
+from dynloss_ext._checks import check_choice, check_count, check_tensor
+from dynloss_ext._evaluation import random_state_kept, relative_rounding
 
 __all__ = ["ntk_eigenvalues"]
 
@@ -42,58 +42,62 @@ def ntk_eigenvalues(model: nn.Module, inputs: Tensor, k: int = 1, *, outputs: st
         RuntimeError: a gradient is not finite.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if not isinstance(inputs, Tensor):
-        raise TypeError(f"inputs must be a torch.Tensor, got {type(inputs).__name__}")
-    if inputs.dim() == 0 or len(inputs) == 0:
-        raise ValueError(f"inputs must hold at least one sample, (N, ...), got shape {tuple(inputs.shape)}")
-    if outputs not in ("mean", "full"):
-        raise ValueError(f"outputs must be 'mean' or 'full', got {outputs!r}")
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if check_tensor("inputs", inputs).dim() == 0 or len(inputs) == 0:
+        raise ValueError(f"inputs: expected at least one sample, (N, ...), got shape {tuple(inputs.shape)}")
+    check_choice("outputs", outputs, ("mean", "full"))
     params = {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
     if not params:
-        raise ValueError("model must have a parameter that requires grad, got none")
+        raise ValueError("model: expected a parameter that requires grad, got none")
     _refuse_coupled_samples(model)
-    buffers = dict(model.named_buffers())
-
-    def outputs_of(values: dict[str, Tensor], batch: Tensor) -> Any:
-        # Copies of the buffers: a model that counts its calls, say, must find them as they were.
-        return functional_call(model, (values, {name: buffer.clone() for name, buffer in buffers.items()}), (batch,))
-
-    def outputs_of_one(values: dict[str, Tensor], sample: Tensor) -> tuple[Tensor, Tensor]:
-        result = outputs_of(values, sample.unsqueeze(0)).squeeze(0)
-        return result, result
-
     with random_state_kept(inputs.device):
         with torch.no_grad():
-            together = outputs_of(params, inputs)
-        if not isinstance(together, Tensor):
-            raise TypeError(f"model must return a torch.Tensor, got {type(together).__name__}")
+            together = check_tensor("output of model", _outputs(model, params, inputs))
         shape = together.shape
         if len(shape) != 2 or shape[0] != len(inputs):
-            raise ValueError(f"model must return shape ({len(inputs)}, C), got {tuple(shape)}")
+            raise ValueError(f"output of model: expected shape ({len(inputs)}, C), got {tuple(shape)}")
         size = shape[0] if outputs == "mean" else shape.numel()
         k = check_count("k", k, 1, size, "the size of the kernel")
-        try:
-            jacobian_of_each = vmap(jacrev(outputs_of_one, has_aux=True), in_dims=(None, 0))
-            jacobian, alone = jacobian_of_each(params, inputs.detach())
-        except RuntimeError as error:
-            if "randomness" not in str(error):
-                raise
-            raise ValueError("model must not be random, but it draws random numbers, such as for dropout") from error
+        jacobian, alone = _jacobian(model, params, inputs)
     apart = (alone - together).abs().max() / together.abs().max().clamp_min(torch.finfo(together.dtype).tiny)
     if apart > relative_rounding(together.dtype):
         raise ValueError(
-            "model must treat each sample by itself, but its outputs for one sample alone differ from those for it"
-            f" among others by {float(apart):.2g} of the largest"
+            f"model: {_APART}, got outputs for one sample alone that differ from those for it among others by"
+            f" {float(apart):.2g} of the largest"
         )
     kernel = torch.zeros(size, size, dtype=torch.float64, device=together.device)
     for name in list(jacobian):
         rows = jacobian.pop(name).flatten(2).flatten(*((1, 2) if outputs == "mean" else (0, 1))).double()
         kernel.addmm_(rows, rows.t())
     if not bool(kernel.isfinite().all()):
-        raise RuntimeError("a gradient of the outputs is not finite, or overflows in the kernel")
+        raise RuntimeError("model: expected finite gradients, got one that is not, or overflows in the kernel")
     values: Tensor = torch.linalg.eigvalsh(kernel / shape[1] if outputs == "mean" else kernel)
     return values.flip(0)[:k]
+
+
+def _outputs(model: nn.Module, params: dict[str, Tensor], batch: Tensor) -> Any:
+    """With copies of the buffers: a model that counts its calls, say, must find them as they were."""
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    return functional_call(model, (params, buffers), (batch,))
+
+
+def _jacobian(model: nn.Module, params: dict[str, Tensor], inputs: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """(N, C, *shape) for every parameter, and the outputs (N, C), of each sample by itself."""
+
+    def outputs_of_one(values: dict[str, Tensor], sample: Tensor) -> tuple[Tensor, Tensor]:
+        result = _outputs(model, values, sample.unsqueeze(0)).squeeze(0)
+        return result, result
+
+    try:
+        jacobian, alone = vmap(jacrev(outputs_of_one, has_aux=True), in_dims=(None, 0))(params, inputs.detach())
+    except RuntimeError as error:
+        if "randomness" not in str(error):
+            raise
+        raise ValueError("model: expected no randomness, got one that draws numbers, such as for dropout") from error
+    return jacobian, alone
+
+
+_APART = "expected one that treats each sample by itself"
 
 
 def _refuse_coupled_samples(model: nn.Module) -> None:
@@ -104,9 +108,9 @@ def _refuse_coupled_samples(model: nn.Module) -> None:
         random = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
         stateful = isinstance(module, batch_norm) or (isinstance(module, instance_norm) and module.track_running_stats)
         if module.training and (random or stateful):
-            raise ValueError(f"model must treat each sample by itself, but {layer} in training mode: call model.eval()")
+            raise ValueError(f"model: {_APART}, got one where {layer} in training mode: call model.eval()")
         if isinstance(module, batch_norm) and module.running_mean is None:
             raise ValueError(
-                f"model must treat each sample by itself, but {layer} without running statistics: it takes them from"
-                " the batch in any mode"
+                f"model: {_APART}, got one where {layer} without running statistics: it takes them from the batch in"
+                " any mode"
             )

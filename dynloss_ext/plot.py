@@ -19,7 +19,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, MaxNLocator
 from numpy.typing import NDArray
 
-from dynloss_ext.instability import Instability, PeriodSegment, instability_threshold, to_numpy
+from dynloss_ext._checks import check_array
+from dynloss_ext.instability import Instability, PeriodSegment, instability_threshold
 
 Array = NDArray[Any]
 
@@ -97,22 +98,22 @@ def trajectory(
         TypeError: an array of anything but real numbers.
     """
     threshold = instability_threshold(instabilities) if threshold is None else threshold
-    step, eig_step = _array("step", step, 1), _array("eig_step", eig_step, 1)
+    step, eig_step = check_array("step", step, 1), check_array("eig_step", eig_step, 1)
     rows = {
-        "weights": _array("weights", weights, 2, len(step)),
-        "weighted_loss": _array("weighted_loss", weighted_loss, 1, len(step)),
-        "accuracy": _array("accuracy", accuracy, 1, len(step)),
+        "weights": check_array("weights", weights, 2, len(step)),
+        "weighted_loss": check_array("weighted_loss", weighted_loss, 1, len(step)),
+        "accuracy": check_array("accuracy", accuracy, 1, len(step)),
     }
     if loss is not None:
-        rows["loss"] = _array("loss", loss, 1, len(step))
+        rows["loss"] = check_array("loss", loss, 1, len(step))
     if limit is not None:
-        limit = _array("limit", limit, None)
-        limit = _array("limit", limit, 1, len(step)) if limit.ndim else float(limit)
-    eigenvalues = _array("eigenvalues", eigenvalues, 2, len(eig_step)) if len(eig_step) else np.empty((0, 0))
-    ntk = _array("ntk", ntk, 1, len(eig_step)) if ntk is not None else None
+        limit = check_array("limit", limit)
+        limit = check_array("limit", limit, 1, len(step)) if limit.ndim else float(limit)
+    eigenvalues = check_array("eigenvalues", eigenvalues, 2, len(eig_step)) if len(eig_step) else np.empty((0, 0))
+    ntk = check_array("ntk", ntk, 1, len(eig_step)) if ntk is not None else None
     names = list(class_names) if class_names is not None else [str(i) for i in range(rows["weights"].shape[1])]
     if len(names) != rows["weights"].shape[1]:
-        raise ValueError(f"class_names: got {len(names)}, expected {rows['weights'].shape[1]}")
+        raise ValueError(f"class_names: expected {rows['weights'].shape[1]} names, got {len(names)}")
 
     panels = 4 + (len(eig_step) > 0) + (ntk is not None)
     spans = [_span(step)]
@@ -178,16 +179,16 @@ def phase_diagram(
         ValueError: `values` or `spread` of another shape than (m, n), no period or no amplitude.
         TypeError: an array of anything but real numbers.
     """
-    periods, amplitudes = _array("periods", periods, 1), _array("amplitudes", amplitudes, 1)
-    values = _array("values", values, 2, len(amplitudes))
+    periods, amplitudes = check_array("periods", periods, 1), check_array("amplitudes", amplitudes, 1)
+    values = check_array("values", values, 2, len(amplitudes))
     if values.shape[1] != len(periods):
-        raise ValueError(f"values: got shape {values.shape}, expected {(len(amplitudes), len(periods))}")
+        raise ValueError(f"values: expected shape {(len(amplitudes), len(periods))}, got {values.shape}")
     if values.size == 0:
-        raise ValueError(f"values: got shape {values.shape}, expected at least one period and one amplitude")
+        raise ValueError(f"values: expected at least one period and one amplitude, got shape {values.shape}")
     if spread is not None:
-        spread = _array("spread", spread, 2, len(amplitudes))
+        spread = check_array("spread", spread, 2, len(amplitudes))
         if spread.shape != values.shape:
-            raise ValueError(f"spread: got shape {spread.shape}, expected {values.shape}")
+            raise ValueError(f"spread: expected shape {values.shape}, got {spread.shape}")
     if baseline is not None and not math.isfinite(baseline):
         baseline = None
     with matplotlib.rc_context(STYLE):
@@ -241,23 +242,23 @@ def spectral_density(
         ValueError: shapes that do not fit together, no point to draw, a grid that is not finite.
         TypeError: an array of anything but real numbers.
     """
-    density = _array("density", density, None)
+    density = check_array("density", density)
     if density.ndim not in (1, 2):
-        raise ValueError(f"density: got shape {density.shape}, expected (G,) or (D, G)")
+        raise ValueError(f"density: expected shape (G,) or (D, G), got {density.shape}")
     if density.size == 0:
-        raise ValueError(f"density: got shape {density.shape}, expected at least one point")
+        raise ValueError(f"density: expected at least one point, got shape {density.shape}")
     curves = np.atleast_2d(density)
-    grids = np.broadcast_to(_array("grid", grid, None), curves.shape) if _fits(grid, curves) else None
+    grids = np.broadcast_to(check_array("grid", grid), curves.shape) if _fits(grid, curves) else None
     if grids is None:
-        raise ValueError(f"grid: got shape {np.shape(grid)}, expected {curves.shape[1:]} or {curves.shape}")
+        raise ValueError(f"grid: expected shape {curves.shape[1:]} or {curves.shape}, got {np.shape(grid)}")
     if not np.all(np.isfinite(grids)):
-        raise ValueError("grid: expected finite points")
-    errors = None if stderr is None else _array("stderr", stderr, None)
+        raise ValueError("grid: expected finite points, got others")
+    errors = None if stderr is None else check_array("stderr", stderr)
     if errors is not None and errors.shape != density.shape:
-        raise ValueError(f"stderr: got shape {errors.shape}, expected {density.shape}")
+        raise ValueError(f"stderr: expected shape {density.shape}, got {errors.shape}")
     rows = np.arange(len(curves))
-    steps = rows if step is None else _array("step", np.atleast_1d(to_numpy(step)), 1, len(curves))
-    exact = _finite(_array("eigenvalues", [] if eigenvalues is None else eigenvalues, 1))
+    steps = rows if step is None else check_array("step", np.atleast_1d(check_array("step", step)), 1, len(curves))
+    exact = _finite(check_array("eigenvalues", [] if eigenvalues is None else eigenvalues, 1))
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(5.6, 3.4), layout="constrained")
         axis = figure.subplots()
@@ -315,9 +316,9 @@ def bifurcation(
         ValueError: an array whose length differs from its steps'.
         TypeError: an array of anything but real numbers.
     """
-    step, eig_step = _array("step", step, 1), _array("eig_step", eig_step, 1)
-    loss = _array("loss", loss, 1, len(step))
-    lambda_max = _array("lambda_max", lambda_max, 1, len(eig_step))
+    step, eig_step = check_array("step", step, 1), check_array("eig_step", eig_step, 1)
+    loss = check_array("loss", loss, 1, len(step))
+    lambda_max = check_array("lambda_max", lambda_max, 1, len(eig_step))
     panels = 1 + (len(eig_step) > 0)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 2.4 + 1.5 * (panels - 1)), layout="constrained")
@@ -368,12 +369,12 @@ def layer_spectra(spectra: Mapping[str, Any], *, whole: Any = None, title: str |
         TypeError: values that are not real numbers.
     """
     if not spectra:
-        raise ValueError("spectra: got no layer, expected at least one")
-    rows = {name: _finite(_array(f"spectra[{name!r}]", values, 1)) for name, values in spectra.items()}
+        raise ValueError("spectra: expected at least one layer, got none")
+    rows = {name: _finite(check_array(f"spectra[{name!r}]", values, 1)) for name, values in spectra.items()}
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(5.6, 1.0 + 0.3 * len(rows)), layout="constrained")
         axis = figure.subplots()
-        lines = _finite(_array("whole", [] if whole is None else whole, 1))
+        lines = _finite(check_array("whole", [] if whole is None else whole, 1))
         for index, value in enumerate(lines):
             axis.axvline(value, color="#bbbbbb", lw=0.8, zorder=1, label="whole Hessian" if index == 0 else None)
         for row, values in enumerate(rows.values()):
@@ -398,27 +399,16 @@ def layer_spectra(spectra: Mapping[str, Any], *, whole: Any = None, title: str |
     return figure
 
 
-def _array(name: str, value: Any, ndim: int | None, length: int | None = None) -> Array:
-    array = to_numpy(value)
-    if array.dtype.kind not in "biuf":
-        raise TypeError(f"{name}: got dtype {array.dtype}, expected real numbers")
-    if ndim is not None and array.ndim != ndim:
-        raise ValueError(f"{name}: got shape {array.shape}, expected {ndim} dimension(s)")
-    if length is not None and len(array) != length:
-        raise ValueError(f"{name}: got {len(array)} rows, expected {length}")
-    return array
-
-
 def _finite(values: Array) -> Array:
     return values[np.isfinite(values)]
 
 
 def _steps_around(name: str, ends: Any, step: Array) -> tuple[float, float]:
     """The ends of an interval that holds at least one of the steps."""
-    first, last = _array(name, ends, 1, 2).tolist()
+    first, last = check_array(name, ends, 1, 2).tolist()
     if not (math.isfinite(first) and math.isfinite(last) and np.any((step >= first) & (step <= last))):
         run = f"{step[0]} to {step[-1]}" if len(step) else "none"
-        raise ValueError(f"{name}: got ({first}, {last}), expected first <= last around steps of the run ({run})")
+        raise ValueError(f"{name}: expected first <= last around steps of the run ({run}), got ({first}, {last})")
     return first, last
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dynloss_ext import _C
-from dynloss_ext._arguments import check_count, check_number, check_seed
+from dynloss_ext._checks import check_choice, check_count, check_number, check_seed
 from dynloss_ext.eigen import Operator, _resolve
 
 __all__ = ["Estimate", "SpectralDensity", "spectral_density", "trace"]
@@ -160,8 +160,7 @@ def trace(
     Raises:
         TypeError, ValueError: naming the argument. RuntimeError: a product is not finite.
     """
-    if method not in ("hutch++", "hutchinson"):
-        raise ValueError(f"method must be 'hutch++' or 'hutchinson', got {method!r}")
+    check_choice("method", method, ("hutch++", "hutchinson"))
     op, size, _ = _resolve(H, n, dtype, device, None)
     num_probes = check_count("num_probes", num_probes, 6 if method == "hutch++" else 2)
     third = min(num_probes // 3, size) if method == "hutch++" else 0

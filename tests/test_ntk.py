@@ -63,25 +63,25 @@ def test_float32_model_gives_float64_values_and_is_left_alone(model, inputs):
 
 def test_bad_arguments_are_named(model, inputs):
     for options, error, message in [
-        ({"k": 6}, ValueError, "k must be between 1 and 5, the size of the kernel, got 6"),
-        ({"k": 0}, ValueError, "k must be between 1 and 5, .* got 0"),
-        ({"k": 1.5}, TypeError, "k must be an int, got float"),
-        ({"k": 16, "outputs": "full"}, ValueError, "k must be between 1 and 15, .* got 16"),
-        ({"outputs": "sum"}, ValueError, "outputs must be 'mean' or 'full', got 'sum'"),
+        ({"k": 6}, ValueError, "k: expected an int from 1 to 5, the size of the kernel, got 6"),
+        ({"k": 0}, ValueError, "k: expected an int from 1 to 5, .* got 0"),
+        ({"k": 1.5}, TypeError, "k: expected an int, got float"),
+        ({"k": 16, "outputs": "full"}, ValueError, "k: expected an int from 1 to 15, .* got 16"),
+        ({"outputs": "sum"}, ValueError, "outputs: expected 'mean' or 'full', got 'sum'"),
     ]:
         with pytest.raises(error, match=message):
             ntk_eigenvalues(model, inputs, **options)
-    with pytest.raises(ValueError, match=r"inputs must hold at least one sample, .* got shape \(0, 4\)"):
+    with pytest.raises(ValueError, match=r"inputs: expected at least one sample, .* got shape \(0, 4\)"):
         ntk_eigenvalues(model, inputs[:0])
-    with pytest.raises(TypeError, match=r"inputs must be a torch\.Tensor, got list"):
+    with pytest.raises(TypeError, match=r"inputs: expected a torch\.Tensor, got list"):
         ntk_eigenvalues(model, inputs.tolist())
-    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got function"):
+    with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got function"):
         ntk_eigenvalues(lambda x: x, inputs)
-    with pytest.raises(ValueError, match=r"model must return shape \(5, C\), got \(15,\)"):
+    with pytest.raises(ValueError, match=r"output of model: expected shape \(5, C\), got \(15,\)"):
         ntk_eigenvalues(nn.Sequential(model, nn.Flatten(0)), inputs)
-    with pytest.raises(TypeError, match=r"model must return a torch\.Tensor, got tuple"):
+    with pytest.raises(TypeError, match=r"output of model: expected a torch\.Tensor, got tuple"):
         ntk_eigenvalues(Then(model, lambda x: (x, x)), inputs)
-    with pytest.raises(ValueError, match="model must have a parameter that requires grad"):
+    with pytest.raises(ValueError, match="model: expected a parameter that requires grad, got none"):
         ntk_eigenvalues(model.requires_grad_(False), inputs)
 
 
@@ -99,7 +99,7 @@ class Then(nn.Module):
 def test_batch_norm_and_dropout_need_eval_mode(inputs):
     for layer in (nn.BatchNorm1d(3), nn.Dropout()):
         model = nn.Sequential(nn.Linear(4, 3), layer).double()
-        with pytest.raises(ValueError, match=f"model must .* 1 is a {type(layer).__name__} in training mode"):
+        with pytest.raises(ValueError, match=f"model: expected .*, got .* 1 is a {type(layer).__name__} in training"):
             ntk_eigenvalues(model, inputs)
         assert ntk_eigenvalues(model.eval(), inputs).shape == (1,)
 
@@ -107,7 +107,7 @@ def test_batch_norm_and_dropout_need_eval_mode(inputs):
 def test_batch_norm_without_running_statistics_is_refused_in_any_mode(inputs):
     model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3, track_running_stats=False)).double()
     for mode in (True, False):
-        with pytest.raises(ValueError, match=r"model must .* 1 is a BatchNorm1d"):
+        with pytest.raises(ValueError, match=r"model: expected .* got .* 1 is a BatchNorm1d"):
             ntk_eigenvalues(model.train(mode), inputs)
 
 
@@ -117,7 +117,7 @@ def test_instance_norm_is_refused_only_where_it_updates_its_statistics():
         norm = nn.InstanceNorm2d(2, affine=True, track_running_stats=track)
         model = nn.Sequential(norm, nn.Flatten(), nn.Linear(32, 2)).double()
         if track:
-            with pytest.raises(ValueError, match=r"model must .* 0 is a InstanceNorm2d in training mode"):
+            with pytest.raises(ValueError, match=r"model: expected .* got .* 0 is a InstanceNorm2d in training mode"):
                 ntk_eigenvalues(model, images)
             assert norm.num_batches_tracked == 0
             model.eval()
@@ -127,12 +127,12 @@ def test_instance_norm_is_refused_only_where_it_updates_its_statistics():
 
 def test_random_models_are_refused(model, inputs):
     for function in (nn.functional.dropout, lambda x: x + torch.randn(3, dtype=x.dtype)):
-        with pytest.raises(ValueError, match="model must not be random"):
+        with pytest.raises(ValueError, match="model: expected no randomness, got"):
             ntk_eigenvalues(Then(model, function), inputs)
 
 
 def test_gradients_that_are_not_finite_are_an_error(model, inputs):
-    with pytest.raises(RuntimeError, match="a gradient of the outputs is not finite"):
+    with pytest.raises(RuntimeError, match="model: expected finite gradients, got one that is not"):
         ntk_eigenvalues(model, inputs * torch.nan)
 
 
@@ -183,7 +183,7 @@ def test_the_random_state_stays_as_it_was(inputs):
 
     model = Noisy(4, 3).double()
     state = torch.get_rng_state()
-    with pytest.raises(ValueError, match="must not be random"):
+    with pytest.raises(ValueError, match="model: expected no randomness, got"):
         ntk_eigenvalues(model, inputs)
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -194,7 +194,7 @@ def test_samples_that_the_model_couples_by_itself_are_refused(inputs):
             y = super().forward(x)
             return y - y.mean(0)
 
-    with pytest.raises(ValueError, match="outputs for one sample alone differ"):
+    with pytest.raises(ValueError, match=r"model: expected .* got outputs for one sample alone that differ"):
         ntk_eigenvalues(Centred(4, 3).double(), inputs)
 
 

@@ -50,7 +50,7 @@ def test_batches_refuse_a_stale_state_and_randomness():
     H = HessianOperator.from_batches(summed(params), params, torch.arange(40).split(16))
     with torch.no_grad():
         params[0].mul_(2)
-    with pytest.raises(RuntimeError, match="changed in place"):
+    with pytest.raises(RuntimeError, match=r"params.*: expected .* got .* changed in place"):
         H @ torch.ones(H.shape[0], dtype=torch.float64)
 
     def noisy(indices):
@@ -58,7 +58,7 @@ def test_batches_refuse_a_stale_state_and_randomness():
         return loss, len(indices)
 
     state = torch.get_rng_state()
-    with pytest.raises(ValueError, match="same value"):
+    with pytest.raises(ValueError, match=r"loss: expected the same value .* got"):
         HessianOperator.from_batches(noisy, params, torch.arange(40).split(16))
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -77,7 +77,7 @@ def test_dropout_in_any_batch_is_found(late):
         return F.cross_entropy(logits, Y[indices], reduction="sum"), len(indices)
 
     state = torch.get_rng_state()
-    with pytest.raises(ValueError, match="same value" if late == 0 else "every pass over batches must give the same"):
+    with pytest.raises(ValueError, match=f"expected the same {'value' if late == 0 else 'losses in every pass'}"):
         H = HessianOperator.from_batches(closure, params, INDICES)
         H @ torch.ones(H.shape[0], dtype=torch.float64)
     assert torch.equal(torch.get_rng_state(), state)
@@ -114,7 +114,7 @@ def test_data_loaders(noise, options, refused):
     loader = torch.utils.data.DataLoader(Augmented(noise), batch_size=7, **options)
     H = HessianOperator.from_batches(closure, params, loader)
     if refused:
-        with pytest.raises(ValueError, match="every pass over batches must give the same losses"):
+        with pytest.raises(ValueError, match="closure: expected the same losses in every pass over batches, got"):
             H @ torch.ones(H.shape[0], dtype=torch.float64)
     else:
         assert torch.allclose(H.to_dense(), dense_hessian(params), atol=1e-13)
@@ -198,7 +198,7 @@ def test_what_couples_samples_is_refused(norm, training, refused):
         return (outputs**3 * (1 + Y[indices, None, None])).sum(), len(indices)
 
     if refused:
-        with pytest.raises(ValueError, match="BatchNorm in train mode on 3 batches"):
+        with pytest.raises(ValueError, match=r"closure: expected .* got BatchNorm in train mode on 3 batches"):
             HessianOperator.from_batches(closure, params, INDICES)
         assert HessianOperator.from_batches(closure, params, [torch.arange(40)]).to_dense().isfinite().all()
     else:
@@ -218,7 +218,7 @@ def test_batch_norm_behind_the_graph_is_refused():
         return (norm(first.weight.T[None]) ** 3).sum(), 1
 
     for closure, batches in [(of_inputs, INDICES), (of_one_sample, [0, 1])]:
-        with pytest.raises(ValueError, match="BatchNorm in train mode"):
+        with pytest.raises(ValueError, match=r"closure: expected .* got BatchNorm in train mode"):
             HessianOperator.from_batches(closure, [first.weight], batches)
 
 
@@ -256,7 +256,7 @@ def test_an_operator_that_its_closure_holds_is_collected():
 
 def test_some_batch_must_depend_on_params():
     params, unused = mlp(), torch.ones(4, dtype=torch.float64, requires_grad=True)
-    with pytest.raises(ValueError, match="loss_sum does not depend on any of params in any batch"):
+    with pytest.raises(ValueError, match="loss_sum: expected a tensor that depends on params, got none in any batch"):
         HessianOperator.from_batches(summed(params), [unused], INDICES)
 
     def late(indices):
@@ -285,7 +285,7 @@ def test_batch_norm_in_train_mode_needs_one_batch():
     def closure(indices):
         return F.cross_entropy(model(X[indices]), Y[indices], reduction="sum"), len(indices)
 
-    with pytest.raises(ValueError, match="BatchNorm in train mode on 3 batches"):
+    with pytest.raises(ValueError, match=r"closure: expected .* got BatchNorm in train mode on 3 batches"):
         HessianOperator.from_batches(closure, params, torch.arange(40).split(16))
     HessianOperator.from_batches(closure, params, [torch.arange(40)])
     model.eval()
@@ -301,19 +301,24 @@ def test_batch_norm_in_train_mode_needs_one_batch():
 @pytest.mark.parametrize(
     ("closure", "batches", "error", "match"),
     [
-        (3, [1], TypeError, "closure must be callable"),
-        (lambda b: (b, 1), iter([1]), TypeError, "more than once"),
-        (lambda b: (b, 1), 5, TypeError, "more than once"),
-        (lambda b: (b, 1), [], ValueError, "at least one batch"),
-        (lambda b: b, [1], TypeError, "must return"),
-        (lambda b: (b, 1), [1], TypeError, "loss_sum must be"),
-        (lambda b: (P[0].sum(), 0.0), [1], ValueError, "more than 0, got 0.0"),
-        (lambda b: (P[0].sum(), -1.0), [1], ValueError, "more than 0, got -1.0"),
-        (lambda b: (P[0].sum(), float("inf")), [1], ValueError, "finite number .* got inf"),
-        (lambda b: (P[0].sum(), float("nan")), [1], ValueError, "finite number .* got nan"),
-        (lambda b: (P[0].sum(), None), [1], TypeError, "as weight_sum, got NoneType"),
-        (lambda b: (P[0].sum(), torch.ones(2)), [1], TypeError, "as weight_sum, got Tensor"),
-        (lambda b: (P[0].sum(),), [1], TypeError, r"must return \(loss_sum, weight_sum\), got a tuple of 1"),
+        (3, [1], TypeError, "closure: expected a callable, got int"),
+        (lambda b: (b, 1), iter([1]), TypeError, "batches: expected .* more than once.* got list_iterator"),
+        (lambda b: (b, 1), 5, TypeError, "batches: expected .* more than once.* got int"),
+        (lambda b: (b, 1), [], ValueError, "batches: expected at least one batch, got none"),
+        (lambda b: b, [1], TypeError, r"closure: expected to return \(loss_sum, weight_sum\), got int"),
+        (lambda b: (b, 1), [1], TypeError, "loss_sum: expected a 0-d torch.Tensor, got int"),
+        (lambda b: (P[0].sum(), 0.0), [1], ValueError, "weight_sum: expected .* more than 0, got 0.0"),
+        (lambda b: (P[0].sum(), -1.0), [1], ValueError, "weight_sum: expected .* more than 0, got -1.0"),
+        (lambda b: (P[0].sum(), float("inf")), [1], ValueError, "weight_sum: expected a finite number .* got inf"),
+        (lambda b: (P[0].sum(), float("nan")), [1], ValueError, "weight_sum: expected a finite number .* got nan"),
+        (lambda b: (P[0].sum(), None), [1], TypeError, "closure: expected .* as weight_sum, got NoneType"),
+        (lambda b: (P[0].sum(), torch.ones(2)), [1], TypeError, "closure: expected .* as weight_sum, got Tensor"),
+        (
+            lambda b: (P[0].sum(),),
+            [1],
+            TypeError,
+            r"closure: expected to return \(loss_sum, weight_sum\), got a tuple of 1",
+        ),
     ],
 )
 def test_bad_batches(closure, batches, error, match):
@@ -331,7 +336,7 @@ def test_kinds_of_weights(weight):
 
 
 def test_a_process_group_is_one():
-    with pytest.raises(TypeError, match=r"process_group must be a torch.distributed.ProcessGroup or None, got str"):
+    with pytest.raises(TypeError, match=r"process_group: expected a torch.distributed.ProcessGroup or None, got str"):
         HessianOperator.from_batches(summed(P), P, INDICES, process_group="gloo")
 
 
@@ -348,12 +353,20 @@ def test_layers_are_the_diagonal_blocks():
 @pytest.mark.parametrize(
     ("groups", "error", "match"),
     [
-        ({"a": P[:2], "b": P[1:]}, ValueError, "twice"),
-        ([P], TypeError, "groups must be a mapping from names to params, got list"),
-        ({}, ValueError, "groups must hold at least one group"),
-        ({"a": P, "b": []}, ValueError, r"groups\['b'\] must hold at least one tensor"),
-        ({"b": [P[0].detach()]}, ValueError, r"groups\['b'\]\[0\] of shape \(2, 7\) does not require grad"),
-        ({"a": mlp()}, ValueError, "does not depend on any of the params in groups"),
+        ({"a": P[:2], "b": P[1:]}, ValueError, "all groups together: expected every tensor once, got one twice"),
+        ([P], TypeError, "groups: expected a mapping from names to params, got list"),
+        ({}, ValueError, "groups: expected at least one group, got none"),
+        ({"a": P, "b": []}, ValueError, r"groups\['b'\]: expected at least one tensor, got none"),
+        (
+            {"b": [P[0].detach()]},
+            ValueError,
+            r"groups\['b'\]\[0\]: expected a tensor that requires grad, got .* \(2, 7\) that does not",
+        ),
+        (
+            {"a": mlp()},
+            ValueError,
+            "loss: expected one that depends on the params in groups, got one that depends on none",
+        ),
     ],
 )
 def test_bad_groups(groups, error, match):
@@ -381,7 +394,7 @@ def test_gauss_newton_is_exact():
     assert torch.allclose(eigsh(G, 3, tol=1e-8).values, torch.linalg.eigvalsh(expected)[-3:].flip(0), rtol=1e-10)
     with torch.no_grad():
         params[0].add_(1)
-    with pytest.raises(RuntimeError, match="changed in place"):
+    with pytest.raises(RuntimeError, match=r"params.*: expected .* got .* changed in place"):
         eigsh(G, 1)
 
 
@@ -418,11 +431,23 @@ def test_gauss_newton_of_batches_sums_exactly(weights, sizes):
 @pytest.mark.parametrize(
     ("closure", "error", "match"),
     [
-        (lambda z: (z.sum(), 1), TypeError, r"must return \(loss_sum, outputs, weight_sum\), got a tuple of 2"),
-        (lambda z: (z.sum(), 1, 1), TypeError, "outputs must be a torch.Tensor, got int"),
-        (lambda z: (z.sum(), z.detach(), 1), ValueError, "outputs must be a tensor with its graph"),
-        (lambda z: (z.sum(), z * 2, 1), ValueError, "loss does not depend on outputs"),
-        (lambda z: ((Q**2).sum(), Q, 1), ValueError, "outputs does not depend on any of params in any batch"),
+        (
+            lambda z: (z.sum(), 1),
+            TypeError,
+            r"closure: expected to return \(loss_sum, outputs, weight_sum\), got a tuple of 2",
+        ),
+        (lambda z: (z.sum(), 1, 1), TypeError, "outputs: expected a torch.Tensor, got int"),
+        (lambda z: (z.sum(), z.detach(), 1), ValueError, "outputs: expected a tensor with its graph, got"),
+        (
+            lambda z: (z.sum(), z * 2, 1),
+            ValueError,
+            "loss: expected one that depends on outputs, got one that does not",
+        ),
+        (
+            lambda z: ((Q**2).sum(), Q, 1),
+            ValueError,
+            "outputs: expected a tensor that depends on params, got none in any batch",
+        ),
     ],
 )
 def test_bad_gauss_newton_batches(closure, error, match):
@@ -447,13 +472,13 @@ def test_gauss_newton_of_a_linear_model_is_the_hessian():
 def test_gauss_newton_bad_input():
     params = mlp()
     z = logits_of(params)
-    with pytest.raises(ValueError, match="outputs must be"):
+    with pytest.raises(ValueError, match="outputs: expected a tensor with its graph, got"):
         GaussNewtonOperator(z.sum(), z.detach(), params)
-    with pytest.raises(TypeError, match=r"loss must be a 0-d torch.Tensor, got function"):
+    with pytest.raises(TypeError, match=r"loss: expected a 0-d torch.Tensor, got function"):
         GaussNewtonOperator(lambda: z.sum(), z, params)
-    with pytest.raises(ValueError, match="loss does not depend on outputs"):
+    with pytest.raises(ValueError, match="loss: expected one that depends on outputs, got one that does not"):
         GaussNewtonOperator(params[0].sum(), z, params)
-    with pytest.raises(ValueError, match="outputs do not depend"):
+    with pytest.raises(ValueError, match="outputs: expected a tensor that depends on params, got one"):
         GaussNewtonOperator(z.sum(), z, mlp())
 
 
@@ -472,7 +497,7 @@ def test_scipy_bridge():
     assert np.array_equal(operator.matmat(x[:, None]), operator.matvec(x[:, None]))
     assert np.array_equal(operator.H @ block, operator @ block)
     for call in (operator.matvec, operator.rmatvec, operator.matmat, operator.rmatmat):
-        with pytest.raises(TypeError, match="x must be real, got complex128"):
+        with pytest.raises(TypeError, match="x: expected real numbers, got complex128"):
             call(x.reshape(-1, 1) * 1j)
 
 
@@ -485,7 +510,7 @@ def test_hooks_of_params_are_refused():
         lambda: HessianOperator.from_batches(summed(params), params, INDICES),
         lambda: HessianOperator.layers(loss_of(params), {"last": params[2:]}),
     ):
-        with pytest.raises(ValueError, match=r"\] of shape .* has a hook"):
+        with pytest.raises(ValueError, match=r"\]: expected a tensor without hooks.* got .* of shape .* with a hook"):
             build()
     hook.remove()
     params[0].register_post_accumulate_grad_hook(lambda p: p.grad.zero_())  # no product accumulates

@@ -276,13 +276,13 @@ def test_random_state_is_left_alone() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_steps": 0}, "num_steps must be >= 1, got 0"),
-        ({"num_probes": 1.5}, "num_probes must be an int, got float"),
-        ({"bandwidth": -1.0}, r"bandwidth must be a number in \(0, inf\), got -1.0"),
-        ({"bandwidth": 0}, r"bandwidth must be a number in \(0, inf\), got 0"),
-        ({"bandwidth": "a"}, r"bandwidth must be a number in \(0, inf\), got 'a'"),
-        ({"seed": 1.5}, "seed must be an int, got float"),
-        ({"grid_size": 1}, "grid_size must be >= 2, got 1"),
+        ({"num_steps": 0}, "num_steps: expected an int >= 1, got 0"),
+        ({"num_probes": 1.5}, "num_probes: expected an int, got float"),
+        ({"bandwidth": -1.0}, r"bandwidth: expected a number in \(0, inf\), got -1.0"),
+        ({"bandwidth": 0}, r"bandwidth: expected a number in \(0, inf\), got 0"),
+        ({"bandwidth": "a"}, r"bandwidth: expected a number in \(0, inf\), got 'a'"),
+        ({"seed": 1.5}, "seed: expected an int, got float"),
+        ({"grid_size": 1}, "grid_size: expected an int >= 2, got 1"),
     ],
 )
 def test_density_refuses_bad_input(change: dict, message: str) -> None:
@@ -293,17 +293,17 @@ def test_density_refuses_bad_input(change: dict, message: str) -> None:
 
 def test_trace_refuses_bad_input() -> None:
     H, settings = arguments(torch.eye(3, dtype=torch.float64))
-    with pytest.raises(ValueError, match=r"method must be 'hutch\+\+' or 'hutchinson', got 'exact'"):
+    with pytest.raises(ValueError, match=r"method: expected 'hutch\+\+' or 'hutchinson', got 'exact'"):
         trace(H, method="exact", **settings)
-    with pytest.raises(ValueError, match="num_probes must be >= 6, got 3"):
+    with pytest.raises(ValueError, match="num_probes: expected an int >= 6, got 3"):
         trace(H, num_probes=3, **settings)
-    with pytest.raises(TypeError, match="seed must be an int, got str"):
+    with pytest.raises(TypeError, match="seed: expected an int, got str"):
         trace(H, seed="a", **settings)
 
 
 def test_a_product_that_is_not_finite_is_an_error() -> None:
     settings = {"n": 3, "dtype": torch.float64, "device": "cpu"}
-    with pytest.raises(RuntimeError, match="not finite"):
+    with pytest.raises(RuntimeError, match="H: expected finite products, got one that is not"):
         spectral_density(lambda v: v * math.nan, num_steps=2, num_probes=1, **settings)
-    with pytest.raises(RuntimeError, match="not finite"):
+    with pytest.raises(RuntimeError, match="H: expected finite products, got one that is not"):
         trace(lambda v: v * math.inf, **settings)

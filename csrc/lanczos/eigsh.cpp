@@ -346,9 +346,9 @@ class Solver {
     const double noise = std::max(std::min(options_.tolerance, kMaxAsymmetry), 100.0 * std::sqrt(epsilon_));
     const double allowed = noise * scale_;
     if (op_.symmetric_by_construction() || basis_.asymmetry() <= allowed) return;
-    throw std::invalid_argument(c10::str("H is not symmetric: u · H v and v · H u differ by ",
-                                         basis_.asymmetry() / basis_.unit(),
-                                         " for unit vectors, where |H| is about ", scale_ / basis_.unit()));
+    throw std::invalid_argument(c10::str(
+        "H: expected a symmetric operator, got one where u · H v and v · H u differ by ",
+        basis_.asymmetry() / basis_.unit(), " for unit vectors, and |H| is about ", scale_ / basis_.unit()));
   }
 
   EigshResult result(std::string status) {

@@ -10,7 +10,7 @@
 namespace dynloss {
 
 FlatParameters::FlatParameters(std::vector<at::Tensor> parameters) : parameters_(std::move(parameters)) {
-  TORCH_CHECK_VALUE(!parameters_.empty(), "expected at least one parameter");
+  TORCH_CHECK_VALUE(!parameters_.empty(), "params: expected at least one, got none");
   for (const at::Tensor& parameter : parameters_) {
     snapshots_.push_back({static_cast<uint32_t>(parameter._version()), parameter.const_data_ptr()});
     offsets_.push_back(size_);
@@ -22,9 +22,11 @@ void FlatParameters::check_unchanged() const {
   for (size_t i = 0; i < parameters_.size(); ++i) {
     const bool same = static_cast<uint32_t>(parameters_[i]._version()) == snapshots_[i].version &&
                       parameters_[i].const_data_ptr() == snapshots_[i].data;
-    TORCH_CHECK(same, "parameter ", i, " of shape ", parameters_[i].sizes(),
-                " was changed in place after this operator recorded it; its products would mix two states. "
-                "Compute the loss again and build a new operator.");
+    TORCH_CHECK(same, "params[", i,
+                "]: expected the values that this operator recorded, got a tensor of shape ",
+                parameters_[i].sizes(),
+                " that was changed in place, so that products would mix two states: "
+                "compute the loss again and build a new operator");
   }
 }
 

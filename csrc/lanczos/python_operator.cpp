@@ -26,17 +26,15 @@ at::Tensor PythonOperator::apply(const at::Tensor& v) {
   const py::object answer = product_(v.clone());  // its own: what it does to v must not reach the driver
   py::detail::make_caster<at::Tensor> tensor;
   if (!tensor.load(answer, /*convert=*/false)) {
-    throw py::type_error("H(v) must return a torch.Tensor, got " +
+    throw py::type_error("H(v): expected a torch.Tensor, got " +
                          std::string(py::str(py::type::of(answer).attr("__name__"))));
   }
   const at::Tensor product = py::detail::cast_op<at::Tensor&>(tensor).detach();
   if (product.layout() != at::kStrided || product.dim() != 1 || product.size(0) != size_ ||
       product.scalar_type() != v.scalar_type() || product.device() != v.device()) {
-    throw py::value_error("H(v) must return a dense tensor like v, of shape (" + std::to_string(size_) +
-                          ",), " + c10::toString(v.scalar_type()) + " on " + v.device().str() +
-                          "; got shape " + c10::str(product.sizes()) + ", " +
-                          c10::toString(product.scalar_type()) + ", " + c10::str(product.layout()) + " on " +
-                          product.device().str());
+    throw py::value_error(c10::str("H(v): expected a dense tensor like v, of shape (", size_, ",), ",
+                                   v.scalar_type(), " on ", v.device(), ", got shape ", product.sizes(), ", ",
+                                   product.scalar_type(), ", ", product.layout(), " on ", product.device()));
   }
   // In plain memory, where an expanded tensor and torch's symbolic zeros are not.
   const bool plain = product.is_contiguous() && !product._is_zerotensor() && !product.is_neg();

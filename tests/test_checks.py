@@ -5,7 +5,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from dynloss_ext._arguments import check_count, check_number, check_seed
+from dynloss_ext._checks import check_count, check_number, check_seed
 
 
 def test_what_is_allowed_comes_back_as_a_plain_number() -> None:
@@ -21,39 +21,39 @@ def test_what_is_allowed_comes_back_as_a_plain_number() -> None:
 
 @pytest.mark.parametrize("value", [1.0, "a", None, True, np.float64(1), np.bool_(True), [1]])
 def test_what_is_no_int_is_refused(value: object) -> None:
-    with pytest.raises(TypeError, match=rf"^k must be an int, got {type(value).__name__}$"):
+    with pytest.raises(TypeError, match=rf"^k: expected an int, got {type(value).__name__}$"):
         check_count("k", value, 1)
-    with pytest.raises(TypeError, match=rf"^seed must be an int, got {type(value).__name__}$"):
+    with pytest.raises(TypeError, match=rf"^seed: expected an int, got {type(value).__name__}$"):
         check_seed(value)
 
 
 def test_a_count_out_of_bounds_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"^k must be >= 1, got 0$"):
+    with pytest.raises(ValueError, match=r"^k: expected an int >= 1, got 0$"):
         check_count("k", 0, 1)
-    with pytest.raises(ValueError, match=r"^k must be between 1 and 4, got 5$"):
+    with pytest.raises(ValueError, match=r"^k: expected an int from 1 to 4, got 5$"):
         check_count("k", 5, 1, 4)
-    with pytest.raises(ValueError, match=r"^k must be between 1 and 4, the size of H, got 0$"):
+    with pytest.raises(ValueError, match=r"^k: expected an int from 1 to 4, the size of H, got 0$"):
         check_count("k", np.int32(0), 1, 4, "the size of H")
 
 
 @pytest.mark.parametrize("value", ["x", None, False, 1j, [0.5]])
 def test_what_is_no_number_is_refused(value: object) -> None:
-    with pytest.raises(TypeError, match=r"^tol must be a number in \[0, 1\), got ") as error:
+    with pytest.raises(TypeError, match=r"^tol: expected a number in \[0, 1\), got ") as error:
         check_number("tol", value, 0, 1)
     assert str(error.value).endswith(repr(value))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), -1e-300, 10**400])
 def test_a_number_out_of_its_interval_is_refused(value: float) -> None:
-    with pytest.raises(ValueError, match=rf"^rest must be a number in \[0, inf\), got {value!r}$"):
+    with pytest.raises(ValueError, match=rf"^rest: expected a number in \[0, inf\), got {value!r}$"):
         check_number("rest", value, 0)
 
 
 def test_the_ends_of_an_interval() -> None:
     assert check_number("tol", 0, 0, 1) == 0
-    with pytest.raises(ValueError, match=r"^tol must be a number in \[0, 1\), got 1$"):
+    with pytest.raises(ValueError, match=r"^tol: expected a number in \[0, 1\), got 1$"):
         check_number("tol", 1, 0, 1)
-    with pytest.raises(ValueError, match=r"^bandwidth must be a number in \(0, inf\), got 0\.0$"):
+    with pytest.raises(ValueError, match=r"^bandwidth: expected a number in \(0, inf\), got 0\.0$"):
         check_number("bandwidth", 0.0, 0, open_low=True)
 
 

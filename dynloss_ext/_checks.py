@@ -1,0 +1,160 @@
+"""Checks of arguments. Errors read `name: expected ..., got ...`: a TypeError for a wrong type, else a ValueError."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from numbers import Real
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+__all__ = [
+    "check_array",
+    "check_callable",
+    "check_choice",
+    "check_count",
+    "check_loss",
+    "check_number",
+    "check_params",
+    "check_seed",
+    "check_tensor",
+    "check_vector",
+]
+
+
+def check_count(name: str, value: Any, low: int, high: int | None = None, high_name: str = "") -> int:
+    """The value as an int, NumPy's included, but no bool, from ``low`` to ``high``, which is called ``high_name``."""
+    count = _int(name, value)
+    if count < low or (high is not None and count > high):
+        bounds = f">= {low}" if high is None else f"from {low} to {high}" + (f", {high_name}" if high_name else "")
+        raise ValueError(f"{name}: expected an int {bounds}, got {count}")
+    return count
+
+
+def check_number(name: str, value: Any, low: float, high: float = math.inf, *, open_low: bool = False) -> float:
+    """The value as a float, but no bool, within [low, high), or (low, high) where ``open_low``."""
+    message = f"{name}: expected a number in {'(' if open_low else '['}{low}, {high}), got {value!r}"
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(message)
+    try:
+        number = float(value)
+    except OverflowError:
+        raise ValueError(message) from None
+    if not low <= number < high or (open_low and number == low):
+        raise ValueError(message)
+    return number
+
+
+def check_seed(value: Any) -> int:
+    """The seed modulo 2⁶⁴: any int is one, a negative one too."""
+    return _int("seed", value) % 2**64
+
+
+def _int(name: str, value: Any) -> int:
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
+    """The value, one of some strings."""
+    if not isinstance(value, str) or value not in choices:
+        *others, last = map(repr, choices)
+        raise ValueError(f"{name}: expected {', '.join(others)} or {last}, got {value!r}")
+    return value
+
+
+def check_callable(name: str, value: Any) -> Callable[..., Any]:
+    if not callable(value):
+        raise TypeError(f"{name}: expected a callable, got {type(value).__name__}")
+    return value  # type: ignore[no-any-return]
+
+
+def check_tensor(name: str, value: Any) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    return value
+
+
+def check_vector(
+    name: str, value: Any, size: int, dtype: torch.dtype, device: torch.device, *, columns: str = "k"
+) -> Tensor:
+    """The value, a vector of shape (size,) or a block of vectors of shape (size, ``columns``)."""
+    v = check_tensor(name, value)
+    if v.dim() not in (1, 2) or v.shape[0] != size:
+        raise ValueError(f"{name}: expected shape ({size},) or ({size}, {columns}), got {tuple(v.shape)}")
+    if v.dtype != dtype or v.device != device:
+        raise ValueError(f"{name}: expected {dtype} on {device}, got {v.dtype} on {v.device}")
+    return v
+
+
+def check_array(
+    name: str, value: Any, ndim: int | None = None, length: int | None = None, kinds: str = "biuf"
+) -> NDArray[Any]:
+    """The value, a list, an array or a tensor on any device, as an array of real numbers."""
+    if isinstance(value, Tensor):
+        value = value.detach().cpu()
+        if value.dtype == torch.bfloat16:  # NumPy has no such type
+            value = value.float()
+    array = np.asarray(value)
+    if array.dtype.kind not in kinds:
+        raise TypeError(f"{name}: expected real numbers, got dtype {array.dtype}")
+    if ndim is not None and array.ndim != ndim:
+        raise ValueError(f"{name}: expected {ndim} dimension{'s' * (ndim > 1)}, got shape {array.shape}")
+    if length is not None and len(array) != length:
+        raise ValueError(f"{name}: expected {length} rows, got {len(array)}")
+    return array
+
+
+def check_params(params: Iterable[Tensor], name: str = "params") -> list[Tensor]:
+    """The parameters that something is to be differentiated by, as a list."""
+    if isinstance(params, Tensor):
+        raise TypeError(f"{name}: expected an iterable of tensors, got one tensor: pass [tensor]")
+    if not isinstance(params, Iterable):
+        raise TypeError(f"{name}: expected an iterable of tensors, got {type(params).__name__}")
+    checked = list(params)
+    if not checked:
+        raise ValueError(f"{name}: expected at least one tensor, got none")
+    for i, p in enumerate(checked):
+        check_tensor(f"{name}[{i}]", p)
+        expected, got = "", f"a tensor of shape {tuple(p.shape)}"
+        if p.dtype not in (torch.float32, torch.float64):
+            expected, got = "float32 or float64", str(p.dtype)
+        elif p.dtype != checked[0].dtype or p.device != checked[0].device:
+            expected = f"one dtype and device for all, {checked[0].dtype} on {checked[0].device} as {name}[0]"
+            got = f"{p.dtype} on {p.device}"
+        elif not p.requires_grad:
+            expected, got = "a tensor that requires grad", f"{got} that does not"
+        elif p._backward_hooks:
+            expected = "a tensor without hooks, which every backward pass of a product would call"
+            got += " with a hook (Tensor.register_hook): remove it for as long as the operator is used"
+        if expected:
+            raise ValueError(f"{name}[{i}]: expected {expected}, got {got}")
+    if len({id(p) for p in checked}) < len(checked):
+        raise ValueError(f"{name}: expected every tensor once, got one twice")
+    if sum(p.numel() for p in checked) == 0:
+        raise ValueError(f"{name}: expected at least one element in all, got none")
+    return checked
+
+
+def check_loss(loss: object, name: str = "loss") -> Tensor:
+    """The loss, a tensor that has a Hessian here."""
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"{name}: expected a 0-d torch.Tensor, got {type(loss).__name__}")
+    if loss.dim() != 0:
+        raise ValueError(f"{name}: expected a 0-d tensor, got shape {tuple(loss.shape)}: reduce it first")
+    if not loss.dtype.is_floating_point:
+        raise ValueError(f"{name}: expected a floating-point tensor, got {loss.dtype}")
+    if loss.is_inference():
+        raise ValueError(f"{name}: expected a tensor with its graph, got one of torch.inference_mode(), which has none")
+    if not loss.requires_grad:
+        raise ValueError(f"{name}: expected a tensor with its graph, got one made without grad, or from no parameter")
+    return loss

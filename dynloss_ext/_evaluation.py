@@ -1,0 +1,128 @@
+"""Evaluations that leave no trace: random state and buffers are afterwards as they were."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+
+T = TypeVar("T")
+
+_random_state = threading.RLock()
+
+
+@contextmanager
+def random_state_kept(device: torch.device, seed: int | None = None) -> Iterator[None]:
+    """Leaves torch's generators of the CPU and of `device` as they were; inside, they start from the seed, if any.
+
+    One thread at a time: the generators are everybody's.
+    """
+    cuda = device.type == "cuda"
+    with _random_state, torch.random.fork_rng(devices=[device] if cuda else [], device_type="cuda"):
+        if seed is not None:  # not by torch.manual_seed, which seeds every device
+            torch.default_generator.manual_seed(seed)
+            if cuda:
+                torch.cuda.default_generators[device.index].manual_seed(seed)
+        yield
+
+
+class Calls:
+    """What `buffers_kept` saw."""
+
+    def __init__(self) -> None:
+        self.batch_statistics = False  # whether a BatchNorm module normalised by its batch
+
+
+@contextmanager
+def buffers_kept() -> Iterator[Calls]:
+    """Puts the buffers of all modules that this thread calls in training mode back to what they were.
+
+    A buffer that is written to has its values put back behind autograd's back, so that graphs recorded meanwhile stay
+    valid; one that the module replaces is replaced again.
+    """
+    calls, thread = Calls(), threading.get_ident()
+    saved: dict[int, tuple[Tensor, Tensor]] = {}
+    entered: dict[nn.Module, dict[str, Tensor | None]] = {}
+
+    def enter(module: nn.Module, _: object) -> None:
+        if threading.get_ident() != thread:
+            return
+        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
+            calls.batch_statistics = True
+        if module.training and module._buffers:
+            entered[module] = dict(module._buffers)
+            for buffer in map(_plain, module._buffers.values()):
+                if buffer is not None and id(buffer) not in saved:
+                    with torch._C._DisableFuncTorch():
+                        saved[id(buffer)] = buffer, buffer.detach().clone()
+
+    def leave(module: nn.Module, *_: object) -> None:
+        if threading.get_ident() == thread and module in entered:
+            module._buffers.update(entered.pop(module))
+
+    hooks = register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)
+    try:
+        yield calls
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for buffer, values in saved.values():
+            buffer.data.copy_(values)
+
+
+def _plain(buffer: Tensor | None) -> Tensor | None:
+    """The tensor itself inside torch.func's wrappers."""
+    while buffer is not None and torch._C._functorch.is_functorch_wrapped_tensor(buffer):
+        buffer = torch._C._functorch.get_unwrapped(buffer)
+    return buffer
+
+
+def relative_rounding(dtype: torch.dtype) -> float:
+    """How far two evaluations of the same loss may differ: not bit for bit, as sums may take another order."""
+    return min(1e3 * torch.finfo(dtype).eps, 0.03)
+
+
+def repeatable(evaluate: Callable[[], T], loss_of: Callable[[T], Tensor], device: torch.device) -> T:
+    """What the second of two calls gives, if both give the same loss; random state and buffers stay as they were.
+
+    Raises:
+        ValueError: The two losses differ.
+    """
+    with random_state_kept(device), torch.enable_grad():
+        with buffers_kept():
+            first = float(loss_of(evaluate()).detach())
+        with buffers_kept():
+            answer = evaluate()
+    loss = loss_of(answer)
+    second = float(loss.detach())
+    both_nan = math.isnan(first) and math.isnan(second)
+    if not both_nan and not math.isclose(first, second, rel_tol=relative_rounding(loss.dtype)):
+        raise ValueError(
+            f"loss: expected the same value for the same parameters, got {first!r} and then {second!r}: switch dropout"
+            " and other randomness off"
+        )
+    return answer
+
+
+def uses_batch_statistics(loss: Tensor) -> bool:
+    """Whether the graph of the loss normalises by statistics of a batch of more than one sample."""
+    seen, waiting = set(), [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if "BatchNorm" in node.name() and getattr(node, "_saved_training", False):
+            # InstanceNorm has such a node too: every channel of every sample is a channel of its one sample.
+            metadata: Any = node._input_metadata
+            if metadata[0].shape[0] > 1:
+                return True
+        waiting.extend(next_node for next_node, _ in node.next_functions)
+    return False
