@@ -13,19 +13,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = [
-    "check_array",
-    "check_callable",
-    "check_choice",
-    "check_count",
-    "check_loss",
-    "check_number",
-    "check_params",
-    "check_seed",
-    "check_tensor",
-    "check_vector",
-]
-
 
 def check_count(name: str, value: Any, low: int, high: int | None = None, high_name: str = "") -> int:
     """The value as an int, NumPy's included, but no bool, from ``low`` to ``high``, which is called ``high_name``."""

@@ -55,6 +55,7 @@ STYLE: Any = {
 }
 
 
+@matplotlib.rc_context(STYLE)
 def trajectory(
     step: Any,
     *,
@@ -120,38 +121,31 @@ def trajectory(
     if zoom is not None:
         zoom = _steps_around("zoom", zoom, step)
         spans.append(_span(zoom))
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(5.2 * len(spans) if zoom else 7.2, 1.55 * panels + 0.6), layout="constrained")
-        axes = figure.subplots(panels, len(spans), squeeze=False, sharex="col")
-        for column, (first, last) in enumerate(spans):
-            inside = (step >= first) & (step <= last)
-            cut = {name: values[inside] for name, values in rows.items()}
-            _step_panels(axes[:4, column], step[inside], cut, names, fine=column > 0)
-            seen = (eig_step >= first) & (eig_step <= last)
-            if len(eig_step):
-                bound = limit if np.ndim(limit) == 0 else (step[inside], limit[inside])
-                _eigenvalue_panel(axes[4, column], eig_step[seen], eigenvalues[seen], threshold, bound)
-                if column == 0:
-                    _legend_above(axes[4, 0])
-            if ntk is not None:
-                axes[-1, column].plot(eig_step[seen], ntk[seen], color="#5e3c99", lw=0.9)
-                axes[-1, column].set_ylabel(r"NTK $\lambda_{\max}$")
-            for axis in axes[:, column]:
-                _dot_single_points(axis)
-                _mark_windows(axis, instabilities)
-                axis.set_xlim(first, last)
-            axes[-1, column].set_xlabel("step")
-            axes[-1, column].xaxis.set_major_locator(MaxNLocator(7, integer=True, min_n_ticks=1))
-        if zoom is not None:
-            _mark_zoom(axes, zoom)
-        for axis in axes[:, 1:].flat:
-            axis.set_ylabel("")
-        figure.align_ylabels(axes[:, 0])
-        if title:
-            figure.suptitle(title, fontsize=10)
-    return figure
+    figure = Figure(figsize=(5.2 * len(spans) if zoom else 7.2, 1.55 * panels + 0.6), layout="constrained")
+    axes = figure.subplots(panels, len(spans), squeeze=False, sharex="col")
+    for column, (first, last) in enumerate(spans):
+        inside, seen = ((at >= first) & (at <= last) for at in (step, eig_step))
+        cut = {name: values[inside] for name, values in rows.items()}
+        _step_panels(axes[:4, column], step[inside], cut, names, fine=column > 0)
+        if len(eig_step):
+            bound = limit if np.ndim(limit) == 0 else (step[inside], limit[inside])
+            _eigenvalue_panel(axes[4, column], eig_step[seen], eigenvalues[seen], threshold, bound)
+        if ntk is not None:
+            axes[-1, column].plot(eig_step[seen], ntk[seen], color="#5e3c99", lw=0.9)
+            axes[-1, column].set_ylabel(r"NTK $\lambda_{\max}$")
+        for axis in axes[:, column]:
+            _dot_single_points(axis)
+            _mark_windows(axis, instabilities)
+    if len(eig_step):
+        _legend_above(axes[4, 0])
+    if zoom is not None:
+        _mark_zoom(axes, zoom)
+    for axis in axes[:, 1:].flat:
+        axis.set_ylabel("")
+    return _over_steps(figure, axes, spans, title)
 
 
+@matplotlib.rc_context(STYLE)
 def phase_diagram(
     periods: Any,
     amplitudes: Any,
@@ -191,33 +185,33 @@ def phase_diagram(
             raise ValueError(f"spread: expected shape {values.shape}, got {spread.shape}")
     if baseline is not None and not math.isfinite(baseline):
         baseline = None
-    with matplotlib.rc_context(STYLE):
-        size = (1.8 + max(3.0, 0.62 * len(periods)), 1.2 + max(2.2, 0.45 * len(amplitudes)))
-        figure = Figure(figsize=size, layout="constrained")
-        axis = figure.subplots()
-        norm, colours = _map_colours(values, baseline)
-        axis.set_facecolor("#dddddd")
-        axis.patch.set_hatch("///")
-        axis.patch.set_edgecolor("#aaaaaa")
-        image = axis.imshow(values, origin="lower", aspect="auto", norm=norm, cmap=colours, interpolation="nearest")
-        if values.size <= 200:
-            _write_cells(axis, values, spread, norm, matplotlib.colormaps[colours])
-        axis.set_xticks(range(len(periods)), [_tick(value) for value in periods])
-        axis.set_yticks(range(len(amplitudes)), [_tick(value) for value in amplitudes])
-        axis.tick_params(length=0)
-        axis.spines[:].set_visible(False)
-        axis.set_xlabel("period $T$ (steps)")
-        axis.set_ylabel("amplitude $A$")
-        bar = figure.colorbar(image, ax=axis, label=label, pad=0.02)
-        bar.outline.set_visible(False)
-        if baseline is not None:
-            bar.ax.axhline(baseline, color="black", lw=1.2)
-            bar.ax.text(-0.25, baseline, "$A=1$ ", ha="right", va="center", transform=bar.ax.get_yaxis_transform())
-        if title:
-            axis.set_title(title)
+    size = (1.8 + max(3.0, 0.62 * len(periods)), 1.2 + max(2.2, 0.45 * len(amplitudes)))
+    figure = Figure(figsize=size, layout="constrained")
+    axis = figure.subplots()
+    norm, colours = _map_colours(values, baseline)
+    axis.set_facecolor("#dddddd")
+    axis.patch.set_hatch("///")
+    axis.patch.set_edgecolor("#aaaaaa")
+    image = axis.imshow(values, origin="lower", aspect="auto", norm=norm, cmap=colours, interpolation="nearest")
+    if values.size <= 200:
+        _write_cells(axis, values, spread, norm, matplotlib.colormaps[colours])
+    axis.set_xticks(range(len(periods)), [_tick(value) for value in periods])
+    axis.set_yticks(range(len(amplitudes)), [_tick(value) for value in amplitudes])
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
+    axis.set_xlabel("period $T$ (steps)")
+    axis.set_ylabel("amplitude $A$")
+    bar = figure.colorbar(image, ax=axis, label=label, pad=0.02)
+    bar.outline.set_visible(False)
+    if baseline is not None:
+        bar.ax.axhline(baseline, color="black", lw=1.2)
+        bar.ax.text(-0.25, baseline, "$A=1$ ", ha="right", va="center", transform=bar.ax.get_yaxis_transform())
+    if title:
+        axis.set_title(title)
     return figure
 
 
+@matplotlib.rc_context(STYLE)
 def spectral_density(
     grid: Any,
     density: Any,
@@ -259,36 +253,36 @@ def spectral_density(
     rows = np.arange(len(curves))
     steps = rows if step is None else check_array("step", np.atleast_1d(check_array("step", step)), 1, len(curves))
     exact = _finite(check_array("eigenvalues", [] if eigenvalues is None else eigenvalues, 1))
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(5.6, 3.4), layout="constrained")
-        axis = figure.subplots()
-        norm = Normalize(float(steps.min()), float(steps.max()))
-        colours = ListedColormap(matplotlib.colormaps["viridis"](np.linspace(0, 0.92, 256)))  # no yellow on white
-        positive = curves[np.isfinite(curves) & (curves > 0)]
-        top = float(positive.max()) if positive.size else 1.0
-        for index, (x, y) in enumerate(zip(grids, curves, strict=True)):
-            colour = colours(float(norm(steps[index]))) if len(curves) > 1 else EIGENVALUE_COLOURS[1]
-            axis.plot(x, y, color=colour, lw=1.0 if len(curves) == 1 else 0.7)
-            if errors is not None:
-                error = np.atleast_2d(errors)[index]
-                low, high = np.maximum(y - error, top * 1e-12), y + error
-                axis.fill_between(x, low, high, color=colour, alpha=0.25, lw=0 if len(x) > 1 else 1.0)
-        _dot_single_points(axis)
-        for value in exact:
-            axis.axvline(value, 0, 0.06, color=START_COLOUR, lw=1.0)
-        axis.set_ylim(top * 1e-7, top * 3)  # before the scale, which warns of a density that is 0 everywhere
-        axis.set_yscale("log")
-        axis.set_xlim(_reach(grids, exact))
-        axis.set_xlabel(r"eigenvalue $\lambda$")
-        axis.set_ylabel(r"density $\rho(\lambda)$")
-        if len(curves) > 1:
-            label, ticks = ("row" if step is None else "step"), MaxNLocator(7, integer=True, min_n_ticks=1)
-            figure.colorbar(matplotlib.cm.ScalarMappable(norm, colours), ax=axis, label=label, ticks=ticks)
-        if title:
-            axis.set_title(title)
+    figure = Figure(figsize=(5.6, 3.4), layout="constrained")
+    axis = figure.subplots()
+    norm = Normalize(float(steps.min()), float(steps.max()))
+    colours = ListedColormap(matplotlib.colormaps["viridis"](np.linspace(0, 0.92, 256)))  # no yellow on white
+    positive = curves[np.isfinite(curves) & (curves > 0)]
+    top = float(positive.max()) if positive.size else 1.0
+    for index, (x, y) in enumerate(zip(grids, curves, strict=True)):
+        colour = colours(float(norm(steps[index]))) if len(curves) > 1 else EIGENVALUE_COLOURS[1]
+        axis.plot(x, y, color=colour, lw=1.0 if len(curves) == 1 else 0.7)
+        if errors is not None:
+            error = np.atleast_2d(errors)[index]
+            low, high = np.maximum(y - error, top * 1e-12), y + error
+            axis.fill_between(x, low, high, color=colour, alpha=0.25, lw=0 if len(x) > 1 else 1.0)
+    _dot_single_points(axis)
+    for value in exact:
+        axis.axvline(value, 0, 0.06, color=START_COLOUR, lw=1.0)
+    axis.set_ylim(top * 1e-7, top * 3)  # before the scale, which warns of a density that is 0 everywhere
+    axis.set_yscale("log")
+    axis.set_xlim(_reach(grids, exact))
+    axis.set_xlabel(r"eigenvalue $\lambda$")
+    axis.set_ylabel(r"density $\rho(\lambda)$")
+    if len(curves) > 1:
+        label, ticks = ("row" if step is None else "step"), MaxNLocator(7, integer=True, min_n_ticks=1)
+        figure.colorbar(matplotlib.cm.ScalarMappable(norm, colours), ax=axis, label=label, ticks=ticks)
+    if title:
+        axis.set_title(title)
     return figure
 
 
+@matplotlib.rc_context(STYLE)
 def bifurcation(
     step: Any,
     loss: Any,
@@ -320,40 +314,32 @@ def bifurcation(
     loss = check_array("loss", loss, 1, len(step))
     lambda_max = check_array("lambda_max", lambda_max, 1, len(eig_step))
     panels = 1 + (len(eig_step) > 0)
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(7.2, 2.4 + 1.5 * (panels - 1)), layout="constrained")
-        heights = [2.2, 1.0][:panels]
-        axes = figure.subplots(panels, 1, squeeze=False, sharex=True, height_ratios=heights)[:, 0]
-        dots: dict[str, Any] = {"ls": "", "marker": ".", "ms": 2.2, "mew": 0, "rasterized": True}
-        covered = np.zeros(len(step), dtype=bool)
-        for segment in segments:
-            inside = (step >= segment.start) & (step <= segment.stop)
-            covered |= inside
-            axes[0].plot(step[inside], loss[inside], color=_period_colour(segment.period), **dots)
-        axes[0].plot(step[~covered], loss[~covered], color="#bbbbbb" if segments else "black", **dots)
-        axes[0].set_ylabel("dynamical loss $F$")
-        names = _period_names({segment.period for segment in segments})
-        if names:
-            style: dict[str, Any] = {"marker": ".", "ls": ""}
-            _legend_above(
-                axes[0], [Line2D([], [], color=colour, label=name, **style) for colour, name in names.items()]
-            )
-        if panels == 2:
-            axes[1].plot(eig_step, lambda_max, color=EIGENVALUE_COLOURS[0], lw=0.9)
-            axes[1].set_ylabel(r"$\lambda_{\max}$")
-            if limit is not None and math.isfinite(limit):
-                label = f"stability limit {limit:.3g}"
-                axes[1].axhline(limit, color=STOP_COLOUR, lw=1.2, ls=":", label=label)
-                _legend_above(axes[1])
-        axes[0].set_xlim(_span(step))
-        axes[-1].set_xlabel("step")
-        axes[-1].xaxis.set_major_locator(MaxNLocator(7, integer=True, min_n_ticks=1))
-        figure.align_ylabels(axes)
-        if title:
-            figure.suptitle(title, fontsize=10)
-    return figure
+    figure = Figure(figsize=(7.2, 2.4 + 1.5 * (panels - 1)), layout="constrained")
+    heights = [2.2, 1.0][:panels]
+    axes = figure.subplots(panels, 1, squeeze=False, sharex=True, height_ratios=heights)[:, 0]
+    dots: dict[str, Any] = {"ls": "", "marker": ".", "ms": 2.2, "mew": 0, "rasterized": True}
+    covered = np.zeros(len(step), dtype=bool)
+    for segment in segments:
+        inside = (step >= segment.start) & (step <= segment.stop)
+        covered |= inside
+        axes[0].plot(step[inside], loss[inside], color=_period_colour(segment.period), **dots)
+    axes[0].plot(step[~covered], loss[~covered], color="#bbbbbb" if segments else "black", **dots)
+    axes[0].set_ylabel("dynamical loss $F$")
+    names = _period_names({segment.period for segment in segments})
+    if names:
+        style: dict[str, Any] = {"marker": ".", "ls": ""}
+        _legend_above(axes[0], [Line2D([], [], color=colour, label=name, **style) for colour, name in names.items()])
+    if panels == 2:
+        axes[1].plot(eig_step, lambda_max, color=EIGENVALUE_COLOURS[0], lw=0.9)
+        axes[1].set_ylabel(r"$\lambda_{\max}$")
+        if limit is not None and math.isfinite(limit):
+            label = f"stability limit {limit:.3g}"
+            axes[1].axhline(limit, color=STOP_COLOUR, lw=1.2, ls=":", label=label)
+            _legend_above(axes[1])
+    return _over_steps(figure, axes[:, None], [_span(step)], title)
 
 
+@matplotlib.rc_context(STYLE)
 def layer_spectra(spectra: Mapping[str, Any], *, whole: Any = None, title: str | None = None) -> Figure:
     """Eigenvalues of the diagonal blocks of the Hessian, a row of dots per layer.
 
@@ -371,31 +357,42 @@ def layer_spectra(spectra: Mapping[str, Any], *, whole: Any = None, title: str |
     if not spectra:
         raise ValueError("spectra: expected at least one layer, got none")
     rows = {name: _finite(check_array(f"spectra[{name!r}]", values, 1)) for name, values in spectra.items()}
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(5.6, 1.0 + 0.3 * len(rows)), layout="constrained")
-        axis = figure.subplots()
-        lines = _finite(check_array("whole", [] if whole is None else whole, 1))
-        for index, value in enumerate(lines):
-            axis.axvline(value, color="#bbbbbb", lw=0.8, zorder=1, label="whole Hessian" if index == 0 else None)
-        for row, values in enumerate(rows.values()):
-            style: dict[str, Any] = {"mew": 0, "alpha": 0.8, "zorder": 2}
-            axis.plot(values, [row] * len(values), ls="", marker="o", ms=4.5, color=EIGENVALUE_COLOURS[1], **style)
-        axis.set_yticks(range(len(rows)), list(rows))
-        axis.set_ylim(len(rows) - 0.5, -0.5)
-        everything = np.concatenate([*rows.values(), lines])
-        low, high = (float(everything.min()), float(everything.max())) if everything.size else (0.0, 1.0)
-        reach = max(abs(low), abs(high))
-        if reach > 0:  # linear within a hundredth of the largest decade, logarithmic beyond
-            linear = 10.0 ** (math.floor(math.log10(reach)) - 2)
-            axis.set_xscale("symlog", linthresh=linear)
-            axis.set_xlim(min(1.5 * low, -0.5 * linear), max(1.5 * high, 0.5 * linear))
-        axis.grid(axis="y", color="#eeeeee", lw=0.6)
-        axis.tick_params(axis="y", length=0)
-        axis.set_xlabel(r"eigenvalue $\lambda$")
-        if len(lines):
-            axis.legend(loc="lower right", bbox_to_anchor=(1.0, 0.99))
-        if title:
-            axis.set_title(title, loc="left")
+    figure = Figure(figsize=(5.6, 1.0 + 0.3 * len(rows)), layout="constrained")
+    axis = figure.subplots()
+    lines = _finite(check_array("whole", [] if whole is None else whole, 1))
+    for index, value in enumerate(lines):
+        axis.axvline(value, color="#bbbbbb", lw=0.8, zorder=1, label="whole Hessian" if index == 0 else None)
+    for row, values in enumerate(rows.values()):
+        style: dict[str, Any] = {"mew": 0, "alpha": 0.8, "zorder": 2}
+        axis.plot(values, [row] * len(values), ls="", marker="o", ms=4.5, color=EIGENVALUE_COLOURS[1], **style)
+    axis.set_yticks(range(len(rows)), list(rows))
+    axis.set_ylim(len(rows) - 0.5, -0.5)
+    everything = np.concatenate([*rows.values(), lines])
+    low, high = (float(everything.min()), float(everything.max())) if everything.size else (0.0, 1.0)
+    reach = max(abs(low), abs(high))
+    if reach > 0:  # linear within a hundredth of the largest decade, logarithmic beyond
+        linear = 10.0 ** (math.floor(math.log10(reach)) - 2)
+        axis.set_xscale("symlog", linthresh=linear)
+        axis.set_xlim(min(1.5 * low, -0.5 * linear), max(1.5 * high, 0.5 * linear))
+    axis.grid(axis="y", color="#eeeeee", lw=0.6)
+    axis.tick_params(axis="y", length=0)
+    axis.set_xlabel(r"eigenvalue $\lambda$")
+    if len(lines):
+        axis.legend(loc="lower right", bbox_to_anchor=(1.0, 0.99))
+    if title:
+        axis.set_title(title, loc="left")
+    return figure
+
+
+def _over_steps(figure: Figure, axes: Array, spans: Sequence[tuple[float, float]], title: str | None) -> Figure:
+    """The figure, finished: each column of panels over its span of steps."""
+    for column, (first, last) in enumerate(spans):
+        axes[-1, column].set_xlim(first, last)
+        axes[-1, column].set_xlabel("step")
+        axes[-1, column].xaxis.set_major_locator(MaxNLocator(7, integer=True, min_n_ticks=1))
+    figure.align_ylabels(axes[:, 0])
+    if title:
+        figure.suptitle(title, fontsize=10)
     return figure
 
 

@@ -21,7 +21,6 @@
 #include "graph_operator.h"
 #include "operator.h"
 #include "python_operator.h"
-#include "random_vector.h"
 #include "row_algebra.h"
 #include "spectrum.h"
 
@@ -63,14 +62,6 @@ Which parse_which(const std::string& which) {
   if (which == "LA") return Which::kLargest;
   if (which == "SA") return Which::kSmallest;
   return Which::kMagnitude;
-}
-
-using OptionalTensors = std::vector<std::optional<at::Tensor>>;
-
-std::vector<at::Tensor> undefined_for_none(const OptionalTensors& tensors) {
-  std::vector<at::Tensor> out;
-  for (const auto& tensor : tensors) out.push_back(tensor.value_or(at::Tensor()));
-  return out;
 }
 
 py::tuple run_eigsh(SymmetricOperator& op, int64_t k, const std::string& which, double tol,
@@ -122,24 +113,17 @@ void bind_lanczos(py::module_& module) {
         return without_gil([&] { return op.apply(v); });
       });
   py::class_<GraphOperator, SymmetricOperator, std::shared_ptr<GraphOperator>>(module, "GraphOperator")
-      .def(py::init([](const OptionalTensors& gradients, std::vector<at::Tensor> parameters) {
-             return std::make_shared<GraphOperator>(undefined_for_none(gradients), std::move(parameters));
-           }),
+      .def(py::init<const std::vector<std::optional<at::Tensor>>&, std::vector<at::Tensor>>(),
            py::arg("gradients"), py::arg("parameters"));
   py::class_<GaussNewtonOperator, SymmetricOperator, std::shared_ptr<GaussNewtonOperator>>(
       module, "GaussNewtonOperator")
-      .def(py::init([](const at::Tensor& outputs, const at::Tensor& output_gradient, const at::Tensor& dummy,
-                       const OptionalTensors& pullback, std::vector<at::Tensor> parameters) {
-             return std::make_shared<GaussNewtonOperator>(
-                 outputs, output_gradient, dummy, undefined_for_none(pullback), std::move(parameters));
-           }),
+      .def(py::init<const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                    const std::vector<std::optional<at::Tensor>>&, std::vector<at::Tensor>>(),
            py::arg("outputs"), py::arg("output_gradient"), py::arg("dummy"), py::arg("pullback"),
            py::arg("parameters"));
   py::class_<PythonOperator, SymmetricOperator, std::shared_ptr<PythonOperator>>(module, "PythonOperator")
-      .def(py::init([](py::function product, int64_t size, const at::Tensor& like, bool symmetric) {
-             return std::make_shared<PythonOperator>(std::move(product), size, like.options(), symmetric);
-           }),
-           py::arg("product"), py::arg("size"), py::arg("like"), py::arg("symmetric") = false);
+      .def(py::init<py::function, int64_t, const at::Tensor&, bool>(), py::arg("product"), py::arg("size"),
+           py::arg("like"), py::arg("symmetric") = false);
   module.def("eigsh", &run_eigsh, py::arg("op"), py::kw_only(), py::arg("k"), py::arg("which"),
              py::arg("tol"), py::arg("v0"), py::arg("max_hvp"), py::arg("max_basis"), py::arg("seed"),
              py::arg("audit"));

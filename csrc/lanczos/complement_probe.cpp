@@ -23,16 +23,16 @@ void ComplementProbe::restart() {
   diagonal_.clear();
   off_diagonal_.clear();
   largest_ = 0.0;
-  copy(row_of(0), start_row());
+  assign(row_of(0), start_row());
 }
 
 bool ComplementProbe::advance(const at::Tensor& product) {
   const Rows v = basis_.vectors(), now = row_of(steps()),
              next = row_of(steps() + 1);  // where the last one is
   if (steps() == 0) {
-    copy_scaled(next, product, basis_.unit());
+    assign(next, product, basis_.unit());
   } else {
-    scale(next, -off_diagonal_.back());
+    assign(next, next, -off_diagonal_.back());
     subtract_combination(next, next, factor(-basis_.unit()), product);
   }
   subtract_combination(next, next, at::mv(minus_coupling_, inner_products(v, next)), basis_.products());
@@ -45,7 +45,7 @@ bool ComplementProbe::advance(const at::Tensor& product) {
   if (!std::isfinite(diagonal) || !std::isfinite(length)) return false;
   largest_ = std::max({largest_, std::abs(diagonal), length});
   const bool ends = !(length > 100.0 * rounding_of(next.matrix().options()) * largest_);
-  if (!ends) scale(next, 1.0 / length);
+  if (!ends) assign(next, next, 1.0 / length);
   diagonal_.push_back(diagonal);
   off_diagonal_.push_back(ends ? 0.0 : length);
   return true;
@@ -53,7 +53,7 @@ bool ComplementProbe::advance(const at::Tensor& product) {
 
 void ComplementProbe::collect(double coefficient) {
   if (steps() == 0) {
-    copy_scaled(collected(), row_of(0), coefficient);
+    assign(collected(), row_of(0), coefficient);
   } else {
     subtract_combination(collected(), collected(), factor(-coefficient), row_of(steps()));
   }

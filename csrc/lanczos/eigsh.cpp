@@ -13,7 +13,6 @@
 #include <stdexcept>
 
 #include "complement_probe.h"
-#include "random_vector.h"
 #include "ritz_basis.h"
 #include "row_algebra.h"
 #include "small_eigen.h"

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <ATen/core/Generator.h>
 #include <ATen/core/Tensor.h>
 #include <c10/core/TensorOptions.h>
 
@@ -21,5 +22,10 @@ class SymmetricOperator {
   // Whether u · H v and v · H u can differ by nothing but rounding.
   virtual bool symmetric_by_construction() const { return false; }
 };
+
+// Random vectors for an operator, of normal numbers and of 1 and -1. The generator is on the CPU whatever the
+// device, so that a seed stands for the same vectors everywhere.
+at::Tensor random_normal(const SymmetricOperator& op, const at::Generator& generator);
+at::Tensor random_signs(const SymmetricOperator& op, const at::Generator& generator);
 
 }  // namespace dynloss

@@ -12,11 +12,10 @@ namespace py = pybind11;
 
 namespace dynloss {
 
-PythonOperator::PythonOperator(py::function product, int64_t size, const at::TensorOptions& options,
-                               bool symmetric)
+PythonOperator::PythonOperator(py::function product, int64_t size, const at::Tensor& like, bool symmetric)
     : product_(std::move(product)),
       size_(size),
-      options_(options),
+      options_(like.options()),
       grad_mode_(at::GradMode::is_enabled()),
       symmetric_(symmetric) {}
 

@@ -12,7 +12,8 @@ namespace dynloss {
 // operator; what it raises passes through unchanged.
 class PythonOperator final : public SymmetricOperator {
  public:
-  PythonOperator(pybind11::function product, int64_t size, const at::TensorOptions& options, bool symmetric);
+  // like: a tensor with the dtype and on the device of the vectors.
+  PythonOperator(pybind11::function product, int64_t size, const at::Tensor& like, bool symmetric);
 
   int64_t size() const override { return size_; }
   at::TensorOptions options() const override { return options_; }

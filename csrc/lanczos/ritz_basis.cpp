@@ -34,7 +34,7 @@ RitzBasis::RitzBasis(int64_t capacity, int64_t length, const at::TensorOptions& 
 bool RitzBasis::propose(const Rows& x, double norm) {
   const Rows v = vectors(), slot = spare_row(0);
   if (size_ == 0) {
-    copy(slot, x);
+    assign(slot, x);
     return make_unit(slot, 0.0);
   }
   return finish_candidate(x, inner_products(v, x), norm);
@@ -84,7 +84,7 @@ at::Tensor RitzBasis::overlaps_of_pair(int64_t j) const {
 }
 
 void RitzBasis::accept(const at::Tensor& product) {
-  copy_scaled(spare_row(1), product, unit_);
+  assign(spare_row(1), product, unit_);
   product_overlaps_ = overlaps_of_pair(size_++);
   waiting_.push_back(product_overlaps_);
 }
@@ -147,7 +147,7 @@ void RitzBasis::append(const double* overlaps) {
 }
 
 void RitzBasis::change_unit(double ratio) {
-  for (int64_t i = 0; i < size_; ++i) scale(Rows(rows_, 2 * i + 1, 1), ratio);
+  for (int64_t i = 0; i < size_; ++i) assign(Rows(rows_, 2 * i + 1, 1), Rows(rows_, 2 * i + 1, 1), ratio);
   for (double& entry : projection_) entry *= ratio;
   for (double& entry : product_squares_) entry = entry * ratio * ratio;  // where ratio² may be infinite
   asymmetry_ *= ratio;

@@ -295,39 +295,21 @@ void orthogonalise(const Rows& out, const Rows& x, const Rows& rows) {
   orthogonalise(out, x, inner_products(rows, x), rows);
 }
 
-void copy(const Rows& out, const Rows& x) {
+void assign(const Rows& out, const Rows& x, double factor) {
   if (!out.on_host()) {
     const Plainly plainly;
-    out.vector().copy_(x.vector());
+    at::Tensor to = out.vector();
+    if (const at::Tensor from = x.vector(); from.data_ptr() != to.data_ptr()) to.copy_(from);
+    if (factor != 1.0) to.mul_(factor);
     return;
   }
-  AT_DISPATCH_FLOATING_TYPES(x.matrix().scalar_type(), "copy", [&] {
+  AT_DISPATCH_FLOATING_TYPES(x.matrix().scalar_type(), "assign", [&] {
     const auto* from = x.row<scalar_t>(0);
     auto* to = out.row<scalar_t>(0);
-    if (from == to) return;
     for_blocks(x.length(), 1, [&](int64_t first, int64_t columns, int64_t) {
-      std::copy_n(from + first, columns, to + first);
+      for (int64_t i = first; i < first + columns; ++i) to[i] = static_cast<scalar_t>(factor) * from[i];
     });
   });
-}
-
-void scale(const Rows& x, double factor) {
-  if (!x.on_host()) {
-    const Plainly plainly;
-    x.vector().mul_(factor);
-    return;
-  }
-  AT_DISPATCH_FLOATING_TYPES(x.matrix().scalar_type(), "scale", [&] {
-    auto* entries = x.row<scalar_t>(0);
-    for_blocks(x.length(), 1, [&](int64_t first, int64_t columns, int64_t) {
-      for (int64_t i = first; i < first + columns; ++i) entries[i] *= static_cast<scalar_t>(factor);
-    });
-  });
-}
-
-void copy_scaled(const Rows& out, const Rows& x, double factor) {
-  copy(out, x);
-  if (factor != 1.0) scale(out, factor);
 }
 
 at::Tensor lengths(const Rows& x) {
@@ -348,7 +330,7 @@ at::Tensor lengths(const Rows& x) {
 bool normalise(const Rows& x, double negligible) {
   const double length = to_host({lengths(x)}).front();
   if (!(length > negligible)) return false;
-  scale(x, 1.0 / length);
+  assign(x, x, 1.0 / length);
   return true;
 }
 
@@ -365,7 +347,7 @@ double scale_into_range(const Rows& x) {
   if (largest == 0.0) return 1.0;
   const int limit = x.matrix().scalar_type() == at::kDouble ? 1020 : 120;
   const double factor = std::ldexp(1.0, std::clamp(-std::ilogb(largest), -limit, limit));
-  scale(x, factor);
+  assign(x, x, factor);
   return factor;
 }
 

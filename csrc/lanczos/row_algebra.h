@@ -68,10 +68,8 @@ at::Tensor subtract_and_overlap(const Rows& out, const std::optional<Rows>& x, c
 void orthogonalise(const Rows& out, const Rows& x, const at::Tensor& overlaps, const Rows& rows);
 void orthogonalise(const Rows& out, const Rows& x, const Rows& rows);
 
-// For single rows: out = x, out = factor x and x *= factor.
-void copy(const Rows& out, const Rows& x);
-void copy_scaled(const Rows& out, const Rows& x, double factor);
-void scale(const Rows& x, double factor);
+// out = factor x for single rows, which may be the same.
+void assign(const Rows& out, const Rows& x, double factor = 1.0);
 
 // The lengths of rows in double precision: shape (rows of x,), on their device.
 at::Tensor lengths(const Rows& x);

@@ -43,54 +43,42 @@ template <typename T>
   for (int64_t i = 0; i < length; ++i) out[i] += factor * x[i];
 }
 
-template <typename T>
-struct Loops {
-  double (*dot)(const T* a, const T* b, int64_t length);
-  void (*add_scaled)(T* out, T factor, const T* x, int64_t length);
-};
-
-#define COMPILE_LOOPS(NAME, ...)                                                     \
-  template <typename T>                                                              \
-  __VA_ARGS__ double dot_##NAME(const T* a, const T* b, int64_t length) {            \
-    return dot_of(a, b, length);                                                     \
-  }                                                                                  \
-  template <typename T>                                                              \
-  __VA_ARGS__ void add_scaled_##NAME(T* out, T factor, const T* x, int64_t length) { \
-    add_scaled_of(out, factor, x, length);                                           \
-  }                                                                                  \
-  template <typename T>                                                              \
-  constexpr Loops<T> NAME##_loops = {&dot_##NAME<T>, &add_scaled_##NAME<T>};
-
-COMPILE_LOOPS(portable)
 #if defined(__x86_64__)
-COMPILE_LOOPS(avx2, __attribute__((target("avx2"))))
-COMPILE_LOOPS(avx512, __attribute__((target("avx512f"))))
-#endif
-
-template <typename T>
-const Loops<T>& choose() {
-#if defined(__x86_64__)
-  if (cpu::instruction_set() == cpu::InstructionSet::avx512) return avx512_loops<T>;
-  if (cpu::instruction_set() == cpu::InstructionSet::avx2) return avx2_loops<T>;
-#endif
-  return portable_loops<T>;
+template <typename Loop>
+__attribute__((target("avx2"))) auto run_with_avx2(Loop loop) {
+  return loop();
 }
+template <typename Loop>
+__attribute__((target("avx512f"))) auto run_with_avx512(Loop loop) {
+  return loop();
+}
+#endif
 
-template <typename T>
-const Loops<T>& selected() {
-  static const Loops<T>& chosen = choose<T>();
-  return chosen;
+// Runs a loop, which must be inlined, compiled for the instruction set of this machine.
+template <typename Loop>
+auto run(Loop loop) {
+#if defined(__x86_64__)
+  if (cpu::instruction_set() == cpu::InstructionSet::avx512) return run_with_avx512(loop);
+  if (cpu::instruction_set() == cpu::InstructionSet::avx2) return run_with_avx2(loop);
+#endif
+  return loop();
 }
 
 }  // namespace
 
-double dot(const float* a, const float* b, int64_t length) { return selected<float>().dot(a, b, length); }
-double dot(const double* a, const double* b, int64_t length) { return selected<double>().dot(a, b, length); }
-void add_scaled(float* out, float factor, const float* x, int64_t length) {
-  selected<float>().add_scaled(out, factor, x, length);
+template <typename T>
+double dot(const T* a, const T* b, int64_t length) {
+  return run([=]() __attribute__((always_inline)) { return dot_of(a, b, length); });
 }
-void add_scaled(double* out, double factor, const double* x, int64_t length) {
-  selected<double>().add_scaled(out, factor, x, length);
+
+template <typename T>
+void add_scaled(T* out, T factor, const T* x, int64_t length) {
+  run([=]() __attribute__((always_inline)) { add_scaled_of(out, factor, x, length); });
 }
+
+template double dot(const float*, const float*, int64_t);
+template double dot(const double*, const double*, int64_t);
+template void add_scaled(float*, float, const float*, int64_t);
+template void add_scaled(double*, double, const double*, int64_t);
 
 }  // namespace dynloss

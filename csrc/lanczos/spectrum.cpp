@@ -8,7 +8,6 @@
 #include <numeric>
 #include <stdexcept>
 
-#include "random_vector.h"
 #include "row_algebra.h"
 #include "small_eigen.h"
 
@@ -23,7 +22,7 @@ void check_finite(double x) {
 double multiply_into(const Rows& row, SymmetricOperator& op, const at::Tensor& v,
                      const std::function<void()>& poll) {
   poll();
-  copy(row, op.apply(v));
+  assign(row, op.apply(v));
   const double unit = scale_into_range(row);
   check_finite(unit);
   return unit;
@@ -56,7 +55,7 @@ Quadrature gauss_quadrature(SymmetricOperator& op, const at::Tensor& start, int6
   // One row more than there are Lanczos vectors, for the last product.
   const at::Tensor rows = at::empty({limit + 1, op.size()}, op.options());
   const Rows first(rows, 0, 1);
-  copy(first, start);
+  assign(first, start);
   normalise(first, 0.0);
   std::vector<double> alpha, beta;
   double unit = 1.0, largest = 0.0;
@@ -67,7 +66,7 @@ Quadrature gauss_quadrature(SymmetricOperator& op, const at::Tensor& start, int6
       unit = multiply_into(slot, op, v, poll);
     } else {
       poll();
-      copy_scaled(slot, op.apply(v), unit);
+      assign(slot, op.apply(v), unit);
     }
     const at::Tensor overlaps = inner_products(known, slot);
     orthogonalise(slot, slot, overlaps, known);
@@ -80,7 +79,7 @@ Quadrature gauss_quadrature(SymmetricOperator& op, const at::Tensor& start, int6
     // Where nothing is left of the product, the space is invariant, and its spectrum is known exactly.
     if (j + 1 == limit || next <= negligible_share(op) * largest) break;
     beta.push_back(next / unit);
-    scale(slot, 1.0 / next);
+    assign(slot, slot, 1.0 / next);
   }
   return quadrature_of(alpha, beta);
 }
@@ -101,12 +100,12 @@ TraceSamples sample_trace(SymmetricOperator& op, int64_t range, int64_t samples,
       if (i > 0) orthogonalise(slot, slot, known);
       const std::vector<double> read = to_host({before, lengths(slot)});
       if (!(read[1] > negligible_share(op) * read[0])) return false;
-      scale(slot, 1.0 / read[1]);
+      assign(slot, slot, 1.0 / read[1]);
       return true;
     };
     multiply_into(slot, op, random_signs(op, generator), poll);
     // Where Q holds the whole range of H, any direction will do.
-    while (!extend()) copy(slot, random_normal(op, generator));
+    while (!extend()) assign(slot, random_normal(op, generator));
   }
   TraceSamples out;
   for (int64_t i = 0; i < range; ++i) out.on_range += quadratic_form(Rows(rows, i, 1).vector());

@@ -1,4 +1,4 @@
-#include "random_vector.h"
+#include "operator.h"
 
 #include <ATen/ops/randint.h>
 #include <ATen/ops/randn.h>
