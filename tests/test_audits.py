@@ -152,3 +152,9 @@ def test_nothing_has_converged_before_its_audit():
     assert result.residuals[0] < 1e-2 * 9
     assert not result.converged.any()
     assert math.isnan(result.miss_probability)
+
+    with pytest.warns(ConvergenceWarning, match="max_hvp"):
+        cut_short = operator.solve(2, tol=1e-2, max_hvp=last - 1)
+    assert cut_short.residuals.max() < 1e-2 * 5
+    assert not cut_short.converged.any()
+    assert math.isnan(cut_short.miss_probability)
