@@ -353,6 +353,14 @@ class Oscillation:
             )
         return weights if isinstance(step, Tensor) else weights[0]
 
+    def turn(self, step: int) -> Tensor:
+        """The turn that a step belongs to: 0 from ``start_step`` on, and on past ``stop_step``; int64, () or (E,).
+
+        Each turn raises another class, and so tilts the landscape another way.
+        """
+        elapsed = check_step("step", step) - self._start_step
+        return (elapsed / self._clock[..., 2]).floor().to(torch.int64)
+
     def evaluate_function(self, step: int) -> Tensor:
         """Γ (C,) float64 from the user's function, checked."""
         assert self._function is not None

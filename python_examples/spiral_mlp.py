@@ -104,8 +104,8 @@ class SpiralRun:
             classes, config.amplitude, config.period, closed=config.closed, stop_step=config.stop_step
         )
         self.no_oscillation = Oscillation(classes, 1.0, config.period)
-        turn, also = config.period + config.closed, ("ntk",) if config.ntk else ()
-        self.curvature = CurvatureTracker(config.num_eigenvalues, config.tol, turn, also)
+        also = ("ntk",) if config.ntk else ()
+        self.curvature = CurvatureTracker(config.num_eigenvalues, config.tol, self.oscillation, also)
         self.step = 0  # the next forward pass: parameters after `step` updates, weights Γ(step)
         self.seconds = self.eigen_seconds = 0.0
         self.rows = Table("weighted_loss", "loss", "accuracy")

@@ -149,6 +149,15 @@ def test_eval_does_not_change_the_weights():
     assert torch.equal(criterion.train()(x, y), criterion.eval()(x, y))
 
 
+def test_the_oscillation_goes_to_a_device_with_its_module():
+    """So that neither a compiled call nor a captured one is the first to need it there."""
+    criterion = DynamicCrossEntropyLoss(Oscillation(3, 70, 100))
+    meta = torch.device("meta")
+    assert meta not in criterion.oscillation._placed
+    assert torch.nn.Sequential(criterion).to(meta)[0] is criterion
+    assert criterion.current_step.device == meta and meta in criterion.oscillation._placed
+
+
 def test_function_and_ensemble_modules():
     x, y = normal(2, 6, 4), labels(4, 6)
     table = torch.rand(5, 4, dtype=torch.float64)

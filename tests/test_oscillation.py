@@ -153,6 +153,21 @@ def test_ensemble_has_one_oscillation_per_member():
     close(Oscillation.from_table(tables).weights(torch.arange(7)), tables.movedim(0, 1)[torch.arange(7) % 5])
 
 
+def test_a_turn_raises_one_class():
+    open_, closed = (Oscillation(3, 7, 10, closed=closed, start_step=4, stop_step=47) for closed in (False, True))
+    assert [open_.turn(step).item() for step in (3, 4, 13, 14, 46, 47, 54)] == [-1, 0, 0, 1, 4, 4, 5]
+    assert [closed.turn(step).item() for step in (3, 4, 14, 15)] == [-1, 0, 0, 1]
+    for oscillation in (open_, closed):
+        for step in range(4, 47):
+            gamma = oscillation.weights(step)
+            if gamma.unique().numel() > 1:
+                assert gamma.argmax() == oscillation.turn(step) % 3
+    several = Oscillation(3, 7, torch.tensor([10.0, 2.5]))
+    assert several.turn(12).tolist() == [1, 4] and several.turn(0).dtype == torch.int64
+    with pytest.raises(TypeError, match=r"^step: expected an int"):
+        open_.turn(1.5)
+
+
 def test_function_is_called_with_the_step():
     oscillation = Oscillation.from_function(lambda step: [step, 2.0, 3.0], 3)
     close(oscillation.weights(5), torch.tensor([5.0, 2, 3], dtype=torch.float64))

@@ -23,13 +23,13 @@ class CurvatureTracker:
     Args:
         k: how many.
         tol: relative residual at which one counts as found.
-        turn: steps that one class is raised for. In a new turn another eigenvector may have overtaken those that
-            are followed, so the first update of each audits.
+        oscillation: of the loss. In a new turn another eigenvector may have overtaken those that are followed, so
+            the first update of each audits.
         also: names of further columns that `update` is given values for.
     """
 
-    def __init__(self, k: int, tol: float, turn: float, also: Sequence[str] = ()) -> None:
-        self.k, self.turn = k, turn
+    def __init__(self, k: int, tol: float, oscillation: Oscillation, also: Sequence[str] = ()) -> None:
+        self.k, self.oscillation = k, oscillation
         self.tracker = EigenTracker(k, tol=tol, max_basis=max(24, 2 * k), max_hvp=max(1000, 20 * k))
         self.rows = Table("eig_step", "eigenvalues", "residuals", "num_hvp", "converged", *also)
         self.latest = math.nan  # λ_max of the newest row
@@ -38,7 +38,7 @@ class CurvatureTracker:
     def update(self, row: int, hessian: HessianOperator, **also: Any) -> None:
         """Records the eigenvalues after update `row`, with the weights of step row + 1."""
         step = row + 1
-        new_turn = math.floor(step / self.turn) != math.floor(self._step / self.turn)
+        new_turn = not torch.equal(self.oscillation.turn(step), self.oscillation.turn(self._step))
         result = self.tracker.update(hessian, audit=new_turn)
         self.rows.append(
             eig_step=row,

@@ -199,7 +199,7 @@ class Training:
             weight_decay=config.weight_decay,
         )
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.precision == "float16")
-        self.curvature = CurvatureTracker(config.num_eigenvalues, config.eig_tol, config.period)
+        self.curvature = CurvatureTracker(config.num_eigenvalues, config.eig_tol, self.oscillation)
         self.hessian_batches = self._hessian_batches() if config.eig_every and world.is_main else []
         self.step = 0
         self.diverged = False
