@@ -51,6 +51,15 @@ def _int(name: str, value: Any) -> int:
     raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
 
 
+def check_step(name: str, value: Any) -> int:
+    """``value``, if it is an int that float64 holds exactly."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an int (a number of optimisation steps), got {type(value).__name__}")
+    if not -(2**53) < value < 2**53:
+        raise ValueError(f"{name}: expected a step of magnitude below 2**53, got {value}")
+    return value
+
+
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
     """The value, one of some strings."""
     if not isinstance(value, str) or value not in choices:

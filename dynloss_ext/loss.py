@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from dynloss_ext import _C
+from dynloss_ext._checks import check_choice, check_step, check_tensor
 from dynloss_ext._vmap import class_dim
-from dynloss_ext.oscillation import Oscillation, check_step
+from dynloss_ext.oscillation import Oscillation
 
 __all__ = ["DynamicCrossEntropyLoss", "dynamic_cross_entropy", "loss_and_gradient"]
 
@@ -24,10 +25,8 @@ def _check_options(
 ) -> None:
     if not isinstance(oscillation, Oscillation):
         raise TypeError(f"oscillation: expected an Oscillation, got {type(oscillation).__name__}")
-    if not isinstance(reduction, str) or reduction not in _REDUCTIONS:
-        raise ValueError(f"reduction: expected 'none', 'mean' or 'sum', got {reduction!r}")
-    if not isinstance(normalization, str) or normalization not in _NORMALIZATIONS:
-        raise ValueError(f"normalization: expected 'samples' or 'weights', got {normalization!r}")
+    check_choice("reduction", reduction, tuple(_REDUCTIONS))
+    check_choice("normalization", normalization, tuple(_NORMALIZATIONS))
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index: expected an int, got {type(ignore_index).__name__}")
     if not -(2**63) <= ignore_index < 2**63:
@@ -50,10 +49,8 @@ def _arguments(
 ) -> tuple[Any, ...]:
     """The arguments of the forward ops; what is not a tensor is checked here, tensors in csrc/arguments.cpp."""
     _check_options(oscillation, reduction, normalization, ignore_index, label_smoothing)
-    if not isinstance(logits, Tensor):
-        raise TypeError(f"logits: expected a tensor, got {type(logits).__name__}")
-    if not isinstance(target, Tensor):
-        raise TypeError(f"target: expected a tensor, got {type(target).__name__}")
+    check_tensor("logits", logits)
+    check_tensor("target", target)
     dim = class_dim(logits.dim(), oscillation.ensemble_size is not None)
     if logits.dim() > dim and logits.shape[dim] != oscillation.num_classes:
         raise ValueError(
@@ -250,7 +247,7 @@ class DynamicCrossEntropyLoss(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DynamicCrossEntropyLoss:
         """Takes the oscillation along to another device: compiled and captured code is not to copy it there."""
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.oscillation.on(self.current_step.device)
         return self
 

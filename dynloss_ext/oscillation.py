@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dynloss_ext import _extension as _extension  # registers the ops
+from dynloss_ext._checks import check_callable, check_choice, check_count, check_step
 
 __all__ = ["Oscillation"]
 
@@ -54,15 +55,6 @@ def _to(device: torch.device, x: Tensor) -> Tensor:
     return x.to(device)
 
 
-def check_step(name: str, value: Any) -> int:
-    """``value``, if it is an int that float64 holds exactly."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an int (a number of optimisation steps), got {type(value).__name__}")
-    if not -(2**53) < value < 2**53:
-        raise ValueError(f"{name}: expected a step of magnitude below 2**53, got {value}")
-    return value
-
-
 class Oscillation:
     """Class weights Γ_i(step) that raise one class at a time, as an immutable description.
 
@@ -103,8 +95,7 @@ class Oscillation:
         start_step: int = 0,
         stop_step: int | None = None,
     ) -> None:
-        if not isinstance(waveform, str) or waveform not in _WAVEFORMS:
-            raise ValueError(f"waveform: expected one of {sorted(_WAVEFORMS)}, got {waveform!r}")
+        check_choice("waveform", waveform, tuple(_WAVEFORMS))
         if not isinstance(closed, bool):
             raise TypeError(f"closed: expected a bool, got {type(closed).__name__}")
         amplitudes = _parameter("amplitude", amplitude, 1.0)
@@ -171,8 +162,7 @@ class Oscillation:
             function: Called with the step (an int); returns finite weights >= 0 of shape (C,).
             num_classes: Number of classes C.
         """
-        if not callable(function):
-            raise TypeError(f"function: expected a callable step -> weights (C,), got {type(function).__name__}")
+        check_callable("function", function)
         self = cls.__new__(cls)
         self._set_num_classes(num_classes)
         one = _float64(1.0)
@@ -188,11 +178,7 @@ class Oscillation:
     # ---- construction
 
     def _set_num_classes(self, num_classes: int) -> None:
-        if isinstance(num_classes, bool) or not isinstance(num_classes, int):
-            raise TypeError(f"num_classes: expected an int, got {type(num_classes).__name__}")
-        if num_classes < 1:
-            raise ValueError(f"num_classes: expected at least 1, got {num_classes}")
-        self._num_classes = num_classes
+        self._num_classes = check_count("num_classes", num_classes, 1)
 
     def _set_clock(
         self,
