@@ -420,7 +420,7 @@ def test_bifurcation_colours_every_step_by_its_period(run):
     np.testing.assert_array_equal(figure.axes[1].get_lines()[0].get_ydata(), curvature["lambda_max"])
     assert rendered(figure)
     assert len(plot.bifurcation(step, loss).axes) == 1
-    with pytest.raises(ValueError, match="loss: expected 2 rows, got 3"):
+    with pytest.raises(ValueError, match="loss: expected 1000 rows, got 3"):
         plot.bifurcation(step, loss[:3])
     with pytest.raises(ValueError, match="lambda_max: expected 1 rows, got 0"):
         plot.bifurcation(step, loss, eig_step=[4000])
