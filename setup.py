@@ -89,6 +89,19 @@ def default_architectures(nvcc: Path) -> str:
     return ";".join(chosen) + "+PTX"
 
 
+def build_with_note(build_info: dict[str, Any]) -> type:
+    """A command that leaves a note beside the module: dynloss_ext/_extension.py reads it before it loads the module."""
+    from torch.utils.cpp_extension import BuildExtension
+
+    class BuildWithNote(BuildExtension):
+        def run(self) -> None:
+            super().run()
+            module = Path(self.get_ext_fullpath("dynloss_ext._C"))
+            module.with_name("_build_info.json").write_text(json.dumps(build_info, indent=2) + "\n")
+
+    return BuildWithNote
+
+
 def extension() -> dict[str, Any]:
     """The arguments of setup() that build the extension against the torch that is importable."""
     if not Path(sysconfig.get_path("include"), "Python.h").is_file():
@@ -100,7 +113,7 @@ def extension() -> dict[str, Any]:
         os.environ["CUDA_HOME"] = str(toolkit)  # cpp_extension reads it when it is imported
         architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or default_architectures(toolkit / "bin" / "nvcc")
         os.environ["TORCH_CUDA_ARCH_LIST"] = architectures
-    from torch.utils.cpp_extension import BuildExtension, CppExtension, get_cxx_compiler, include_paths
+    from torch.utils.cpp_extension import CppExtension, get_cxx_compiler, include_paths
 
     compiler = output_of(get_cxx_compiler(), "--version").partition("\n")[0]
     # torch's headers make gcc collect its garbage again and again, a sixth of its time, unless it may use more memory.
@@ -113,14 +126,6 @@ def extension() -> dict[str, Any]:
         "flags": CXX_FLAGS,
     }
 
-    class BuildWithInfo(BuildExtension):
-        """Leaves a note beside the module: dynloss_ext/_extension.py reads it before it loads the module."""
-
-        def run(self) -> None:
-            super().run()
-            module = Path(self.get_ext_fullpath("dynloss_ext._C"))
-            module.with_name("_build_info.json").write_text(json.dumps(build_info, indent=2) + "\n")
-
     sources = [path.relative_to(ROOT) for path in sorted(ROOT.glob("csrc/**/*")) if path.suffix in (".cpp", ".cu")]
     # The version is part of the command, so that objects compiled against another torch are not used again.
     macros = [("DYNLOSS_BUILT_FOR_TORCH", torch.__version__)]
@@ -129,7 +134,6 @@ def extension() -> dict[str, Any]:
     if toolkit is None:
         sources = [path for path in sources if path.parent.name != "cuda"]
     else:
-        macros.append(("DYNLOSS_WITH_CUDA", "1"))
         include_dirs += include_paths(device_type="cuda")
         libraries += ["c10_cuda", "torch_cuda", f":libcudart.so.{torch.version.cuda.split('.')[0]}"]
     module = CppExtension(
@@ -146,7 +150,7 @@ def extension() -> dict[str, Any]:
             "nvcc": [*NVCC_FLAGS, f"--threads={os.environ.get('MAX_JOBS') or os.cpu_count()}"],  # architectures at once
         },
     )
-    return {"ext_modules": [module], "cmdclass": {"build_ext": BuildWithInfo}}
+    return {"ext_modules": [module], "cmdclass": {"build_ext": build_with_note(build_info)}}
 
 
 if "sdist" in sys.argv:  # sources fit every supported torch and need none

@@ -44,10 +44,11 @@ def labels(classes, *shape, seed=0, ignored=False):
     return target
 
 
-def near(actual, expected, dtype):
+def near(actual, expected, dtype, least=1e-30):
+    """Within some roundings of the largest element expected, or of `least`, where that is smaller."""
     expected = expected.double().cpu()
     assert actual.shape == expected.shape
-    scale = max(expected.abs().max().item(), 1e-30) if expected.numel() else 1.0
+    scale = max(expected.abs().max().item(), least) if expected.numel() else 1.0
     torch.testing.assert_close(
         actual.double().cpu() / scale, expected / scale, rtol=0, atol=TOLERANCE[dtype], equal_nan=True
     )
@@ -75,8 +76,11 @@ def compare(logits, target, oscillation, step, dtype, *, place=torch.Tensor.cuda
     expected = derivatives(logits.double(), target, oscillation, step, u.double(), v.double(), **options)
     device_step = step.cuda() if isinstance(step, torch.Tensor) else step
     actual = derivatives(place(logits), target.cuda(), oscillation, device_step, place(u), place(v), **options)
+    # With one class every derivative is 0, and the third what u·v - u·v leaves of its rounding.
+    single = logits.dim() == 2 and logits.shape[1] == 1
+    least = (u.double() * v.double()).abs().max().item() / len(logits) if single else 1e-30
     for ours, theirs in zip(actual, expected, strict=True):
-        near(ours, theirs, dtype)
+        near(ours, theirs, dtype, least)
 
 
 def in_a_process_of_its_own(code, seconds=120):
@@ -456,12 +460,14 @@ def test_compiled_with_graphs_equals_eager():
                 loss = loss_of(logits, target, step)
                 (gradient,) = torch.autograd.grad(loss, logits)
                 assert torch.equal(actual[0], loss.detach()), (rows, classes, number, actual[0], loss)
-                torch.testing.assert_close(actual[1], gradient, rtol=2e-7, atol=0)  # rescaled by other kernels
+                # Eager divides by the number of rows and mends that; compiled code knows the divisor.
+                scale = gradient.abs().max().item()
+                torch.testing.assert_close(actual[1], gradient, rtol=0, atol=1e-6 * scale)
                 step += 1
         # Else nothing was captured, and this shows nothing.
         assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
         """,
-        seconds=240,
+        seconds=90,
     )
 
 
@@ -491,9 +497,9 @@ def test_replayed_graph_advances_the_oscillation(rows):
     captured = logits.grad
     for step in range(30):
         graph.replay()
-        expected, gradient = loss_and_gradient(logits.detach(), target, criterion.oscillation, step)
-        torch.testing.assert_close(loss.detach(), expected, rtol=0, atol=0)
-        torch.testing.assert_close(captured, gradient, rtol=0, atol=0)
+        expected = dynamic_cross_entropy(logits, target, criterion.oscillation, step)
+        (gradient,) = torch.autograd.grad(expected, logits)
+        assert torch.equal(loss, expected) and torch.equal(captured, gradient)
 
 
 @pytest.mark.parametrize("where", ["cpu", "cuda"])

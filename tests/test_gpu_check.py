@@ -353,6 +353,19 @@ def test_tests_that_have_not_run_have_shown_nothing(tmp_path: Path) -> None:
     assert reading.numbers == {"failed": 1, "passed": 240, "skipped": 2, "failures": ["tests/test_cuda.py::test_a[x]"]}
 
 
+@pytest.mark.parametrize(
+    "log",
+    [
+        "test_cuda.py::test_a[x 1] PASSED  [ 1%]\ntest_cuda.py::test_b FAILED  [ 2%]\ntest_cuda.py::test_c ",
+        "scheduling\n[gw0] [  1%] PASSED test_cuda.py::test_a[x-1] \n[gw3] [  2%] FAILED test_cuda.py::test_b \n",
+    ],
+    ids=["alone", "workers"],
+)
+def test_tests_that_were_cut_short_are_counted_as_they_ended(tmp_path: Path, log: str) -> None:
+    reading = read_pytest(artefacts(tmp_path, log), -15)
+    assert reading.numbers == {"passed": 1, "failed": 1, "error": 0, "failures": ["test_cuda.py::test_b"]}
+
+
 def test_ncu_is_read_by_launch(tmp_path: Path) -> None:
     table = """==PROF== Connected
 "ID","Kernel Name","Metric Name","Metric Unit","Metric Value"

@@ -54,7 +54,17 @@ def read_pytest(artefacts: Artefacts, code: int) -> Reading:
     text = artefacts.log.read_text(errors="replace")
     summary = next((line for line in reversed(text.splitlines()) if re.search(r"\d+ \w+.* in [\d.]+s", line)), "")
     counts = {word: int(count) for count, word in re.findall(r"(\d+) (passed|failed|error|skipped)", summary)}
-    numbers = {**counts, "failures": re.findall(r"^(?:FAILED|ERROR) (\S+)", text, re.MULTILINE)}
+    # As each test ends, "NAME FAILED [ 12%]", or with workers "[gw3] [ 12%] FAILED NAME"; and in the summary.
+    ended = re.findall(
+        r"^(\S+::\S.*?) (FAILED|ERROR|PASSED)\b|^\[gw\d+\].*?\b(FAILED|ERROR|PASSED) (\S+)", text, re.MULTILINE
+    )
+    words = [(left or right, before or after) for before, left, right, after in ended]
+    names = [name for word, name in words if word != "PASSED"] + re.findall(
+        r"^(?:FAILED|ERROR) (\S+)", text, re.MULTILINE
+    )
+    if not summary:  # ended before its time
+        counts = {word.lower(): sum(other == word for other, _ in words) for word in ("PASSED", "FAILED", "ERROR")}
+    numbers = {**counts, "failures": list(dict.fromkeys(names))}
     if code == 5:
         return Reading(numbers, "skipped", "there are no such tests")
     if code == 0 and not counts.get("passed"):
@@ -113,7 +123,8 @@ def script(name: str, path: str, *options: str, **fields: Any) -> Stage:
 def pytest(name: str, marks: str, limit: float, workers: bool, **fields: Any) -> Stage:
     """The tests that need a GPU; the processors share it, and each computes what it compares with on its own."""
     parallel = ("env", "OMP_NUM_THREADS={threads}") if workers else ()
-    options = ("-q", "-rfE", "-p", "no:cacheprovider", "-m", marks)
+    # Verbose: a run that is cut short has then named what had failed, and what it hung in is in its traceback.
+    options = ("-v", "-rfE", "-p", "no:cacheprovider", "-o", "faulthandler_timeout=60", "-m", marks)
     command = (*parallel, PYTHON, "-m", "pytest", *options, *(("{xdist}",) if workers else ()), "{cuda_tests}")
     return Stage(name, command, limit, read=read_pytest, **fields)
 

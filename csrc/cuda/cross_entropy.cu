@@ -187,13 +187,14 @@ Grid plan(const Forward& p, const Device& device) {
 
 template <typename P>
 cudaError_t launch(void (*kernel)(P, Grid), const P& problem, int64_t members, const Grid& grid,
-                   cudaStream_t stream) {
+                   const Device& device, cudaStream_t stream) {
   if (members == 0) return cudaSuccess;
   if (members > INT32_MAX / grid.blocks) return cudaErrorInvalidConfiguration;
   if (grid.block_memory > plain_block_memory) {
-    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                   cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                   static_cast<int>(grid.block_memory));
+    // All that there is, since it belongs to the kernel: threads with rows of other lengths ask for the same.
+    const cudaError_t error =
+        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                             cudaFuncAttributeMaxDynamicSharedMemorySize, device.max_block_memory);
     if (error != cudaSuccess) return error;
   }
   cudaLaunchConfig_t config{};
@@ -283,12 +284,12 @@ cudaError_t launch_forward(const Forward& problem, cudaStream_t stream) {
     counting.threads = count_threads;
     counting.blocks = grid.count_blocks;
     counting.block_memory = sizeof(Scratch);
-    const cudaError_t error = launch(count_labels, problem, problem.members, counting, stream);
+    const cudaError_t error = launch(count_labels, problem, problem.members, counting, device, stream);
     if (error != cudaSuccess) return error;
   }
   return with_storage(problem.storage, [&](auto* type) {
     using S = std::remove_pointer_t<decltype(type)>;
-    return launch(forward_kernel<S>(problem), problem, problem.members, grid, stream);
+    return launch(forward_kernel<S>(problem), problem, problem.members, grid, device, stream);
   });
 }
 
@@ -299,7 +300,7 @@ cudaError_t launch_derivative(const Derivative& problem, cudaStream_t stream) {
   const Grid grid = plan(problem, device, problem.order, false);
   return with_storage(problem.storage, [&](auto* type) {
     using S = std::remove_pointer_t<decltype(type)>;
-    return launch(derivative_kernel<S>(problem), problem, problem.members, grid, stream);
+    return launch(derivative_kernel<S>(problem), problem, problem.members, grid, device, stream);
   });
 }
 
@@ -308,7 +309,7 @@ cudaError_t launch_weights(const Weights& problem, cudaStream_t stream) {
   if (elements == 0) return cudaSuccess;
   Device device;
   if (const cudaError_t error = current_device(&device); error != cudaSuccess) return error;
-  return launch(evaluate_weights, problem, 1, elementwise(device, elements), stream);
+  return launch(evaluate_weights, problem, 1, elementwise(device, elements), device, stream);
 }
 
 cudaError_t launch_rescale(const Rescale& problem, cudaStream_t stream) {
@@ -319,7 +320,7 @@ cudaError_t launch_rescale(const Rescale& problem, cudaStream_t stream) {
   return with_storage(problem.storage, [&](auto* type) {
     using S = std::remove_pointer_t<decltype(type)>;
     return launch(rescale_gradient<S>, problem, problem.members,
-                  elementwise(device, problem.size / piece + 1), stream);
+                  elementwise(device, problem.size / piece + 1), device, stream);
   });
 }
 
