@@ -125,11 +125,13 @@ DYNLOSS_ALWAYS_INLINE void write_along(int64_t C, T scaled_total, T sum, const T
     else
       parts[k].add(some, vi);
   });
-  InnerProducts<Vec<T>> products;
-  for (int n = 0; n < 3; ++n) {
-    const Vec<T> four[4] = {parts[0].sums[n], parts[1].sums[n], parts[2].sums[n], parts[3].sums[n]};
-    products.sums[n] = broadcast(horizontal_sum<T>(four) / sum);
-  }
+  const auto whole = [&](Vec<T> InnerProducts<Vec<T>>::* part) DYNLOSS_ALWAYS_INLINE_LAMBDA {
+    const Vec<T> four[4] = {parts[0].*part, parts[1].*part, parts[2].*part, parts[3].*part};
+    return broadcast(horizontal_sum<T>(four) / sum);
+  };
+  using Products = InnerProducts<Vec<T>>;
+  Products products{whole(&Products::pv)};
+  if constexpr (K == Kind::third) products.pu = whole(&Products::pu), products.puv = whole(&Products::puv);
   for_vectors<T>(C, [&](int64_t i, int, int count) DYNLOSS_ALWAYS_INLINE_LAMBDA {
     const Vec<T> vi = load_some<T, S>(v + i, count);
     Vec<T> factor;

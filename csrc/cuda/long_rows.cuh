@@ -168,7 +168,9 @@ __global__ void __launch_bounds__(max_block_threads<S>, 1)
     for_pieces(row.run().pieces(), [&](int64_t k) {
       elements(k, row.again(k), [&](T e, T ui, T vi, int) { products.add(e, ui, vi); });
     });
-    block_sum(products.sums);
+    T sums[3] = {products.pv, products.pu, products.puv};
+    block_sum(sums);
+    products = {sums[0], sums[1], sums[2]};
     products.divide(whole.sum);
     for_pieces(row.run().pieces(), [&](int64_t k) {
       const Piece<S> zs = row.again(k);

@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(max_warp_threads, 1) derivative_warp(const Der
         for (int j = 0; j < piece_size<S>; ++j)
           products.add(z[k * piece_size<S> + j], widen(us.values[j]), widen(vs.values[j]));
       }
-      for (T& x : products.sums) x = warp_sum(x);
+      products = {warp_sum(products.pv), warp_sum(products.pu), warp_sum(products.puv)};
       products.divide(sum);
 #pragma unroll
       for (int k = 0; k < kItems / piece_size<S>; ++k) {
