@@ -206,7 +206,8 @@ make_runner(folder / "out", folder / "work").run([quick, long])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_run_leaves_what_it_had(tmp_path: Path, number: signal.Signals) -> None:
     code = KILLED.format(tools=str(ROOT / "tools"), tests=str(ROOT / "tests"), folder=str(tmp_path))
-    plan = subprocess.Popen([sys.executable, "-c", code])
+    # Elsewhere: the sources here would hide an installed package.
+    plan = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path)
     grandchild = int(wait_for(tmp_path / "pid"))
     plan.send_signal(number)
     plan.wait(20)
