@@ -93,6 +93,19 @@ void test_labels_and_extremes() {
     }
 }
 
+// Normalization by weights where the label of a member's only row has a weight of 0, as the last class has
+// here.
+template <typename S>
+void test_weights_that_add_up_to_zero() {
+  for (const int64_t classes : {4, 32, 200, 1103})
+    for (const Division division : {Division::exact, Division::estimated, Division::postponed}) {
+      Options options;
+      options.table = options.by_weights = true;
+      options.division = division;
+      test_all<S>({2, 1, classes}, options);
+    }
+}
+
 void test_far_rows() {
   for (const int64_t classes : {5, 40, 1100}) {
     test_all<float>({1, 3, classes, 0, Layout::far}, varied(0));
@@ -205,6 +218,7 @@ void test_storage() {
   if (sizeof(S) == 2) return;
   test_ensembles<S>();
   test_labels_and_extremes<S>();
+  test_weights_that_add_up_to_zero<S>();
 }
 
 }  // namespace
