@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from loss_contenders import CASES, PEERS, Contender, contenders
-from machine import machine
+from machine import machine, one_line
 
 import dynloss_ext
 from dynloss_ext import _C
@@ -92,7 +92,7 @@ def time_case(candidates: dict[str, Contender | str], seconds: float, device: st
         except Exception as error:
             if name not in PEERS:
                 raise
-            row[name] = f"failed ({type(error).__name__}: {str(error).partition(chr(10))[0][:200]})"
+            row[name] = f"failed ({one_line(error)})"
         else:
             runs[name] = candidate
     row |= interleaved_minimum(runs, seconds, cuda_round if device == "cuda" else cpu_round)

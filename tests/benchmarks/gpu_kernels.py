@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from compare_losses import cpu_round, cuda_round, write
 from kernel_rows import REGIMES, STEP, Inputs, Result, Row, parse_shape, select, table_rows
 from loss_contenders import AMPLITUDE, PEERS, PERIOD, Case, Contender, Steps, contenders
-from machine import machine
+from machine import machine, one_line
 
 import dynloss_ext
 
@@ -44,10 +44,6 @@ HIDDEN = 1024  # features in front of the classes, where a linear layer belongs 
 
 Report = dict[str, Any]
 Calls = Sequence[Callable[[], object]]
-
-
-def one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
 
 
 # ---- time and results

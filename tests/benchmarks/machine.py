@@ -1,4 +1,4 @@
-"""What the figures of a benchmark depend on."""
+"""What the figures of a benchmark depend on, and what it says of one that it could not take."""
 
 from __future__ import annotations
 
@@ -37,3 +37,8 @@ def machine(device: str = "cpu") -> dict[str, Any]:
             "cuda": torch.version.cuda,
         }
     return description
+
+
+def one_line(error: BaseException) -> str:
+    """An error's name and the first line of what it says: CUDA's go on with advice."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"

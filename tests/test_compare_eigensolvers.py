@@ -1,0 +1,97 @@
+"""The comparison of eigensolvers, as far as its CUDA graph can be seen without a GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def solvers(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent / "benchmarks"))
+    import compare_eigensolvers
+
+    yield compare_eigensolvers
+    for name in ("compare_eigensolvers", "machine"):
+        sys.modules.pop(name, None)
+
+
+def small_problem(solvers: ModuleType) -> Any:
+    return solvers.spiral(Namespace(dtype="float64", device="cpu"))
+
+
+def test_a_graph_has_parameters_of_its_own(solvers: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the problem may have nodes of the default stream, which a capture must not meet."""
+    problem = small_problem(solvers)
+    alive = problem.hessian()
+    before = [torch.autograd.graph.get_gradient_edge(p).node for p in problem.params]
+    inside: list[str] = []  # streams and captures
+    seen: list[tuple[list[str], list[torch.Tensor]]] = []
+
+    @contextlib.contextmanager
+    def enter(name: str) -> Iterator[None]:
+        inside.append(name)
+        yield
+        inside.pop()
+
+    def grad(outputs: Any, inputs: Any, *rest: Any, **options: Any) -> Any:
+        seen.append((list(inside), list(inputs)))
+        return original(outputs, inputs, *rest, **options)
+
+    class Fake:
+        def wait_stream(self, other: object) -> None: ...
+        def replay(self) -> None: ...
+
+    original = torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", grad)
+    for name in ("Stream", "current_stream", "CUDAGraph"):
+        monkeypatch.setattr(torch.cuda, name, Fake)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: enter("stream"))
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: enter("capture"))
+    assert solvers.graphed_product_seconds(problem) >= 0
+    assert [where for where, _ in seen] == [["stream"]] * 4 + [["stream", "capture"]]
+    for _, inputs in seen:
+        nodes = [torch.autograd.graph.get_gradient_edge(p).node for p in inputs]
+        assert len(nodes) == len(before) and not set(nodes) & set(before)
+    assert alive.shape[0] == sum(p.numel() for p in problem.params)
+
+
+def test_a_capture_that_fails_costs_its_own_figure_and_the_exit_status(
+    solvers: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(problem: object) -> float:
+        try:
+            raise RuntimeError("CUDA error: the cause\nCompile with advice.")
+        finally:
+            raise RuntimeError("CUDA error: due to a previous error during capture")
+
+    driver = {"overhead_median": 0.1, "product_seconds_median": 2.0, "update_seconds_per_product_median": 3.0}
+    problem = small_problem(solvers)
+    monkeypatch.setattr(solvers, "spiral", lambda arguments: problem)
+    monkeypatch.setattr(solvers, "machine", lambda device: {})
+    monkeypatch.setattr(solvers, "measure_overhead", lambda *arguments: driver)
+    monkeypatch.setattr(solvers, "contenders", lambda: {"eigsh (cold)": solvers.ours_cold})
+    monkeypatch.setattr(solvers, "graphed_product_seconds", fails)
+    path = tmp_path / "figures.json"
+    command = ["x", "spiral", "--states", "1", "--gap", "1", "--device", "cuda", "--json", str(path)]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit, match=r"failed: a product in a CUDA graph: RuntimeError: CUDA error: the cause$"):
+        solvers.main()
+    found = json.loads(path.read_text())["spiral"]
+    assert found["driver"] == driver | {"graphed_product_seconds": "RuntimeError: CUDA error: the cause"}
+    assert found["solvers"]["eigsh (cold)"]["products"] > 0
+    monkeypatch.setattr(solvers, "graphed_product_seconds", lambda problem: 1.5)
+    solvers.main()
+    found = json.loads(path.read_text())["spiral"]["driver"]
+    assert (found["graphed_product_seconds"], found["update_over_graphed_products"]) == (1.5, 2.0)
+    assert "an update takes 2.00 times" in capsys.readouterr().out
