@@ -266,25 +266,30 @@ def test_nothing_to_resume_is_said(tmp_path: Path) -> None:
         Results(tmp_path / "out", tmp_path / "work", "gpu_check", HEAD).resume()
 
 
-def test_an_archive_that_is_too_large_leaves_out_what_a_checkpoint_has(
+def test_an_archive_that_is_too_large_leaves_out_what_costs_least_and_never_a_figure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     results = Results(tmp_path / "out", tmp_path / "work", "gpu_check", HEAD)
     run = tmp_path / "work/runs/fig3"
     run.mkdir()
-    for name, size in {"checkpoint.pt": 3000, "metrics.npz": 3000, "figure.png": 3000, "summary.json": 10}.items():
+    for name, size in {"checkpoint.pt": 9000, "metrics.npz": 3000, "figure.png": 3000, "summary.json": 10}.items():
         (run / name).write_bytes(os.urandom(size))
-    results.write()
-    everything = {"runs/fig3/checkpoint.pt", "runs/fig3/metrics.npz", "runs/fig3/summary.json"}
-    assert archived(tmp_path / "out") == everything
-    monkeypatch.setattr(gpu_runner, "ARCHIVE_BYTES", 5000)
-    results.write()
-    assert archived(tmp_path / "out") == everything - {"runs/fig3/metrics.npz"}
-    assert results.report["archive"]["left_out"] == ["runs/fig3/figure.png", "runs/fig3/metrics.npz"]
-    assert "warning" not in results.report["archive"]
-    monkeypatch.setattr(gpu_runner, "ARCHIVE_BYTES", 2000)
-    results.write()
-    assert "warning" in results.report["archive"]
+    everything = {f"runs/fig3/{name}" for name in ("checkpoint.pt", "metrics.npz", "figure.png", "summary.json")}
+    for limit, missing in ((20000, None), (14000, "metrics.npz"), (8000, "checkpoint.pt"), (5000, "checkpoint.pt")):
+        monkeypatch.setattr(gpu_runner, "ARCHIVE_BYTES", limit)
+        results.write()
+        left_out = [f"runs/fig3/{missing}"] if missing else []
+        assert archived(tmp_path / "out") == everything - set(left_out)
+        assert results.report["archive"]["left_out"] == left_out
+        assert ("warning" in results.report["archive"]) == (limit == 5000)
+
+
+def test_a_checkpoint_is_kept_where_a_run_goes_on(tmp_path: Path) -> None:
+    write = "import sys, os; os.makedirs(sys.argv[1]); open(sys.argv[1] + '/checkpoint.pt', 'w'); sys.exit(1)"
+    ends = dataclasses.replace(python("ends", ""), command=("{python}", "-c", write, "{run}"))
+    goes_on = dataclasses.replace(ends, name="goes_on", goes_on=("true",))
+    make_runner(tmp_path / "out", tmp_path / "work").run([ends, goes_on])
+    assert archived(tmp_path / "out") == {"logs/ends.log", "logs/goes_on.log", "runs/goes_on/checkpoint.pt"}
 
 
 def test_a_long_log_keeps_both_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -297,6 +302,53 @@ def test_a_long_log_keeps_both_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 # ---- what stages say
+
+
+ADVICE = "Search for `cudaErrorX' in https://docs\nCompile with `TORCH_USE_CUDA_DSA` to enable assertions.\n\n\n"
+CHAINED = f"""40 lines
+Traceback (most recent call last):
+  File "a.py", line 371, in f
+    grad(x)
+torch.AcceleratorError: CUDA error: operation would make the legacy stream depend on a capturing blocking stream
+{ADVICE}During handling of the above exception, another exception occurred:
+
+Traceback (most recent call last):
+  File "a.py", line 455, in <module>
+torch.AcceleratorError: CUDA error: operation failed due to a previous error during capture
+{ADVICE}"""
+COMPARED = """{0}COMPUTE-SANITIZER
+kernel_problems.h:435: failed: close(x, expected)
+    order 1, row 0, class 2999: 0, expected -nan
+gpu_guard: 384 of 852 cases
+gpu_guard: 35865610 checks, 3000 failed
+{0}Target application returned an error
+{0}ERROR SUMMARY: 0 errors
+"""
+FOUND = """{0}COMPUTE-SANITIZER
+{0}Invalid __global__ write of size 4 bytes
+{0}    at forward_small(Forward)+0x40
+{0}Target application returned an error
+{0}ERROR SUMMARY: 12 errors
+"""
+
+
+@pytest.mark.parametrize(
+    ("log", "reason"),
+    [
+        (CHAINED, "CUDA error: operation would make the legacy stream depend on a capturing blocking stream"),
+        (COMPARED.format("========= "), "gpu_guard: 35865610 checks, 3000 failed"),
+        (FOUND.format("========= "), "========= Invalid __global__ write of size 4 bytes"),
+        ("========= COMPUTE-SANITIZER\n========= RACECHECK SUMMARY: 0 hazards\n", "RACECHECK SUMMARY: 0 hazards"),
+        ("a.cu(3): error: identifier x is undefined\n1 error detected\n", "a.cu(3): error: identifier x is undefined"),
+        ("Traceback (most recent call last):\n  File x\nAssertionError\nbye\n", "AssertionError"),
+        ("68 rows, 0 skipped, some failed\n\n", "68 rows, 0 skipped, some failed"),
+        (" \n", "no output"),
+    ],
+    ids=["chained", "compared", "found", "sanitizer-alone", "compiler", "no-message", "summary", "nothing"],
+)
+def test_a_failure_is_told_by_the_line_that_says_why(log: str, reason: str) -> None:
+    assert gpu_runner.telling_line(log).endswith(reason)
+    assert "\n" not in gpu_runner.telling_line(log)
 
 
 def test_a_refused_device_or_a_missing_program_is_no_failure(tmp_path: Path) -> None:
@@ -350,7 +402,7 @@ def test_tests_that_have_not_run_have_shown_nothing(tmp_path: Path) -> None:
     assert read_pytest(artefacts(tmp_path, "no tests collected in 0.5s\n"), 5).result == "skipped"
     log = "FAILED tests/test_cuda.py::test_a[x] - assert 1\n1 failed, 240 passed, 2 skipped in 31.20s\n"
     reading = read_pytest(artefacts(tmp_path, log), 1)
-    assert reading.result is None
+    assert (reading.result, reading.reason) == (None, "1 failed, 240 passed, 2 skipped in 31.20s")
     assert reading.numbers == {"failed": 1, "passed": 240, "skipped": 2, "failures": ["tests/test_cuda.py::test_a[x]"]}
 
 

@@ -28,9 +28,12 @@ LEAST = 5.0  # a stage is not begun with fewer seconds left, nor with less than 
 ARCHIVE_BYTES = 16 << 20  # such machines give back no larger file
 LOG_BYTES = 2 << 20  # more is cut out of a log's middle
 KEPT = ("logs", "results", "runs")  # of the work folder, in the archive
-LEFT_OUT = ("*.png", "events.out.tfevents.*", ".*")
-#: Left out besides where the archive would be too large: a checkpoint holds the same rows.
-ALSO_LEFT_OUT = ("metrics.npz",)
+LEFT_OUT = ("events.out.tfevents.*", ".*")
+#: Left out besides, one after the other, while the archive is too large: a checkpoint holds the rows of the metrics;
+#: where it is too large itself, the metrics and the figures come back instead.
+ALSO_LEFT_OUT = (("metrics.npz",), ("checkpoint.pt",))
+#: The line that says why a child has failed: an exception's, a compiler's, what a sanitizer has found.
+TELLING = re.compile(r"([\w.]*(Error|Exception)(:|$)|.*\berror: |========= (?!COMPUTE-SANITIZER|Target|\w+ SUMMARY)\S)")
 
 
 def end_group(child: subprocess.Popen[bytes], grace: float) -> None:
@@ -125,10 +128,11 @@ class Results:
         self.write()
 
     def write(self) -> None:
-        left_out = self._write_archive(LEFT_OUT)
-        if self.archive.stat().st_size > ARCHIVE_BYTES:
-            left_out = self._write_archive(LEFT_OUT + ALSO_LEFT_OUT)
-        size = self.archive.stat().st_size
+        for also in ((), *ALSO_LEFT_OUT):
+            left_out = self._write_archive(LEFT_OUT + also)
+            size = self.archive.stat().st_size
+            if size <= ARCHIVE_BYTES:
+                break
         self.report["archive"] = {"bytes": size, "left_out": left_out}
         if size > ARCHIVE_BYTES:
             self.report["archive"]["warning"] = f"more than {ARCHIVE_BYTES >> 20} MiB: it may not come back"
@@ -274,6 +278,8 @@ class Runner:
             self.results.record(stage.name, stopped | {"seconds": round(time.monotonic() - start, 1)})
             raise
         entry["seconds"] = round(time.monotonic() - start, 1)
+        if not stage.goes_on:  # nothing will: in the archive it would only be in the way
+            (artefacts.run / "checkpoint.pt").unlink(missing_ok=True)
         shorten(artefacts.log)
         text = artefacts.log.read_text(errors="replace")
         try:
@@ -347,9 +353,16 @@ def verdict(stage: Stage, code: int, late: bool, text: str, reading: Reading) ->
     if reading.result:
         return {"result": reading.result, "reason": reading.reason}
     if code:
-        last = next((line for line in reversed(text.splitlines()) if line.strip()), "no output")
-        return {"result": "failed", "reason": f"exit status {code}: {last.strip()[:200]}"}
+        return {"result": "failed", "reason": f"exit status {code}: {reading.reason or telling_line(text)[:200]}"}
     return {"result": "ok"}
+
+
+def telling_line(text: str) -> str:
+    """The first that says why a child has failed, or else the last: a program's summary, and not a sanitizer's."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    why = next((line for line in lines if TELLING.match(line)), None)
+    own = [line for line in lines if not line.startswith("=========")]
+    return why or (own or lines or ["no output"])[-1]
 
 
 def skipped(reason: str) -> dict[str, Any]:

@@ -69,7 +69,7 @@ def read_pytest(artefacts: Artefacts, code: int) -> Reading:
         return Reading(numbers, "skipped", "there are no such tests")
     if code == 0 and not counts.get("passed"):
         return Reading(numbers, "failed", "no test has run, all were skipped")
-    return Reading(numbers)
+    return Reading(numbers, reason=summary.strip("= ") or None)  # beside it, what a test has printed says little
 
 
 def read_ncu(artefacts: Artefacts, code: int) -> Reading:
