@@ -3,11 +3,12 @@
     python tests/benchmarks/compare_training.py --device cuda --json results/training_cuda.json
     python tests/benchmarks/compare_training.py --device cpu --small --json results/training_cpu.json
 
-The plain loop is what one writes first: eager, float32, torch's own switches, `F.cross_entropy`; it gets our batches
-from the device, and records nothing.  Ours has the dynamical loss and records F, loss and accuracy of every step;
-"fast" adds bfloat16, channels_last, torch.compile and kernels that need not be reproducible.  An ensemble's images
-count once per member.  The ratio to the plain loop is taken within each round, and its median counts.  The JSON file is
-replaced after every turn of a contender, so that an interrupted comparison leaves what it has measured.
+"plain" is what one writes first: eager, torch's own switches (TF32 in convolutions alone, kernels that need not be
+reproducible), `F.cross_entropy`; it gets our batches from the device, and records nothing. Ours has the dynamical loss
+and records F, loss and accuracy of every step. Both are measured at the same numerics, NUMERICS: "exact" are ours
+without an option. The ratios, to "plain" and to the plain loop of the same numerics ("like"), are taken within each
+round, and their medians count. An ensemble's images count once per member. The JSON file is replaced after every turn
+of a contender, so that an interrupted comparison leaves what it has measured.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +43,15 @@ NETWORKS: dict[str, tuple[TrainingConfig, TrainingConfig]] = {  # at the paper's
     "wrn": (wrn28_10_cifar10.PAPER, replace(wrn28_10_cifar10.SMALL, batch_size=128)),
 }
 
+FASTEST = "bfloat16 channels_last"
+#: The options that set precision, memory format and the choice of kernels.
+NUMERICS: dict[str, dict[str, Any]] = {
+    "exact": {"precision": "float32", "deterministic": True},
+    "tf32": {"precision": "tf32", "deterministic": False},
+    FASTEST: {"precision": "bfloat16", "channels_last": True, "deterministic": False},
+}
+IMAGES = 10_240  # whole batches only: cudnn.benchmark looks for kernels anew where the last one of an epoch is smaller
+
 #: torch's own switches, before a training has set them.
 DEFAULTS = (
     torch.backends.cuda.matmul.allow_tf32,
@@ -59,13 +70,23 @@ class Contender:
     step: Step
     prepare: Step
     images: int  # per step
+    like: str = "plain"  # the plain loop of the same numerics
     steps: int = 0  # per turn
     rates: list[float] = field(default_factory=list)
 
 
+def set_defaults() -> None:
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark = DEFAULTS
+
+
 def plain_loop(config: TrainingConfig, data: Dataset, device: torch.device) -> Contender:
-    batches = Batches(data.train.to(device), config.batch_size, augment=config.augment)
-    model = build_model(config).to(device)
+    """At the configuration's numerics, if the switches are not set otherwise."""
+    layout = torch.channels_last if config.channels_last else torch.contiguous_format
+    batches = Batches(
+        data.train.to(device), config.batch_size, augment=config.augment, channels_last=config.channels_last
+    )
+    model = build_model(config).to(device).to(memory_format=layout)  # type: ignore[call-overload]
     optimizer = torch.optim.SGD(
         model.parameters(),
         lr=config.lr,
@@ -79,41 +100,45 @@ def plain_loop(config: TrainingConfig, data: Dataset, device: torch.device) -> C
         nonlocal number
         batch = batches.get(number)
         optimizer.zero_grad()
-        torch.autograd.backward(F.cross_entropy(model(batch.images), batch.labels))
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+            loss = F.cross_entropy(model(batch.images), batch.labels)
+        torch.autograd.backward(loss)
         optimizer.step()
         number += 1
 
-    return Contender(step, set_defaults, batches.batch_size)
+    return Contender(step, lambda: configure_numerics(config), batches.batch_size)
 
 
-def set_defaults() -> None:
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark = DEFAULTS
-
-
-def our_loop(config: TrainingConfig, data: Dataset, device: torch.device, members: int = 0) -> Contender:
+def our_loop(
+    config: TrainingConfig, data: Dataset, device: torch.device, like: str = "plain", members: int = 0
+) -> Contender:
     runs = [replace(config, seed=seed) for seed in range(members)]
     training = Training(config, data, World(device), runs)
-    return Contender(training.update, lambda: configure_numerics(config), max(1, members) * training.batches.batch_size)
+    images = max(1, members) * training.batches.batch_size
+    return Contender(training.update, lambda: configure_numerics(config), images, like)
 
 
 def contenders(network: str, options: argparse.Namespace, data: Dataset) -> dict[str, Contender]:
-    config = replace(NETWORKS[network][options.small], epochs=100_000)
-    channels_last = replace(config, channels_last=True)
-    fast = replace(channels_last, precision="bfloat16", compile=True, deterministic=False)
+    """By names that say what they are."""
+    paper = NETWORKS[network][options.small]
+    config = replace(paper, epochs=100_000, shards=None)  # the plain loop has no shards
     device = torch.device(options.device)
-    built = {
-        "plain": plain_loop(config, data, device),
-        "ours": our_loop(config, data, device),
-        "ours, channels_last": our_loop(channels_last, data, device),
-    }
-    if not options.no_fast:
-        built["ours, fast"] = our_loop(fast, data, device)
-    if network == "myrtle5":
-        name = f"ours, ensemble of {options.members}"
-        built[name] = our_loop(channels_last, data, device, options.members)
-        if not options.no_fast:
-            built[f"{name}, fast"] = our_loop(fast, data, device, options.members)
+    built = {"plain": plain_loop(config, data, device)}
+    built["plain"].prepare = set_defaults
+    for numerics, chosen in NUMERICS.items():
+        if (numerics == "tf32" and device.type == "cpu") or (options.compiled and numerics != FASTEST):
+            continue
+        own, like = replace(config, **chosen, compile=options.compiled), f"plain, {numerics}"
+        what = f"{numerics} compiled" if options.compiled else numerics
+        built[like] = plain_loop(own, data, device)
+        built[f"ours, {what}"] = our_loop(own, data, device, like)
+        if network == "myrtle5":  # grouped convolutions are at their best in channels_last
+            name = f"ours, ensemble of {options.members}, {what}{'' if own.channels_last else ' channels_last'}"
+            built[name] = our_loop(replace(own, channels_last=True), data, device, like, options.members)
+        if paper.shards and numerics == "tf32":
+            built[f"ours, {what}, {paper.shards} shards"] = our_loop(
+                replace(own, shards=paper.shards), data, device, like
+            )
     return built
 
 
@@ -130,8 +155,8 @@ def seconds_for(contender: Contender, steps: int, device: str) -> float:
 def measure(built: dict[str, Contender], options: argparse.Namespace, save: Step) -> None:
     """Rounds in which each takes its turn of about `options.seconds`, after it has been warmed up and compiled."""
     for contender in built.values():
-        seconds_for(contender, 3, options.device)
-        per_step = seconds_for(contender, 2, options.device) / 2
+        seconds_for(contender, 2, options.device)
+        per_step = seconds_for(contender, 1, options.device)
         contender.steps = max(1, math.ceil(options.seconds / per_step))
     for _ in range(options.rounds):
         for contender in built.values():
@@ -140,18 +165,27 @@ def measure(built: dict[str, Contender], options: argparse.Namespace, save: Step
             save()
 
 
-def figures(built: dict[str, Contender]) -> dict[str, dict[str, float]]:
-    """Of every contender that has had a turn; "to_plain" is of the rounds that both have finished."""
-    plain, rows = built["plain"].rates, {}
+def figures(built: dict[str, Contender]) -> dict[str, dict[str, float | str]]:
+    """Of every contender that has had a turn; the ratios are of the rounds that both have finished."""
+    rows: dict[str, dict[str, float | str]] = {}
     for name, contender in built.items():
         if rates := contender.rates:
-            ratio = statistics.median(rate / other for rate, other in zip(rates, plain, strict=False))
-            median = statistics.median(rates)
-            rows[name] = {"median": median, "best": max(rates), "worst": min(rates), "to_plain": ratio}
+            rows[name] = {
+                "median": statistics.median(rates),
+                "best": max(rates),
+                "worst": min(rates),
+                "to_plain": median_ratio(rates, built["plain"].rates),
+                "like": contender.like,
+                "to_like": median_ratio(rates, built[contender.like].rates),
+            }
     return rows
 
 
-def write_report(options: argparse.Namespace, results: dict[str, dict[str, dict[str, float]]]) -> None:
+def median_ratio(rates: Sequence[float], others: Sequence[float]) -> float:
+    return statistics.median(rate / other for rate, other in zip(rates, others, strict=False))
+
+
+def write_report(options: argparse.Namespace, results: dict[str, dict[str, dict[str, float | str]]]) -> None:
     if options.json is None:
         return
     device = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
@@ -171,7 +205,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="Myrtle5 of width 16 and WRN-10-1, for a CPU")
     parser.add_argument("--networks", nargs="+", choices=tuple(NETWORKS), default=list(NETWORKS))
     parser.add_argument("--members", type=int, default=6, help="networks in the ensemble")
-    parser.add_argument("--no-fast", action="store_true", help="leave out bfloat16 and torch.compile")
+    parser.add_argument("--compiled", action="store_true", help="instead: ours compiled, in bfloat16")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=2.0, help="per turn")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -179,9 +213,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     generator = torch.Generator().manual_seed(0)
-    images = torch.randint(256, (10_000, 3, 32, 32), generator=generator, dtype=torch.uint8)
-    split = Split(images, torch.randint(10, (10_000,), generator=generator))
-    results: dict[str, dict[str, dict[str, float]]] = {}
+    images = torch.randint(256, (IMAGES, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    split = Split(images, torch.randint(10, (IMAGES,), generator=generator))
+    results: dict[str, dict[str, dict[str, float | str]]] = {}
     for network in options.networks:
         built = contenders(network, options, Dataset(split, split))
 
@@ -191,7 +225,10 @@ def main() -> None:
 
         measure(built, options, save)
         for name, row in results[network].items():
-            print(f"{network:10}{name:30}{row['median']:12.0f} images/s{row['to_plain']:8.2f} x plain", flush=True)
+            ratios = f"{row['to_plain']:8.2f} x plain"
+            if row["like"] != "plain":
+                ratios += f"{row['to_like']:8.2f} x {row['like']}"
+            print(f"{network:10}{name:46}{row['median']:10.0f} images/s{ratios}", flush=True)
 
 
 if __name__ == "__main__":
