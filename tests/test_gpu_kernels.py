@@ -228,7 +228,13 @@ def test_table(gpu_kernels, tmp_path, capsys):
         assert row["us"] >= row["us_min"] > 0 and row["copy_gbps"] > 0 and row["floor_us"] > 0
         assert row["of_copy"] == pytest.approx(min(row["memcpy_us"], row["elementwise_us"]) / row["us"])
         assert row["gbps"] == pytest.approx(row["bytes"] / row["us"] / 1e3)
+    assert list(report).index("copy_gbps") < list(report).index("rows") and report["ceiling_gbps"] > 0
+    best: dict[str, float] = {}
+    for row in rows.values():
+        best[str(row["bytes"])] = max(row["copy_gbps"], best.get(str(row["bytes"]), 0))
+    assert report["copy_gbps"] == best and list(best) != list(report["copy_gbps"]) == sorted(best, key=int)
     printed = capsys.readouterr().out
+    assert f"of a copy's {rows['7x5-float64-sum']['copy_gbps']:5.0f}" in printed
     assert "8192x32000-bfloat16-hessian" in printed and str(3 * 2 * 8192 * 32000 + 8 * 8192) in printed
 
 
