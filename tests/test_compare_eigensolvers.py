@@ -20,7 +20,10 @@ def solvers(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     monkeypatch.syspath_prepend(str(Path(__file__).parent / "benchmarks"))
     import compare_eigensolvers
 
+    dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
     yield compare_eigensolvers
+    torch.set_default_dtype(dtype)  # main has set both
+    torch.set_num_threads(threads)
     for name in ("compare_eigensolvers", "machine"):
         sys.modules.pop(name, None)
 
