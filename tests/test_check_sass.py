@@ -14,7 +14,7 @@ check_sass = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(check_sass)
 
 GOOD = """
-        LDG.E.128 R4, desc[UR6][R2.64] ;
+        LDGSTS.E.BYPASS.128 [R4], desc[UR6][R2.64] ;
         STG.E.128 desc[UR6][R8.64], R4 ;
         MEMBAR.SC.GPU ;
         ATOMG.E.ADD.STRONG.GPU PT, R8, desc[UR6][R8.64], R15 ;
@@ -25,19 +25,19 @@ GOOD = """
 
 
 def test_a_good_kernel_has_no_faults():
-    assert check_sass.faults("forward_small", GOOD) == []
+    assert check_sass.faults("forward_warp", GOOD) == []
 
 
 @pytest.mark.parametrize(
     ("kernel", "old", "new", "fault"),
     [
-        ("forward_small", "LDG.E.128", "LDG.E.64", "no 16-byte load"),
+        ("forward_warp", "LDGSTS.E.BYPASS.128", "LDG.E.128", "no asynchronous 16-byte load"),
         ("derivative_warp", "STG.E.128", "STG.E.64", "no 16-byte store"),
         ("forward_warp", "STG.E.128", "STG.E.128.STRONG.SYS", "a store that other blocks are to see at once"),
         ("forward_block", "PT, R8, desc[UR6][R8.64], R15 ;\n        MEMBAR.SC.GPU", "", "no fence"),
         ("forward_block", "ATOMG.E.ADD.STRONG.GPU", "NOP", "no arrival"),
         ("rescale_gradient", "NOP", "NOP", None),
-        ("rescale_gradient", "LDG.E.128", "LDL.128", "1 accesses to local memory"),
+        ("rescale_gradient", "LDGSTS.E.BYPASS.128 [R4]", "LDL.128 R4", "1 accesses to local memory"),
     ],
 )
 def test_each_fault_is_named(kernel, old, new, fault):

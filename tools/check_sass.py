@@ -1,9 +1,9 @@
 """Checks the machine code of the CUDA kernels: `python tools/check_sass.py KERNEL.o [--cuobjdump PATH]`.
 
-Rows must be loaded and stored 16 bytes at a time, and no kernel may keep variables in local memory (a spilled
-register, an array indexed at run time): both cost bandwidth and neither shows in a test. Nor does a missing fence
-between the arrival of a block and the barrier that lets its threads read what others have written. cuobjdump is
-taken from $PATH, else from the triton package that comes with torch.
+Rows must be loaded (to shared memory, asynchronously) and stored 16 bytes at a time, and no kernel may keep variables
+in local memory (a spilled register, an array indexed at run time): both cost bandwidth and neither shows in a test.
+Nor does a missing fence between the arrival of a block and the barrier that lets its threads read what others have
+written. cuobjdump is taken from $PATH, else from the triton package that comes with torch.
 """
 
 from __future__ import annotations
@@ -18,15 +18,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 #: Kernels that touch rows; their names are followed by template arguments.
-ROW_KERNELS = (
-    "forward_small",
-    "forward_warp",
-    "forward_block",
-    "derivative_small",
-    "derivative_warp",
-    "derivative_block",
-)
-WIDE_LOAD = re.compile(r"\bLDG?(?:\.\w+)*\.128\b")
+ROW_KERNELS = ("forward_warp", "forward_held", "forward_block", "derivative_warp", "derivative_block")
+#: To shared memory, without a register in between.
+WIDE_LOAD = re.compile(r"\bLDGSTS(?:\.\w+)*\.128\b")
 WIDE_STORE = re.compile(r"\bSTG?(?:\.\w+)*\.128\b")
 LOCAL_MEMORY = re.compile(r"\b(?:LDL|STL)\b")
 STRONG_STORE = re.compile(r"\bSTG?(?:\.\w+)*\.STRONG\b")
@@ -68,7 +62,7 @@ def faults(name: str, code: str) -> list[str]:
         result.append(f"{local} accesses to local memory")
     if any(kernel in name for kernel in ROW_KERNELS):
         if not WIDE_LOAD.search(code):
-            result.append("no 16-byte load")
+            result.append("no asynchronous 16-byte load")
         if not WIDE_STORE.search(code):
             result.append("no 16-byte store")
         if STRONG_STORE.search(code):

@@ -189,6 +189,13 @@ CHECK = (
     script("contenders", KERNELS, "contenders", "--json", "{json}", "--seconds", "{seconds}", limit=60, fixed=50),
     training("training", limit=100, fixed=80),
     script(
+        "graphs",
+        f"{BENCHMARKS}/compare_graphs.py",
+        *("--device", "{device}", "--json", "{json}", "--seconds", "0.1"),
+        limit=45,
+        fixed=14,
+    ),
+    script(
         "spiral",
         f"{EXAMPLES}/spiral_mlp.py",
         *("--device", "{device}", "--out", "{run}", "--steps", "2000"),
@@ -245,7 +252,6 @@ CHECK = (
     training("training_compiled", "--compiled", limit=120, fixed=40, work=250),
     later("phase_diagram"),
     later("fused_perceptron_ensembles"),
-    later("training_in_graphs"),
 )
 
 

@@ -93,14 +93,15 @@ struct MaxSum {
   // The sum in terms of a larger maximum.
   DYNLOSS_HOST_DEVICE T sum_at(T top) const { return max == top ? sum : sum * std::exp(max - top); }
 
-  template <int n>
-  DYNLOSS_HOST_DEVICE void add(const T (&z)[n]) {
+  // `exp`: of numbers that are at most 0.
+  template <int n, typename Exp>
+  DYNLOSS_HOST_DEVICE void add(const T (&z)[n], Exp&& exp) {
     T top = max;
     for (int i = 0; i < n; ++i) top = z[i] > top ? z[i] : top;
     sum = sum_at(top);
     max = top;
     const T base = top == -static_cast<T>(INFINITY) ? T(0) : top;
-    for (int i = 0; i < n; ++i) sum += std::exp(z[i] - base);
+    for (int i = 0; i < n; ++i) sum += exp(z[i] - base);
   }
 };
 

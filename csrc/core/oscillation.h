@@ -77,6 +77,24 @@ DYNLOSS_HOST_DEVICE inline double raw_weight(const Clock& clock, double t) {
   }
 }
 
+// elapsed = turns·turn + t with 0 <= t < turn, t exactly as fmod gives it, which takes a loop: a quotient is
+// one off at most, and then the remainder of the next one is as exact.
+DYNLOSS_HOST_DEVICE inline double split_turns(double elapsed, double turn, double* turns) {
+  double quotient = floor(elapsed / turn);
+  if (!(quotient < 9007199254740992.0)) {  // 2^53: whole numbers end here
+    const double t = fmod(elapsed, turn);
+    *turns = nearbyint((elapsed - t) / turn);
+    return t;
+  }
+  double t = fma(-quotient, turn, elapsed);
+  if (t < 0.0 || t >= turn) {
+    quotient += t < 0.0 ? -1.0 : 1.0;
+    t = fma(-quotient, turn, elapsed);
+  }
+  *turns = quotient;
+  return t;
+}
+
 DYNLOSS_HOST_DEVICE inline ClassWeights weights_at(const Schedule& schedule, int64_t step) {
   const Clock& clock = *schedule.clock;
   const double s = static_cast<double>(step);
@@ -86,11 +104,11 @@ DYNLOSS_HOST_DEVICE inline ClassWeights weights_at(const Schedule& schedule, int
     const int64_t row = static_cast<int64_t>(elapsed) % schedule.table_rows;
     return {schedule.table + row * schedule.num_classes, 0, 1.0, 1.0};
   }
-  // fmod is exact, so the remaining quotient is an integer up to one rounding.
-  const double t = fmod(elapsed, clock.turn);
-  const double turns = nearbyint((elapsed - t) / clock.turn);
+  double turns = 0.0;
+  const double t = split_turns(elapsed, clock.turn, &turns);
   const double classes = static_cast<double>(schedule.num_classes);
-  int64_t active = static_cast<int64_t>(fmod(turns, classes));
+  double rounds = 0.0;
+  int64_t active = static_cast<int64_t>(split_turns(turns, classes, &rounds));
   if (schedule.class_order != nullptr) active = schedule.class_order[active];
   const double g = raw_weight(clock, t);
   const double rest = classes / (classes - 1.0 + g);

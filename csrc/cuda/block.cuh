@@ -3,6 +3,8 @@
 
 #include <cuda_runtime.h>
 
+#include <cmath>
+
 #include "core/cross_entropy_row.h"
 #include "core/oscillation.h"
 
@@ -38,6 +40,38 @@ __device__ inline int lane_index() { return threadIdx.x % warp_size; }
 __device__ inline int warp_index() { return threadIdx.x / warp_size; }
 __device__ inline int num_warps() { return blockDim.x / warp_size; }
 
+// x, which the compiler is to keep instead of what it was computed from.
+__device__ inline float kept(float x) {
+#if defined(__CUDACC__)
+  asm volatile("" : "+f"(x));
+#endif
+  return x;
+}
+__device__ inline double kept(double x) { return x; }
+
+// x; what depends on it is computed where it is used, and not ahead of a loop in registers that are not
+// there.
+__device__ inline int not_ahead(int x) {
+#if defined(__CUDACC__)
+  asm volatile("" : "+r"(x));
+#endif
+  return x;
+}
+
+// x as it was loaded, not looked at before the barriers that come before this: it may still be under way.
+template <typename X>
+__device__ inline X awaited(X x) {
+#if defined(__CUDACC__)
+  if constexpr (sizeof(X) == 2)
+    asm volatile("" : "+h"(reinterpret_cast<unsigned short&>(x)));
+  else if constexpr (sizeof(X) == 4)
+    asm volatile("" : "+r"(reinterpret_cast<unsigned&>(x)));
+  else
+    asm volatile("" : "+l"(reinterpret_cast<unsigned long long&>(x)));
+#endif
+  return x;
+}
+
 template <typename T>
 __device__ inline T warp_sum(T x) {
 #pragma unroll
@@ -45,13 +79,15 @@ __device__ inline T warp_sum(T x) {
   return x;
 }
 
+// A NaN is passed over.
+__device__ inline float larger(float x, float y) { return fmaxf(x, y); }
+__device__ inline double larger(double x, double y) { return fmax(x, y); }
+
 template <typename T>
 __device__ inline T warp_max(T x) {
 #pragma unroll
-  for (int offset = warp_size / 2; offset > 0; offset /= 2) {
-    const T other = __shfl_xor_sync(all_lanes, x, offset);
-    x = other > x ? other : x;
-  }
+  for (int offset = warp_size / 2; offset > 0; offset /= 2)
+    x = larger(__shfl_xor_sync(all_lanes, x, offset), x);
   return x;
 }
 

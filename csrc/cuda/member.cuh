@@ -19,17 +19,25 @@ namespace dynloss::cuda {
 // How a launch is cut up.
 struct Grid {
   int threads;
-  int64_t blocks;        // per member
-  int64_t count_blocks;  // per member, of the launch before; 0: there was none
-  size_t block_memory;   // bytes
-  int tile_rows;         // thread per row: how many rows a block stages at once
-  bool cached;           // block per row: the row stays in shared memory
+  int blocks;           // per member
+  int count_blocks;     // per member, of the launch before; 0: there was none
+  size_t block_memory;  // bytes
+  // Rows that a warp handles:
+  int log2_lanes;     // of the lanes per row
+  int units;          // of neighbouring elements that each of them has, or one less
+  int tile_rows;      // that a warp goes through at once: a multiple of the rows that its lanes take
+  int label_bytes;    // of a tile
+  int operand_bytes;  // of a tile
+  int buffer_bytes;   // labels and operands of a tile
+  // Rows that a block handles:
+  int cached_pieces;  // of each operand's row that stay in shared memory
+  bool held;          // the block has registers for the row
 };
 
 // ---- what all kernels share
 
-__device__ inline int64_t member_index(const Grid& grid) { return blockIdx.x / grid.blocks; }
-__device__ inline int64_t block_in_member(const Grid& grid) { return blockIdx.x % grid.blocks; }
+__device__ inline int member_index(const Grid& grid) { return static_cast<int>(blockIdx.x) / grid.blocks; }
+__device__ inline int block_in_member(const Grid& grid) { return static_cast<int>(blockIdx.x) % grid.blocks; }
 
 template <typename S>
 __device__ S* row_of(const Operand& operand, const Problem& p, int64_t member, int64_t row) {
@@ -38,23 +46,26 @@ __device__ S* row_of(const Operand& operand, const Problem& p, int64_t member, i
          (row - outer * p.inner_rows) * operand.row_stride;
 }
 
+// The label of a row as it is in memory: to be loaded early, and looked at late.
+__device__ inline int64_t label_of(const Problem& p, int64_t member, int64_t row) {
+  return load_label(p.target, p.label, member * p.target_member_stride + row);
+}
+
 // The label of a row. An ignored row contributes 0; a label that is no class makes its row NaN and is never
 // used as an index.
 struct RowLabel {
   static constexpr int ignored = -2, no_class = -1;
 
-  int64_t index;  // a class, or one of these
+  int index;  // a class, or one of these
 
-  __device__ explicit RowLabel(int code) : index(code) {}
+  __device__ explicit RowLabel(int index) : index(index) {}
+  __device__ RowLabel(const Problem& p, int64_t label)
+      : index(label == p.ignore_index           ? ignored
+              : label < 0 || label >= p.classes ? no_class
+                                                : static_cast<int>(label)) {}
   __device__ RowLabel(const Problem& p, int64_t member, int64_t row)
-      : index(load_label(p.target, p.label, member * p.target_member_stride + row)) {
-    if (index == p.ignore_index)
-      index = ignored;
-    else if (index < 0 || index >= p.classes)
-      index = no_class;
-  }
+      : RowLabel(p, label_of(p, member, row)) {}
 
-  __device__ int code() const { return static_cast<int>(index); }
   __device__ bool usual() const { return index >= 0; }
 
   template <typename T>
@@ -63,9 +74,11 @@ struct RowLabel {
   }
 };
 
+__host__ __device__ inline bool is_smooth(const Problem& p) { return p.label_smoothing != 0; }
+
 // Σ Γ, where label smoothing asks for it.
 __device__ inline double sum_of_weights(const ClassWeights& weights, const Problem& p) {
-  if (p.label_smoothing == 0) return 0.0;
+  if (!is_smooth(p)) return 0.0;
   if (weights.table_row == nullptr) return weights.raised + (p.classes - 1) * weights.rest;
   double sum[1] = {0.0};
   for (int64_t c = threadIdx.x; c < p.classes; c += blockDim.x) sum[0] += weights.table_row[c];
@@ -77,24 +90,28 @@ __device__ inline double sum_of_weights(const ClassWeights& weights, const Probl
 template <typename T>
 struct MemberWeights {
   const double* table_row;
-  int64_t active;
+  int active;
   T raised, rest;
   SharedTargetWeights<T> shared;
-  bool smooth;
 
   __device__ MemberWeights(const ClassWeights& weights, const Problem& p)
       : table_row(weights.table_row),
-        active(weights.active),
-        raised(static_cast<T>(weights.raised)),
-        rest(static_cast<T>(weights.rest)),
-        shared(sum_of_weights(weights, p), p.label_smoothing, p.classes),
-        smooth(p.label_smoothing != 0) {}
+        active(static_cast<int>(weights.active)),
+        raised(kept(static_cast<T>(weights.raised))),
+        rest(kept(static_cast<T>(weights.rest))),
+        shared(sum_of_weights(weights, p), p.label_smoothing, p.classes) {}
 
-  __device__ T gamma(int64_t class_index) const {
+  __device__ T gamma(int class_index) const {
     if (table_row != nullptr) return static_cast<T>(table_row[class_index]);
     return class_index == active ? raised : rest;
   }
-  __device__ TargetWeights<T> at(int64_t label) const { return shared.at(gamma(label)); }
+  // kSmooth: the labels are smoothed.
+  template <bool kSmooth>
+  __device__ TargetWeights<T> at(int label) const {
+    if constexpr (kSmooth) return shared.at(gamma(label));
+    const T on_label = gamma(label);
+    return {on_label, T(0), on_label};
+  }
 };
 
 // weight · x, where a weight of 0 takes an infinite x with it.
@@ -163,14 +180,17 @@ template <typename S>
 struct ForwardBlock {
   using T = Arithmetic<S>;
 
-  int64_t member;
+  int member;
   MemberWeights<T> member_weights;
   T scale;
+  bool knows_normalizer;
   double loss_sum = 0;
   double normalizer_sum = 0;
 
   __device__ ForwardBlock(const Forward& p, const Grid& grid)
-      : member(member_index(grid)), member_weights(prepare_weights(p, grid), p) {
+      : member(member_index(grid)),
+        member_weights(prepare_weights(p, grid), p),
+        knows_normalizer(counts_first(grid)) {
     const double counted = count_first(p, grid);
     const double divisor = gradient_divisor(p, grid, counted);
     scale = static_cast<T>(1.0 / divisor);
@@ -184,7 +204,7 @@ struct ForwardBlock {
   __device__ void add(const Forward& p, int64_t row, const RowLabel& label, T loss) {
     if (p.row_loss != nullptr) static_cast<S*>(p.row_loss)[member * p.rows + row] = narrow<S>(loss);
     loss_sum += static_cast<double>(loss);
-    if (p.mean) normalizer_sum += normalizer_term(p, scratch().weights, label);
+    if (p.mean && !knows_normalizer) normalizer_sum += normalizer_term(p, scratch().weights, label);
   }
 
   // The sums over the blocks of the member, known to the block that arrives last.
@@ -236,30 +256,27 @@ struct LabelledGradient : RowGradient<T> {
   __device__ LabelledGradient(const TargetWeights<T>& q, T scale, T sum)
       : RowGradient<T>(scale, q.total, q.spread, sum), on_label(scale * q.on_label) {}
 
-  __device__ T operator()(const MemberWeights<T>& weights, int64_t class_index, int64_t label, T e) const {
-    T x = this->of_softmax(e);
-    if (weights.smooth) x -= this->of_smoothing(weights.gamma(class_index));
-    return class_index == label ? x - on_label : x;
+  // But for the label's.
+  __device__ T of_class(const MemberWeights<T>& weights, int class_index, T e) const {
+    return this->of_softmax(e) - this->of_smoothing(weights.gamma(class_index));
+  }
+  template <bool kSmooth>
+  __device__ T of_label(const MemberWeights<T>& weights, int label, T e) const {
+    return (kSmooth ? of_class(weights, label, e) : this->of_softmax(e)) - on_label;
   }
 };
-
-// What p is multiplied by, besides Q.
-template <typename T>
-__device__ T factor_of_order(const InnerProducts<T>& products, int order, T u, T v) {
-  return order == 2 ? products.factor(v) : products.factor(u, v);
-}
 
 template <typename S>
 struct DerivativeBlock {
   using T = Arithmetic<S>;
 
-  int64_t member;
+  int member;
   MemberWeights<T> member_weights;
   T scale;
 
   __device__ DerivativeBlock(const Derivative& p, const Grid& grid)
       : DerivativeBlock(p, member_index(grid), {p.weights + member_index(grid) * p.classes, 0, 1.0, 1.0}) {}
-  __device__ DerivativeBlock(const Derivative& p, int64_t member, const ClassWeights& weights)
+  __device__ DerivativeBlock(const Derivative& p, int member, const ClassWeights& weights)
       : member(member), member_weights(weights, p), scale(static_cast<T>(1.0 / p.normalizer[2 * member])) {}
 
   __device__ T row_scale(const Derivative& p, int64_t row) const {

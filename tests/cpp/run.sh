@@ -100,15 +100,17 @@ in_parallel '"$build/guard" --cases "$guard_cases"' '"$build/core"' '"$build/arr
 faults=('planted member.cuh "s/p.arrivals\[member\] = 0;//"'
   'planted member.cuh "s/if (!scratch().last) return false;//"'
   'planted member.cuh "s/p.counts\[member \* grid.count_blocks + i\]/p.counts[i]/"'
-  'planted small_rows.cuh "s/? p.rows - first :/? p.rows - first - 1 :/"'
-  'planted warp_rows.cuh "s/logits\[label.index\]/logits[label.index - 1]/"'
-  'planted long_rows.cuh "s/linear = weighted(q.on_label, picked/linear = weighted(q.on_label, widen(row_of<S>(p.logits, p, block.member, r)[label.index])/"'
+  'planted warp_rows.cuh "s/static_cast<int>(p.rows - first)/static_cast<int>(p.rows - first - 1)/"'
+  'planted warp_rows.cuh "s/widen(row\[label.index\])/widen(row[label.index - 1])/"'
+  'planted warp_rows.cuh "s/behind >= end/behind >= end - piece_size<S>/"'
+  'planted long_rows.cuh "s/widen(awaited(picked))/widen(row_of<S>(p.logits, p, member, r)[label.index])/"'
+  'planted long_rows.cuh "s/held_places - 1>/held_places>/"'
   'planted long_rows.cuh "s/r < p.rows/r + 1 < p.rows/"'
   'planted storage.cuh "s/i + j < size_) first_/i + j <= size_) first_/"'
   # An element behind the losses is written; a row whose label is no class is not.
   'guarded member.cuh "s/static_cast<T\*>(p.loss)\[member\] =/static_cast<T*>(p.loss)[p.members] = &/"'
-  'guarded long_rows.cuh "s/for_pieces(out.pieces(), \[&\](int64_t k) { out.store(k, piece); });/if (value == value) &/"')
-while IFS=: read -r file line _; do # every single barrier must be missed
+  'guarded long_rows.cuh "s/row.for_pieces.*filled_piece<S>(loss).*/if (loss == loss) &/"')
+while IFS=: read -r file line _; do # every single barrier must be missed, and every wait for copies
   faults+=("planted $file ${line}d")
-done < <(cd "$csrc/cuda" && grep -n '__syncthreads();' ./*)
+done < <(cd "$csrc/cuda" && grep -nE '__sync(threads|warp)\(\);|^    wait_for_copies' ./*)
 in_parallel "${faults[@]}"

@@ -106,6 +106,25 @@ void test_tables() {
   }
 }
 
+// As exact as fmod, for turns of any length, at their ends, too.
+void test_turns() {
+  for (int i = 0; i < 200000; ++i) {
+    const double turn = i % 3 == 0   ? static_cast<double>(integer(1, 5000))
+                        : i % 3 == 1 ? uniform(1, 5000)
+                                     : std::pow(10.0, uniform(-300, 18));
+    double elapsed = static_cast<double>(integer(0, int64_t(1) << integer(1, 53)));
+    if (i % 5 == 0) elapsed = std::floor(elapsed / turn) * turn;
+    if (!std::isfinite(elapsed)) continue;
+    context = "turns of " + std::to_string(turn) + " in " + std::to_string(elapsed);
+    double turns = -1;
+    const double t = split_turns(elapsed, turn, &turns);
+    const double expected = std::fmod(elapsed, turn);
+    CHECK(t == expected);
+    if (elapsed / turn < 0x1p53)  // else no double can tell
+      CHECK(turns == static_cast<double>(std::nearbyint((Real(elapsed) - expected) / turn)));
+  }
+}
+
 // Parts of a row brought together in any order give the whole.
 template <typename T>
 void test_max_sum(Real epsilon) {
@@ -122,7 +141,7 @@ void test_max_sum(Real epsilon) {
     std::vector<MaxSum<T>> parts(integer(1, 5), MaxSum<T>::empty());
     for (size_t k = 0; k < z.size(); k += 4) {
       const T four[4] = {z[k], z[k + 1], z[k + 2], z[k + 3]};
-      parts[random_bits() % parts.size()].add(four);
+      parts[random_bits() % parts.size()].add(four, [](T x) { return std::exp(x); });
     }
     T top = -static_cast<T>(INFINITY), sum = 0;
     for (const auto& part : parts) top = part.max > top ? part.max : top;
@@ -181,6 +200,7 @@ void test_row() {
 int main() {
   test_weights();
   test_tables();
+  test_turns();
   test_max_sum<float>(6e-8L);
   test_max_sum<double>(1.2e-16L);
   test_row();

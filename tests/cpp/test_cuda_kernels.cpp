@@ -20,7 +20,7 @@ namespace {
 template <typename S>
 void test_sizes() {
   int i = static_cast<int>(storage_v<S>);
-  for (const int64_t classes : {1, 2, 3, 10, 31, 32, 33, 200, 400, 1000, 1025})
+  for (const int64_t classes : {1, 2, 3, 10, 31, 32, 33, 200, 400, 1000, 1025, 2049})
     for (const int64_t rows : {0, 1, 31, 1025}) {
       // Half types share all but the conversions with float32.
       if (sizeof(S) == 2 && (rows <= 1 || (rows == 1025 && classes > 10))) continue;
@@ -31,14 +31,15 @@ void test_sizes() {
       if (classes > 250 && options.label == Label::uint8) options.label = Label::int32;
       test_all<S>({1, rows, classes}, options);
     }
-  // Longer than shared memory, with and without room for the row.
-  for (const int64_t classes : {3000, 40000}) test_all<S>({1, 3, classes}, varied(1));
+  // Longer than registers hold and than shared memory does; several rows for each place of a block.
+  for (const int64_t classes : {3000, 12000, 40000}) test_all<S>({1, 3, classes}, varied(1));
+  test_all<S>({1, 40, 3000}, varied(2));
 }
 
 template <typename S>
 void test_layouts() {
   int i = 0;
-  for (const int64_t classes : {2, 5, 10, 32, 33, 129, 1001, 1021, 1100})
+  for (const int64_t classes : {2, 5, 10, 32, 33, 129, 1001, 1021, 1100, 2101})
     for (const int offset : {1, 3})
       for (const int out_offset : {0, offset, 2}) {
         Shape shape{1, classes < 1000 ? 37 : 7, classes, 0, Layout::rows, offset, out_offset};
@@ -72,7 +73,7 @@ void test_ensembles() {
 
 template <typename S>
 void test_labels_and_extremes() {
-  for (const int64_t classes : {1, 3, 10, 17, 50, 1000, 1100})
+  for (const int64_t classes : {1, 3, 10, 17, 50, 1000, 1100, 2100})
     for (int i = 0; i < 4; ++i) {
       Options options;
       options.label = static_cast<Label>(classes < 250 ? i % 3 : i % 2);
@@ -107,7 +108,7 @@ void test_weights_that_add_up_to_zero() {
 }
 
 void test_far_rows() {
-  for (const int64_t classes : {5, 40, 1100}) {
+  for (const int64_t classes : {5, 40, 1100, 2100}) {
     test_all<float>({1, 3, classes, 0, Layout::far}, varied(0));
     test_all<__half>({1, 3, classes, 0, Layout::far}, varied(2));
   }
@@ -125,7 +126,7 @@ void test_large() {
   test_all<__half>({1, 20000, 4}, options);
 }
 
-// One block where it takes all rows at once, else as many as the device has room for; labels are counted
+// One block where it takes few rows at a time, else as many as the device has room for; labels are counted
 // first where that is asked for or costs little.
 void test_plans() {
   context = "plans";
@@ -149,21 +150,25 @@ void test_plans() {
   };
   for (const auto& [rows, classes, blocks] : std::vector<std::array<int64_t, 3>>{{300, 3, 1},
                                                                                  {512, 10, 1},
-                                                                                 {513, 10, 5},
-                                                                                 {8, 100, 1},
-                                                                                 {9, 100, 3},
-                                                                                 {128, 100, 32},
-                                                                                 {1, 2000, 1},
-                                                                                 {2, 2000, 2}}) {
+                                                                                 {513, 10, 3},
+                                                                                 {64, 100, 1},
+                                                                                 {65, 100, 3},
+                                                                                 {128, 100, 4},
+                                                                                 {8, 2000, 1},
+                                                                                 {9, 2000, 3},
+                                                                                 {1, 5000, 1},
+                                                                                 {2, 5000, 2}}) {
+    context = "plan of (" + std::to_string(rows) + ", " + std::to_string(classes) + "): " +
+              std::to_string(plan(rows, classes, true, Division::estimated).blocks) + " blocks";
     CHECK(plan(rows, classes, true, Division::estimated).blocks == blocks);
     CHECK(plan(rows, classes, true, Division::exact).count_blocks == (blocks == 1 ? 0 : 1));
   }
-  CHECK(plan(300, 3, false, Division::exact).blocks == 3);
+  CHECK(plan(300, 3, false, Division::exact).blocks == 2);
   CHECK(plan(128, 100, false, Division::exact).count_blocks == 0);
   CHECK(plan(1 << 18, 10, true, Division::estimated).count_blocks == 0);
-  CHECK(plan(1 << 19, 10, true, Division::estimated).count_blocks == 128);
+  CHECK(plan(1 << 19, 10, true, Division::estimated).count_blocks == 512);
   CHECK(plan(1 << 19, 10, true, Division::postponed).count_blocks == 0);
-  CHECK(plan(1 << 24, 10, true, Division::exact).count_blocks == 256);
+  CHECK(plan(1 << 24, 10, true, Division::exact).count_blocks == 1024);
   emulator::settings() = before;
 }
 
@@ -233,8 +238,8 @@ int main(int argc, char** argv) {
     stop_at_first = true;
     test_ensembles<float>();
     test_all<float>({1, 20000, 3, 0, Layout::rows, 1, 2}, varied(0));
-    test_all<float>({1, 60, 1100}, varied(1));
-    for (const int64_t classes : {1, 3, 10, 17, 40, 1000, 1100})
+    for (const int64_t classes : {1100, 2100, 17000}) test_all<float>({1, 60, classes}, varied(1));
+    for (const int64_t classes : {1, 3, 10, 17, 40, 1000, 1100, 2100})
       for (int i = 0; i < 4; ++i) test_all<float>({1, classes < 1000 ? 1100 : 9, classes}, varied(i));
   }
   if (part.empty() || part == "float32") test_storage<float>();

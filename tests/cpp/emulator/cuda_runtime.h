@@ -27,9 +27,17 @@ struct alignas(16) uint4 {
 };
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount = 16,
+  cudaDevAttrMaxSharedMemoryPerMultiprocessor = 81,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
+};
 enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2 };
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+enum cudaFuncAttribute {
+  cudaFuncAttributeMaxDynamicSharedMemorySize = 8,
+  cudaFuncAttributePreferredSharedMemoryCarveout = 9
+};
+enum { cudaSharedmemCarveoutMaxShared = 100 };
 using cudaStream_t = void*;
 
 struct cudaLaunchConfig_t {
@@ -60,6 +68,11 @@ void let_others_run();
 // same in all lanes.
 void exchange(int operation, unsigned mask, const void* value, void* result, size_t size, int source);
 int lane();
+
+// To what is there no sooner than the thread has waited for it.
+void start_copy(void* shared, const void* global, size_t bytes);
+void commit_copies();
+void wait_for_copies(int groups);
 
 // ---- launching
 
@@ -122,11 +135,14 @@ inline cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount ? emulator::settings().multiprocessors
-                                                       : emulator::settings().max_block_memory;
+  const emulator::Settings& device = emulator::settings();
+  *value = attribute == cudaDevAttrMultiProcessorCount            ? device.multiprocessors
+           : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? device.max_block_memory
+                                                                  : device.max_block_memory + 1024;
   return cudaSuccess;
 }
-inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int value) {
+inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
+  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
   return emulator::allow_block_memory(kernel, value);
 }
 

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <deque>
 #include <map>
 #include <memory>
 #include <numeric>
@@ -92,6 +93,12 @@ void switch_context(Context& from, Context& to) { swapcontext(&from.context, &to
 
 struct Block;
 
+struct PendingCopy {
+  void* to;
+  const void* from;
+  size_t bytes;
+};
+
 // One CUDA thread. The fiber is kept for the threads of later blocks.
 struct Thread {
   Context context;
@@ -99,6 +106,7 @@ struct Thread {
   void* fake_stack = nullptr;
   Block* block = nullptr;
   unsigned index = 0;
+  std::deque<std::vector<PendingCopy>> copies{1};  // by group, the last not committed yet
 };
 
 struct Warp {
@@ -188,6 +196,8 @@ void fiber_main() {
   arrive_in_fiber();
   for (;;) {
     machine.body(machine.arguments);
+    wait_for_copies(0);
+    if (!machine.running->copies.back().empty()) fail("a thread ends with copies that it has not committed");
     Block* block = machine.running->block;
     ++block->finished;
     machine.idle.push_back(machine.running);
@@ -280,6 +290,18 @@ int lane() { return static_cast<int>(machine.running->index % warp_size); }
 void let_others_run() {
   machine.running->block->wake(machine.running);
   leave_fiber();
+}
+
+void start_copy(void* shared, const void* global, size_t bytes) {
+  if (reinterpret_cast<uintptr_t>(shared) % bytes != 0 || reinterpret_cast<uintptr_t>(global) % bytes != 0)
+    fail("a copy to or from what is no multiple of its size");
+  machine.running->copies.back().push_back({shared, global, bytes});
+}
+void commit_copies() { machine.running->copies.emplace_back(); }
+void wait_for_copies(int groups) {
+  auto& copies = machine.running->copies;
+  for (; copies.size() > static_cast<size_t>(groups) + 1; copies.pop_front())
+    for (const PendingCopy& copy : copies.front()) std::memcpy(copy.to, copy.from, copy.bytes);
 }
 
 void wait_for_block() {
