@@ -3,6 +3,7 @@
 from dynloss_ext import _extension as _extension
 from dynloss_ext import reference
 from dynloss_ext.eigen import ConvergenceWarning, EigenResult, EigenTracker, eigsh
+from dynloss_ext.graphs import CapturedHessian, CapturedStep, DeviceRecords
 from dynloss_ext.hessian import GaussNewtonOperator, HessianOperator
 from dynloss_ext.instability import (
     Instability,
@@ -20,7 +21,10 @@ from dynloss_ext.spectrum import Estimate, SpectralDensity, spectral_density, tr
 __version__ = "0.1.0"
 
 __all__ = [
+    "CapturedHessian",
+    "CapturedStep",
     "ConvergenceWarning",
+    "DeviceRecords",
     "DynamicCrossEntropyLoss",
     "EigenResult",
     "EigenTracker",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,8 +21,20 @@ __all__ = ["CurvatureOperator", "GaussNewtonOperator", "HessianOperator"]
 Made = TypeVar("Made", bound="CurvatureOperator")
 
 
+class Source(Protocol):
+    """What is behind an operator."""
+
+    size: int
+
+    def operator(self) -> _C.SymmetricOperator:
+        """What the driver calls."""
+
+    def fail(self, error: Exception) -> None:
+        """A product cannot be asked for, by this error: tells whoever waits for it."""
+
+
 class _Recorded:
-    """A matrix behind a recorded graph; `BatchSums` answers the same questions."""
+    """A matrix behind a recorded graph."""
 
     def __init__(self, op: _C.SymmetricOperator) -> None:
         self._op, self.size = op, op.size
@@ -44,14 +56,14 @@ class CurvatureOperator:
         device: likewise.
     """
 
-    def __init__(self, source: _Recorded | BatchSums, like: Tensor) -> None:
+    def __init__(self, source: Source, like: Tensor) -> None:
         self._source = source
         self.shape = (source.size, source.size)
         self.dtype = like.dtype
         self.device = like.device
 
     @classmethod
-    def _of(cls: type[Made], source: _Recorded | BatchSums, like: Tensor) -> Made:
+    def _of(cls: type[Made], source: Source, like: Tensor) -> Made:
         made = cls.__new__(cls)
         CurvatureOperator.__init__(made, source, like)
         return made
