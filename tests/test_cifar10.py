@@ -441,6 +441,33 @@ def test_shards_are_the_parts_of_the_global_batch(num_shards: int) -> None:
         assert max(sizes) - min(sizes) <= 1
 
 
+@pytest.mark.parametrize(
+    ("batch_size", "options"),
+    [(10, {}), (10, {"augment": True}), (10, {"shuffle": False}), (10, {"seed": [1, 2], "augment": True}), (None, {}),
+     (None, {"augment": True}), (23, {})],
+    ids=str,
+)  # fmt: skip
+def test_a_batch_is_the_same_for_a_step_that_lies_on_the_device(batch_size, options) -> None:
+    plain, batches = (Batches(numbered(23), batch_size, **options) for _ in range(2))
+    step = torch.zeros((), dtype=torch.int64)
+    for number in (0, 1, 2, 3, 8, 2):
+        step.fill_(number)
+        batches.begin(number)
+        for shard in range(3):
+            expected, actual = plain.get(number, shard, 3), batches.get_at(step, plain.size(number), shard, 3)
+            assert torch.equal(actual.images, expected.images)
+            assert torch.equal(actual.labels, expected.labels)
+
+
+def test_the_order_of_every_epoch_lies_in_the_same_place() -> None:
+    batches = Batches(numbered(23), 5, augment=True)
+    places = set()
+    for step in range(0, 20, 5):
+        batches.begin(step)
+        places.add(tuple(tensor.data_ptr() for tensor in (batches._order, batches._flip, batches._move)))
+    assert len(places) == 1  # which a graph has noted
+
+
 def test_full_batch_is_the_whole_split_in_file_order() -> None:
     split = synthetic_cifar10(2, 1).train
     batches = Batches(split, dtype=torch.float64)

@@ -24,7 +24,7 @@ TRAINING = (
     *("epochs", "batch-size", "shards", "lr", "schedule", "peak-epoch", "final-lr"),
     *("momentum", "nesterov", "weight-decay", "sync-batchnorm"),
     *("validate-every", "eig-every", "num-eigenvalues", "eig-images", "eig-batch", "eig-tol"),
-    *("precision", "channels-last", "compile", "deterministic", "checkpoint-every", "tensorboard"),
+    *("precision", "channels-last", "compile", "deterministic", "graphs", "checkpoint-every", "tensorboard"),
 )
 SPIRAL = (
     *("steps", "amplitude", "period", "closed", "stop-step", "lr", "init", "width", "points", "classes", "noise"),
@@ -51,7 +51,7 @@ def test_help_names_these_options_and_no_others(script: ModuleType, capsys: Any)
     with pytest.raises(SystemExit):
         script.main(["--help"])
     shown = set(re.findall(r"^[│ ]+--([a-z][a-z-]*)", capsys.readouterr().out, re.MULTILINE))
-    presets = set() if script is spiral_mlp else {"preset"}
+    presets = set() if script is spiral_mlp else {"preset", "fast"}  # other defaults, recorded as what they stand for
     assert shown == {*OPTIONS[script], *presets}
     assert tuple(name.replace("_", "-") for name in parse_or_default(script).as_dict()) == OPTIONS[script]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import random
@@ -10,6 +11,8 @@ import socket
 import subprocess
 import sys
 import time
+import types
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +22,13 @@ import torch
 import torch.nn.functional as F
 
 import dynloss_ext
-from common.config import TrainingConfig
+from common import training as training_module
+from common.config import TrainingConfig, parse_options
 from common.data import Batches, load_data
 from common.distributed import World
-from common.run import RunFolder
+from common.run import RunFolder, changed_options
 from common.training import Training, build_model, learning_rate, train
+from dynloss_ext import graphs
 
 EXAMPLES = Path(__file__).parent.parent / "python_examples"
 PACKAGES = Path(dynloss_ext.__file__).parent.parent  # first in the path: the working folder could hide the package
@@ -272,6 +277,113 @@ def test_data_that_is_not_there_is_refused_before_anything_is_written(
     with pytest.raises(ValueError, match=f"--data: expected an existing folder with CIFAR-10 .*, got {got}"):
         train(config)
     assert list(tmp_path.iterdir()) == []
+
+
+# --- whole steps in graphs ------------------------------------------------------------------------
+
+
+class PretendedStage(graphs._Stage):
+    """A device whose graphs are plain calls, and whose captures compute nothing."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.replays = 0
+
+    def call(self, work: Any) -> Any:
+        return work()
+
+    def watch(self, work: Any) -> str | None:
+        work()
+        return None
+
+    def capture(self, work: Any, pool: Any = None) -> Any:
+        return types.SimpleNamespace(replay=work), None
+
+
+def test_replayed_steps_train_as_plain_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two sizes of batches, rows read in blocks, and a resume that knows of none of it."""
+    options: dict[str, Any] = {
+        "batch_size": 25, "augment": True, "batchnorm": True, "momentum": 0.9, "schedule": "cosine",
+        "epochs": 8, "eig_every": 5, "checkpoint_every": 7,
+    }  # fmt: skip
+    plain = run(small(tmp_path / "plain", **options))
+    monkeypatch.setattr(graphs, "_Stage", PretendedStage)
+    monkeypatch.setattr(graphs, "_obstacle", lambda device, capture: None)
+    monkeypatch.setattr(training_module, "_BLOCK", 5)
+    monkeypatch.setattr(Training, "_obstacle_to_graphs", lambda self: None)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    config = small(tmp_path / "replayed", **options)
+    replayed = run(config)
+    assert RunFolder(config.out).read_summary()["graph_fallback"] is None
+    for name in plain:
+        np.testing.assert_array_equal(replayed[name], plain[name], err_msg=name)
+    training = Training(config, load_data(config), CPU)
+    for _ in range(12):
+        training.update()
+    assert all(step.captured for step in training._captured.values())
+    assert sorted(training._captured) == [10, 25]
+    state = copy.deepcopy(training.state_dict())
+    expected = [training.update() or training.newest() for _ in range(3)]
+    training.load_state_dict(state)
+    assert training._captured == {}  # they hold the momenta of before
+    assert torch.equal(torch.stack([training.update() or training.newest() for _ in range(3)]), torch.stack(expected))
+
+
+def test_learning_rates_that_lie_on_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on CUDA: SGD's fused kernel with one of a block of rates; across blocks, and a resume in the middle of one."""
+    monkeypatch.setattr(training_module, "_BLOCK", 5)
+    options: dict[str, Any] = {"precision": "float32", "momentum": 0.9, "nesterov": True, "weight_decay": 1e-3}
+    config = small(tmp_path / "run", schedule="cosine", batch_size=25, **options)
+    plain, device = (Training(config, load_data(config), CPU) for _ in range(2))
+    device.optimizer.param_groups[0]["fused"] = True
+    device._rates = torch.zeros(5)
+    for step in range(13):
+        for training in (plain, device):
+            training.update()
+        torch.testing.assert_close(device.newest(), plain.newest(), rtol=1e-5, atol=1e-6, equal_nan=True)
+        rate = device._rates[step % 5].item()
+        assert rate == pytest.approx(device.learning_rate(step))
+        assert device.optimizer.param_groups[0]["lr"] == plain.optimizer.param_groups[0]["lr"]
+        if step == 7:
+            device.load_state_dict(copy.deepcopy(plain.state_dict()))
+            assert device.optimizer.param_groups[0]["fused"]
+    for a, b in zip(device.parameters, plain.parameters, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_the_summary_says_why_steps_are_plain_calls(tmp_path: Path) -> None:
+    config = small(tmp_path / "run")
+    run(config)
+    assert RunFolder(config.out).read_summary()["graph_fallback"] == "there are no CUDA graphs on a cpu"
+    assert RunFolder(config.out).read_config()["graphs"] is True
+
+
+@pytest.mark.parametrize(
+    ("changes", "size", "reason"),
+    [
+        ({"graphs": False, "precision": "float32"}, 1, "--no-graphs"),
+        ({"precision": "float32"}, 2, "several processes sum their gradients"),
+        ({}, 1, "--precision float64 has its learning rate on the host"),
+        ({"precision": "bfloat16"}, 1, None),
+    ],
+)
+def test_obstacles_to_graphs(tmp_path: Path, changes: dict[str, Any], size: int, reason: str | None) -> None:
+    config = small(tmp_path / "run", **changes)
+    rates = None if config.precision == "float64" else torch.zeros(1)
+    world = types.SimpleNamespace(device=torch.device("cuda"), size=size)
+    stand_in = types.SimpleNamespace(config=config, world=world, _rates=rates)
+    assert Training._obstacle_to_graphs(stand_in) == reason
+
+
+def test_fast_stands_for_other_defaults(tmp_path: Path) -> None:
+    def parse(*argv: str) -> TrainingConfig:
+        return parse_options(TrainingConfig(), "A test.", ["--synthetic", "--out", str(tmp_path), *argv])
+
+    fast = parse("--fast")
+    assert (fast.precision, fast.channels_last, fast.deterministic) == ("bfloat16", True, False)
+    assert parse("--fast", "--precision", "tf32").precision == "tf32"
+    assert "fast" not in fast.as_dict()
+    assert not changed_options(fast, replace(fast, fast=False).as_dict())
+    assert parse().precision == "float32"
 
 
 # --- resume ---------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import sys
 import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import tyro
 
@@ -32,11 +32,14 @@ def parse_options(
         default: what counts for an option that is not given.
         description: `--help` shows its first line.
         argv: the arguments; None: those of the program.
-        presets: instances that `--preset` puts in the place of `default`; options given beside it win.
+        presets: instances that `--preset` puts in the place of `default`; options given beside it win, and beside
+            `--fast`, which stands for `FAST` of the options.
     """
     program, arguments = Path(sys.argv[0]).name, list(sys.argv[1:] if argv is None else argv)
     first = _what_decides_on_defaults(arguments)
     preset = (presets or {}).get(first.preset, default)
+    if first.fast:
+        preset = dataclasses.replace(preset, **preset.FAST)
     try:
         start = preset
         if first.resume:
@@ -60,9 +63,10 @@ def parse_options(
 
 
 def _what_decides_on_defaults(arguments: Sequence[str]) -> argparse.Namespace:
-    """`--preset`, `--resume` and `--out`, read before tyro can know the defaults of all options, and check them."""
+    """`--preset`, `--fast`, `--resume`, `--out`: read before tyro knows the defaults of all options."""
     reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     reader.add_argument("--preset")
+    reader.add_argument("--fast", action=argparse.BooleanOptionalAction)
     reader.add_argument("--resume", action=argparse.BooleanOptionalAction)
     reader.add_argument("--out", type=Path)
     return reader.parse_known_args(arguments)[0]
@@ -136,11 +140,14 @@ class TrainingConfig(BaseConfig):
     channels_last: bool = False  # channels-last memory format
     compile: bool = False  # compile the network with torch.compile
     deterministic: bool = True  # the same bits on every run, also on CUDA (slower there)
+    graphs: bool = True  # on CUDA: replay whole steps as CUDA graphs
+    fast: bool = False  # other defaults for these: bfloat16, channels-last, not deterministic
     # running
     checkpoint_every: int = 1000  # steps between checkpoints
     tensorboard: bool = False  # also write TensorBoard events into --out/tensorboard
 
-    MAY_CHANGE = BaseConfig.MAY_CHANGE | {"data", "download", "checkpoint_every", "tensorboard"}
+    MAY_CHANGE = BaseConfig.MAY_CHANGE | {"data", "download", "graphs", "checkpoint_every", "tensorboard"}
+    FAST: ClassVar[Mapping[str, object]] = {"precision": "bfloat16", "channels_last": True, "deterministic": False}
 
     def __post_init__(self) -> None:
         for name in ("width", "widen", "epochs", "num_eigenvalues", "checkpoint_every", "peak_epoch"):

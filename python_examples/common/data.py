@@ -182,6 +182,12 @@ def synthetic_cifar10(train_per_class: int = 500, test_per_class: int = 100, see
     return Dataset(split(train_per_class), split(test_per_class))
 
 
+def copy_to_device_(place: Tensor, values: Tensor) -> None:
+    """Writes values that are on the host into a tensor; the host does not wait for a device."""
+    pinned = place.is_cuda and values.numel() > 0
+    place.copy_(values.pin_memory() if pinned else values, non_blocking=True)
+
+
 @dataclass(frozen=True)
 class Batch:
     """images: (B, 3, 32, 32), normalised, in the floating type asked for; labels: (B,) int64.  Or (E, B, ...)."""
@@ -232,6 +238,7 @@ class Batches:
         self._shift = (-mean / std).to(device, dtype)
         self._channel = torch.arange(3, device=device).view(1, 3, 1, 1)
         self._pixel = torch.arange(split.images.shape[-1], device=device)
+        self._places = torch.arange(self.batch_size, device=device)
         self._memory_format = memory_format
         self._epoch = -1
         self._order = self._flip = self._move = torch.empty(0)
@@ -247,13 +254,34 @@ class Batches:
 
     def get(self, step: int, shard: int = 0, num_shards: int = 1) -> Batch:
         """Shard `shard` of the global batch of step `step`; shards differ by one image at most."""
-        epoch, position = divmod(step, self.per_epoch)
-        first, size = position * self.batch_size, self.size(step)
-        rows = slice(first + shard * size // num_shards, first + (shard + 1) * size // num_shards)
+        self.begin(step)
+        first, rows = step % self.per_epoch * self.batch_size, self._part(self.size(step), shard, num_shards)
+        return self._cut(slice(first + rows.start, first + rows.stop))
+
+    def begin(self, step: int) -> None:
+        """Draws the random choices of this step's epoch, unless it has; in place, where `get_at` looks for them."""
+        epoch = step // self.per_epoch
+        if epoch != self._epoch and (self.shuffle or self.augment):
+            self._draw(epoch)
+
+    def get_at(self, step: Tensor, size: int, shard: int = 0, num_shards: int = 1) -> Batch:
+        """`get` for a step that is kept on the device, of a global batch of `size` images, after `begin`.
+
+        Nothing goes to the device or comes from there, so a CUDA graph may hold it.
+        """
+        rows = self._part(size, shard, num_shards)
+        if self.per_epoch == 1:
+            return self._cut(rows)
+        first = step % self.per_epoch * self.batch_size
+        return self._cut(first + self._places[rows])
+
+    def _part(self, size: int, shard: int, num_shards: int) -> slice:
+        return slice(shard * size // num_shards, (shard + 1) * size // num_shards)
+
+    def _cut(self, rows: slice | Tensor) -> Batch:
+        """The images in these places of the epoch's order."""
         if not self.shuffle and not self.augment:
             return self.normalise(self.split.images[rows], self.split.labels[rows])
-        if epoch != self._epoch:
-            self._draw(epoch)
         index = self._order[..., rows]
         images = self._crop(index, rows) if self.augment else self.split.images[index]
         return self.normalise(images, self.split.labels[index])
@@ -268,7 +296,11 @@ class Batches:
         seeds = [self.seed] if isinstance(self.seed, int) else self.seed
         draws = zip(*[self._draw_one(seed, epoch) for seed in seeds], strict=True)
         tensors = [choice[0] if isinstance(self.seed, int) else torch.stack(choice) for choice in draws]
-        self._order, self._flip, self._move = (tensor.to(self.split.images.device) for tensor in tensors)
+        if self._epoch < 0:
+            self._order, self._flip, self._move = (tensor.to(self.split.images.device) for tensor in tensors)
+        else:
+            for place, tensor in zip((self._order, self._flip, self._move), tensors, strict=True):
+                copy_to_device_(place, tensor)
         self._epoch = epoch
 
     def _draw_one(self, seed: int, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -283,7 +315,7 @@ class Batches:
         move = torch.randint(-CROP_MARGIN, CROP_MARGIN + 1, (2, count), generator=generator)
         return order, flip, move.T
 
-    def _crop(self, index: Tensor, rows: slice) -> Tensor:
+    def _crop(self, index: Tensor, rows: slice | Tensor) -> Tensor:
         """Gathers, moves and mirrors in one indexing operation, without a padded copy."""
         down, right = self._move[..., rows, :].unsqueeze(-2).unbind(-1)
         column = torch.where(self._flip[..., rows, None], self._pixel.flip(0), self._pixel)

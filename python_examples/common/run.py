@@ -47,6 +47,7 @@ class BaseConfig:
     resume: bool = False  # continue the run in --out exactly where it stopped
 
     MAY_CHANGE: ClassVar[frozenset[str]] = frozenset({"out", "device", "resume"})  # without making it another run
+    FAST: ClassVar[Mapping[str, Any]] = {}  # what `--fast` stands for, where there is this option
 
     def require(self, name: str, holds: bool, expected: str) -> None:
         """Raises a ValueError about the option `name` unless it `holds`."""
@@ -58,9 +59,8 @@ class BaseConfig:
         """Raises a ValueError unless there is the data that the options ask for; presets need not have any."""
 
     def as_dict(self) -> dict[str, Any]:
-        """In JSON's types, and with what `--preset` stands for instead of its name."""
-        values = dataclasses.asdict(self)
-        values.pop("preset", None)
+        """In JSON's types, and with what `--preset` and `--fast` stand for instead of their names."""
+        values = {name: value for name, value in dataclasses.asdict(self).items() if name not in ("preset", "fast")}
         return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
 

@@ -3,6 +3,9 @@
 Row i of the metrics is taken after update i, with the weights of step i + 1: it is what the forward pass of
 update i + 1 sees anyway, on that update's batch.  So measuring costs no pass of its own but one at the end.
 
+On CUDA an update is one launch: `Training._advance` is captured in a CUDA graph and replayed, so what changes from step
+to step lies on the device: the step, the order of the images, the learning rates, the rows.
+
 An ensemble is one network that gives (E, N, C) logits: then a loss is (E,) and a row (E, 3).
 """
 
@@ -13,6 +16,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,16 +27,17 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from common.config import TrainingConfig
-from common.data import IMAGE_BYTES, Batch, Batches, Dataset, load_data
+from common.data import IMAGE_BYTES, Batch, Batches, Dataset, copy_to_device_, load_data
 from common.distributed import World, join_world
 from common.models import Ensemble, mlp, myrtle5, num_parameters, wide_resnet
 from common.run import EventLog, GracefulStop, RunFolder, Table, load_state, open_run, resolve_device, state_of
 from common.tracking import CurvatureTracker, full_precision, hessian_of_batches
-from dynloss_ext import Oscillation, dynamic_cross_entropy
+from dynloss_ext import CapturedStep, DeviceRecords, Oscillation, dynamic_cross_entropy
 from dynloss_ext.instability import stability_limit
 
 _TICK = 1.0  # seconds between two looks at the device, which each wait for it
 _VALIDATION_BATCH = 1000
+_BLOCK = 512  # steps whose rows, and whose learning rates, lie on the device
 _AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -70,12 +75,14 @@ def train(config: TrainingConfig, members: Sequence[TrainingConfig] = ()) -> lis
                 _save(training, output)  # from here on --resume has something to continue
             while training.step < training.num_steps and not training.diverged:
                 training.update()
+                if reason := training.new_fallback():
+                    _tell(world, f"steps are plain calls, not CUDA graphs: {reason}")
                 training.measure()
                 at_checkpoint = training.step % config.checkpoint_every == 0
                 if at_checkpoint:
-                    training.diverged = not training.newest[..., 0].isfinite().any()  # not one network is left
+                    training.diverged = not training.newest()[..., 0].isfinite().any()  # not one network is left
                     _save(training, output)
-                if bar.update() and len(training.rows):
+                if bar.update() and training.step > 1:
                     bar.set_postfix(training.newest_figures(), refresh=False)
                 # Several processes vote at checkpoints only, as a vote costs a synchronisation.
                 if (world.size == 1 or at_checkpoint) and world.any(stop.requested):
@@ -191,22 +198,44 @@ class Training:
         self.model = self._place(model)
         self.network: Callable[[Tensor], Tensor] = torch.compile(self.model) if config.compile else self.model
         self.parameters = list(self.model.parameters())
+        # SGD's fused kernel reads its learning rate on the device, in float32.
+        on_device = world.device.type == "cuda" and parameter_dtype(config) == torch.float32
         self.optimizer = torch.optim.SGD(
             self.parameters,
             lr=config.lr,
             momentum=config.momentum,
             nesterov=config.nesterov,
             weight_decay=config.weight_decay,
+            fused=True if on_device else None,
         )
+        self._rates = torch.zeros(_BLOCK, device=world.device) if on_device else None
+        self._rates_from = -1  # the step of the first of them
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.precision == "float16")
         self.curvature = CurvatureTracker(config.num_eigenvalues, config.eig_tol, self.oscillation)
         self.hessian_batches = self._hessian_batches() if config.eig_every and world.is_main else []
         self.step = 0
         self.diverged = False
         self.seconds = {"training": 0.0, "eigenvalues": 0.0, "validation": 0.0, "cpu": 0.0}  # wall time; all threads
+        self.clock = torch.zeros((), dtype=torch.int64, device=world.device)  # `step`, for the loss and the batches
         self.rows = Table("metrics")
-        self.newest = self._no_metrics().fill_(torch.nan)
+        self.records = DeviceRecords(_BLOCK, (*self.shape, 3), dtype=parameter_dtype(config), device=world.device)
+        self._unread = 0  # rows that are in `records` yet
+        self._newest = torch.full((*self.shape, 3), torch.nan)
         self.validation_rows = Table("step", "loss", "accuracy")
+        self._obstacle = self._obstacle_to_graphs()
+        self._captured: dict[int, CapturedStep] = {}  # by the size of the batch
+        self._pool = torch.cuda.graph_pool_handle() if self._obstacle is None else None
+        self._told = world.device.type != "cuda"  # whether the reason of plain calls is known to the user
+
+    def _obstacle_to_graphs(self) -> str | None:
+        """Why steps cannot be replayed, as far as is known beforehand."""
+        if self.world.device.type != "cuda":
+            return f"there are no CUDA graphs on a {self.world.device.type}"
+        if not self.config.graphs:
+            return "--no-graphs"
+        if self.world.size > 1:
+            return "several processes sum their gradients"
+        return "--precision float64 has its learning rate on the host" if self._rates is None else None
 
     def _own_shards(self) -> range:
         """This process's part of the batch's shards."""
@@ -240,26 +269,59 @@ class Training:
     def update(self) -> None:
         """One step of gradient descent on F at the current step's weights."""
         with self._timed("training"):
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.learning_rate(self.step)
-            self.optimizer.zero_grad(set_to_none=True)
-            metrics = self._forward_backward()
-            gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-            self.world.sum_([*gradients, metrics])
-            if self.step > 0:
-                self._append(metrics)
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
+            self.batches.begin(self.step)
+            self._set_rate()
+            self._step_on(self.batches.size(self.step)).run()
             self.step += 1
+            self._unread += 1
+        if self._unread == _BLOCK:
+            self.collect()
 
-    def _forward_backward(self) -> Tensor:
+    def _set_rate(self) -> None:
+        """Tells the optimizer its learning rate: as a number, and on the device as one of a block."""
+        self.optimizer.param_groups[0]["lr"] = self.learning_rate(self.step)
+        first = self.step - self.step % _BLOCK
+        if self._rates is not None and first != self._rates_from:
+            copy_to_device_(self._rates, torch.tensor([self.learning_rate(first + i) for i in range(_BLOCK)]))
+            self._rates_from = first
+
+    def _step_on(self, size: int) -> CapturedStep:
+        """Steps on batches of this size: an epoch may have two sizes, and a graph has one."""
+        if size not in self._captured:
+            capture, step = self._obstacle is None, partial(self._advance, size)
+            warmup = 2 if self._captured else 3  # a second size finds most of what is made once
+            self._captured[size] = CapturedStep(
+                step, self.world.device, warmup=warmup, capture=capture, pool=self._pool
+            )
+        return self._captured[size]
+
+    def _advance(self, size: int) -> None:
+        """What a graph holds of an update: it neither reads from the device nor writes to it from the host."""
+        self.optimizer.zero_grad(set_to_none=True)
+        metrics = self._forward_backward(size)
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        self.world.sum_([*gradients, metrics])
+        self.records.append(metrics)
+        self._descend()
+        self.clock.add_(1)
+
+    def _descend(self) -> None:
+        (group,) = self.optimizer.param_groups
+        number = group["lr"]
+        if self._rates is not None:
+            place = (self.clock % _BLOCK).view(1)  # without a dimension it would be read by the host
+            group["lr"] = self._rates.index_select(0, place).squeeze(0)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        group["lr"] = number
+
+    def _forward_backward(self, size: int) -> Tensor:
         """Accumulates this process's part of the gradient; returns its part of (F, loss, accuracy)."""
-        total = self.batches.size(self.step)
         metrics = self._no_metrics()
         for shard in self.shards:
-            batch = self.batches.get(self.step, shard, self.num_shards)
+            batch = self.batches.get_at(self.clock, size, shard, self.num_shards)
             if len(batch.labels):
-                weighted = self._forward(batch, self.network, total, metrics)
+                weighted = self._forward(batch, self.network, size, metrics)
                 torch.autograd.backward(self.scaler.scale(weighted))
         if self.parameters[0].grad is None:  # not one image for this process, but it takes part in the sum
             for parameter in self.parameters:
@@ -273,7 +335,7 @@ class Training:
         """
         with self._autocast():
             logits = network(batch.images)
-            share = dynamic_cross_entropy(logits, batch.labels, self.oscillation, self.step, reduction="sum")
+            share = dynamic_cross_entropy(logits, batch.labels, self.oscillation, self.clock, reduction="sum")
             weighted = share / total
         with torch.no_grad():
             plain = _loss_and_correct(logits.to(metrics.dtype), batch.labels)
@@ -283,9 +345,33 @@ class Training:
     def _no_metrics(self) -> Tensor:
         return torch.zeros(*self.shape, 3, dtype=parameter_dtype(self.config), device=self.world.device)
 
-    def _append(self, metrics: Tensor) -> None:
-        self.newest = metrics
-        self.rows.append(metrics=metrics)
+    def collect(self) -> None:
+        """Moves the rows that the steps have left on the device into the table; waits for the device."""
+        if self._unread:
+            with self._timed("training"):
+                rows = self.records.read()
+            if self.step == self._unread:
+                rows = rows[1:]  # step 0 saw the network before any update
+            if len(rows):
+                self.rows.extend(metrics=rows)
+                self._newest = rows[-1]
+            self._unread = 0
+
+    def newest(self) -> Tensor:
+        """The newest row, (..., 3); NaN before the first."""
+        self.collect()
+        return self._newest
+
+    def fallback(self) -> str | None:
+        """Why steps are plain calls; None where they are replayed."""
+        reasons = [step.fallback for step in self._captured.values()]
+        return self._obstacle or next(filter(None, reasons), None)
+
+    def new_fallback(self) -> str | None:
+        """The same, once, and nothing where nobody would expect a graph."""
+        reason = None if self._told else self.fallback()
+        self._told = self._told or reason is not None
+        return reason
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         dtype = _AUTOCAST.get(self.config.precision)
@@ -328,6 +414,7 @@ class Training:
     @torch.no_grad()
     def measure_last_row(self) -> None:
         """The last row: the forward pass of an update that is not made; BatchNorm's statistics stay."""
+        self.collect()
         if len(self.rows) >= self.step:
             return
         metrics = self._no_metrics()
@@ -342,7 +429,7 @@ class Training:
             if len(batch.labels):
                 self._forward(batch, network, self.batches.size(self.step), metrics)
         self.world.sum_([metrics])
-        self._append(metrics)
+        self.rows.append(metrics=metrics)
 
     @contextlib.contextmanager
     def _timed(self, what: str) -> Iterator[None]:
@@ -375,7 +462,7 @@ class Training:
 
     def newest_figures(self) -> dict[str, str]:
         """For the progress bar; waits for the device."""
-        weighted, loss, accuracy = self.newest.reshape(-1, 3).mean(0).tolist()
+        weighted, loss, accuracy = self.newest().reshape(-1, 3).mean(0).tolist()
         figures = {"F": f"{weighted:.4f}", "loss": f"{loss:.4f}", "acc": f"{accuracy:.3f}"}
         if len(self.curvature.rows):
             figures["λ"] = f"{self.curvature.latest:.2f}"
@@ -390,6 +477,7 @@ class Training:
 
     def metrics(self) -> list[dict[str, NDArray[Any]]]:
         """Of each network the columns of metrics.npz: those of every run folder, and the validation's."""
+        self.collect()
         count, steps = self.num_networks, np.arange(len(self.rows))
         rows = self.rows.arrays()["metrics"].astype(np.float64).reshape(len(steps), count, 3)
         weights = self.oscillation.weights(torch.from_numpy(steps + 1)).numpy()
@@ -424,6 +512,7 @@ class Training:
             "seconds": {what: seconds / self.num_networks for what, seconds in self.seconds.items()},
             "networks_at_once": self.num_networks,
             "images_per_second": self._images() / self.seconds["training"],
+            "graph_fallback": self.fallback(),
             "processes": self.world.size,
             "device": torch.cuda.get_device_name(device) if on_cuda else f"cpu, {torch.get_num_threads()} threads",
             "torch": torch.__version__,
@@ -431,12 +520,19 @@ class Training:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything the next step depends on.  The data order and the learning rate follow from the step."""
+        self.collect()
         cuda = self.world.device.type == "cuda"
         rng = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if cuda else None}
         return state_of(self, self.STATE) | {"rng": rng}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        kernels = {name: self.optimizer.param_groups[0][name] for name in ("fused", "foreach")}
         load_state(self, {name: state[name] for name in self.STATE})
+        self.optimizer.param_groups[0].update(kernels)  # those of this device, not of the checkpoint's
+        self.clock.fill_(self.step)
+        self.records.read()  # of the steps that are forgotten now
+        self._unread, self._rates_from = 0, -1
+        self._captured.clear()  # the optimizer has other tensors now
         torch.set_rng_state(state["rng"]["cpu"].cpu())
         if state["rng"]["cuda"] is not None and self.world.device.type == "cuda":
             torch.cuda.set_rng_state(state["rng"]["cuda"].cpu())
