@@ -1,7 +1,8 @@
 """The paper's Fig. 4 (supplementary Fig. 1): a small network on spirals under the dynamical loss.
 
 Full-batch gradient descent on 300 points; the class weights oscillate with period T and amplitude A; the
-largest Hessian eigenvalues are tracked along the way. Writes a run folder, see `common/run.py`.
+largest Hessian eigenvalues are tracked along the way. Writes a run folder, see `common/run.py`. On CUDA a step is one
+launch, and so is a Hessian product.
 
     python python_examples/spiral_mlp.py --out runs/spiral
 """
@@ -11,10 +12,11 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from numpy.typing import NDArray
@@ -27,6 +29,9 @@ from common.run import BaseConfig, GracefulStop, RunFolder, Table, load_state, o
 from common.spiral import INITIALISATIONS, SpiralMLP, load_initial_values, spiral_data
 from common.tracking import CurvatureTracker
 from dynloss_ext import (
+    CapturedHessian,
+    CapturedStep,
+    DeviceRecords,
     HessianOperator,
     Oscillation,
     dynamic_cross_entropy,
@@ -38,6 +43,7 @@ from dynloss_ext import (
 )
 
 Gradients = tuple[Tensor, ...]
+Operator = TypeVar("Operator", HessianOperator, CapturedHessian)
 
 BLOCK = 500  # steps between two looks at the metrics: one host synchronisation and one progress update
 
@@ -67,9 +73,10 @@ class SpiralConfig(BaseConfig):
     density_every: int = 0  # steps between two spectral densities, a multiple of --eig-every; 0 for none
     rule: Literal["loss", "lambda"] = "loss"  # what marks an instability
     threads: int = 1  # CPU threads (more do not pay for so small a network)
+    graphs: bool = True  # on CUDA: replay whole steps and products as CUDA graphs
     checkpoint_every: int = 10_000  # steps between two checkpoints
 
-    MAY_CHANGE = BaseConfig.MAY_CHANGE | {"steps", "rule", "checkpoint_every"}
+    MAY_CHANGE = BaseConfig.MAY_CHANGE | {"steps", "rule", "graphs", "checkpoint_every"}
 
     def __post_init__(self) -> None:
         for name in ("steps", "period", "width", "points", "num_eigenvalues", "threads", "checkpoint_every"):
@@ -112,12 +119,21 @@ class SpiralRun:
         self.density_rows = Table("density_step", "density_grid", "density", "density_stderr")
         self._loss: list[Tensor] = []
         self._logits: list[Tensor] = []
+        self.on_device = device.type == "cuda" and config.graphs
+        self.clock = torch.zeros((), dtype=torch.int64, device=device)  # `step`, for what is captured
+        self.records = DeviceRecords(BLOCK, (3,), dtype=dtype, device=device)
+        self._unread = 0  # rows that are in `records` yet
+        self._replayed = CapturedStep(self._descend, device)
+        self._hessian: CapturedHessian | None = None
 
     def advance(self) -> None:
         """One update; the row before it is measured on the forward pass that the update needs anyway.
 
         Plain gradient descent, written out: an optimizer object would take a tenth of the step.
         """
+        if self.on_device:
+            self._advance_on_device()
+            return
         logits, gradient, gradients = self._forward()
         if gradients is None:
             gradients = torch.autograd.grad(logits, self.params, gradient)
@@ -132,6 +148,11 @@ class SpiralRun:
 
     def collect(self) -> None:
         """Move the finished rows into the table; accuracy and plain loss are computed for all at once."""
+        if self._unread:
+            row = self.step - self._unread - 1  # of the first: none at step 0, known already in a run that is extended
+            weighted, plain, accuracy = self.records.read()[len(self.rows) - row :].unbind(1)
+            self.rows.extend(weighted_loss=weighted, loss=plain, accuracy=accuracy)
+            self._unread = 0
         if not self._loss:
             return
         logits = torch.stack(self._logits)  # (rows, N, C)
@@ -167,13 +188,55 @@ class SpiralRun:
         if row == len(self.rows) + len(self._loss):  # not so at step 0, nor when a finished run is extended
             self._loss.append(loss)
             self._logits.append(logits.detach())
-            if self.config.eig_every and row % self.config.eig_every == 0:
-                gradients = self._track_curvature(row, logits)
+            if self._eigenvalues_due(row):
+                hessian = self._track_curvature(row, partial(self._hessian_of, logits))
+                gradients = cast(Gradients, hessian.gradients)  # none is None: the loss uses every parameter
         return logits, gradient, gradients
 
-    def _track_curvature(self, row: int, logits: Tensor) -> Gradients:
+    def _advance_on_device(self) -> None:
+        """The same in as many launches as there are products, and one more."""
+        if self._unread == 0:
+            self.clock.fill_(self.step)
+        row = self.step - 1
+        if row >= len(self.rows) and self._eigenvalues_due(row):
+            self._track_curvature(row, self._replayed_hessian)
+        self._replayed.run()
+        self.step += 1
+        self._unread += 1
+
+    def _descend(self) -> None:
+        """What a CUDA graph holds of an update: with the row before it, which it measures."""
+        logits = self.model(self.inputs)
+        loss, gradient = loss_and_gradient(logits, self.target, self.oscillation, self.clock)
+        gradients = torch.autograd.grad(logits, self.params, gradient)
+        with torch.no_grad():
+            torch._foreach_add_(self.params, gradients, alpha=-self.config.lr)
+            plain = dynamic_cross_entropy(logits, self.target, self.no_oscillation, 0)
+            accuracy = (logits.argmax(-1) == self.target).to(loss.dtype).mean()
+            self.records.append(torch.stack([loss, plain, accuracy]))
+            self.clock.add_(1)
+
+    def _eigenvalues_due(self, row: int) -> bool:
+        return self.config.eig_every > 0 and row % self.config.eig_every == 0
+
+    def _hessian_of(self, logits: Tensor) -> HessianOperator:
+        return HessianOperator(dynamic_cross_entropy(logits, self.target, self.oscillation, self.step), self.params)
+
+    def _replayed_hessian(self) -> CapturedHessian:
+        def loss() -> Tensor:
+            return dynamic_cross_entropy(self.model(self.inputs), self.target, self.oscillation, self.clock)
+
+        if self._hessian is None:
+            self._hessian = CapturedHessian(loss, self.params)
+        return self._hessian.refresh()
+
+    def fallback(self) -> str | None:
+        """Why steps or products are plain calls; None where they are replayed."""
+        return self._replayed.fallback or (self._hessian.fallback if self._hessian else None)
+
+    def _track_curvature(self, row: int, make: Callable[[], Operator]) -> Operator:
         config, began = self.config, time.perf_counter()
-        hessian = HessianOperator(dynamic_cross_entropy(logits, self.target, self.oscillation, self.step), self.params)
+        hessian = make()
         also = {"ntk": ntk_eigenvalues(self.model, self.inputs[:50], k=1)[0]} if config.ntk else {}
         self.curvature.update(row, hessian, **also)
         if config.density_every and row % config.density_every == 0:
@@ -185,7 +248,7 @@ class SpiralRun:
                 density_stderr=spectrum.stderr,
             )
         self.eigen_seconds += time.perf_counter() - began
-        return cast(Gradients, hessian.gradients)  # none is None: the loss uses every parameter
+        return hessian
 
 
 def train(run: SpiralRun, folder: RunFolder) -> None:
@@ -224,6 +287,7 @@ def finish(run: SpiralRun, folder: RunFolder) -> dict[str, Any]:
         **{name: metrics[name][-1] for name in ("accuracy", "loss", "weighted_loss") if rows},
         "stability_limit": limit,
         **analysis.summary(),
+        "graph_fallback": run.fallback() if config.graphs else "--no-graphs",
         "seconds": run.seconds,
         "eigen_seconds": run.eigen_seconds,
         "eigen_updates": updates,

@@ -29,7 +29,7 @@ TRAINING = (
 SPIRAL = (
     *("steps", "amplitude", "period", "closed", "stop-step", "lr", "init", "width", "points", "classes", "noise"),
     *("data-seed", "dtype", "eig-every", "num-eigenvalues", "tol", "ntk", "density-every", "rule", "threads"),
-    "checkpoint-every",
+    *("graphs", "checkpoint-every"),
 )
 OPTIONS = {
     spiral_mlp: (*EVERY_RUN, *SPIRAL),

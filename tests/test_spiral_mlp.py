@@ -251,6 +251,28 @@ def test_an_extended_run_equals_an_uninterrupted_one(tmp_path):
     assert_same_metrics(parts, whole)
 
 
+@pytest.mark.parametrize("block", [500, 37])
+def test_the_way_for_graphs_records_the_same(tmp_path, monkeypatch, block):
+    """What a GPU replays, by plain calls: in blocks, with every kind of curvature, and extended."""
+    options = (*SMALL, "--eig-every", 5, "--density-every", 100, "--ntk")
+    plain, summary = run(tmp_path / "plain", *options)
+    init = spiral_mlp.SpiralRun.__init__
+
+    def on_device(self, config):
+        init(self, config)
+        self.on_device = True
+
+    monkeypatch.setattr(spiral_mlp, "BLOCK", block)
+    monkeypatch.setattr(spiral_mlp.SpiralRun, "__init__", on_device)
+    run(tmp_path / "replayed", *options, "--steps", 233)
+    replayed, again = run(tmp_path / "replayed", "--resume", "--steps", 400)
+    assert plain.keys() == replayed.keys()
+    for name, values in plain.items():
+        np.testing.assert_allclose(replayed[name], values, rtol=1e-6, atol=1e-7, err_msg=name)
+    assert again["eigen_updates"] == summary["eigen_updates"] == 80
+    assert summary["graph_fallback"] == "there are no CUDA graphs on a cpu"
+
+
 def test_a_run_cannot_be_cut_by_resuming_it(tmp_path):
     run(tmp_path / "run", *SMALL)
     before = {file.name: file.read_bytes() for file in (tmp_path / "run").iterdir()}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from common.data import Batch
 from common.run import Table
-from dynloss_ext import EigenTracker, HessianOperator, Oscillation, dynamic_cross_entropy
+from dynloss_ext import CapturedHessian, EigenTracker, HessianOperator, Oscillation, dynamic_cross_entropy
 
 
 class CurvatureTracker:
@@ -35,7 +35,7 @@ class CurvatureTracker:
         self.latest = math.nan  # λ_max of the newest row
         self._step = 0  # of the last update
 
-    def update(self, row: int, hessian: HessianOperator, **also: Any) -> None:
+    def update(self, row: int, hessian: HessianOperator | CapturedHessian, **also: Any) -> None:
         """Records the eigenvalues after update `row`, with the weights of step row + 1."""
         step = row + 1
         new_turn = not torch.equal(self.oscillation.turn(step), self.oscillation.turn(self._step))
