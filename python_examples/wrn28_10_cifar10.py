@@ -1,6 +1,7 @@
 """WRN-28-10 on CIFAR-10 under the dynamical loss (the training of supplementary Fig. 4).
 
     python python_examples/wrn28_10_cifar10.py --data DATA --out runs/wrn
+    python python_examples/wrn28_10_cifar10.py --data DATA --out runs/wrn --device cuda --fast
     torchrun --nproc-per-node 8 python_examples/wrn28_10_cifar10.py --data DATA --out runs/wrn
     python python_examples/wrn28_10_cifar10.py --data DATA --preset cpu --out runs/wrn
 

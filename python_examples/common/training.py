@@ -531,7 +531,7 @@ class Training:
         self.optimizer.param_groups[0].update(kernels)  # those of this device, not of the checkpoint's
         self.clock.fill_(self.step)
         self.records.read()  # of the steps that are forgotten now
-        self._unread, self._rates_from = 0, -1
+        self._unread = 0
         self._captured.clear()  # the optimizer has other tensors now
         torch.set_rng_state(state["rng"]["cpu"].cpu())
         if state["rng"]["cuda"] is not None and self.world.device.type == "cuda":
