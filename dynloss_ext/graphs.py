@@ -80,6 +80,8 @@ class CapturedStep:
         self._step = check_callable("step", step)
         self._warmup = check_count("warmup", warmup, 1)
         self._pool = pool
+        if not isinstance(device, (torch.device, str)):
+            raise TypeError(f"device: expected a torch.device or its name, got {type(device).__name__}")
         self._device = torch.device(device)
         self._graph: torch.cuda.CUDAGraph | None = None
         self.fallback = _obstacle(self._device, capture)

@@ -188,6 +188,7 @@ def test_plain_calls_for_a_comparison():
     ("error", "arguments", "message"),
     [
         (TypeError, {"step": 3}, "step: expected a callable, got int"),
+        (TypeError, {"device": None}, "device: expected a torch.device or its name, got NoneType"),
         (ValueError, {"warmup": 0}, "warmup: expected an int >= 1, got 0"),
         (TypeError, {"warmup": 2.0}, "warmup: expected an int, got float"),
     ],
