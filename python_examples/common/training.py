@@ -225,7 +225,7 @@ class Training:
         self._obstacle = self._obstacle_to_graphs()
         self._captured: dict[int, CapturedStep] = {}  # by the size of the batch
         self._pool = torch.cuda.graph_pool_handle() if self._obstacle is None else None
-        self._told = world.device.type != "cuda"  # whether the reason of plain calls is known to the user
+        self._told = world.device.type != "cuda" or not config.graphs  # whether the user knows why steps are plain
 
     def _obstacle_to_graphs(self) -> str | None:
         """Why steps cannot be replayed, as far as is known beforehand."""
