@@ -196,13 +196,6 @@ CHECK = (
         fixed=14,
     ),
     script(
-        "graphs",
-        f"{BENCHMARKS}/compare_graphs.py",
-        *("--device", "{device}", "--json", "{json}", "--seconds", "0.1"),
-        limit=45,
-        fixed=14,
-    ),
-    script(
         "spiral",
         f"{EXAMPLES}/spiral_mlp.py",
         *("--device", "{device}", "--out", "{run}", "--steps", "2000"),
