@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+ALL = ("exact", "tf32", "bfloat16")
+
 
 @pytest.fixture
 def compare_training(monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -29,7 +31,7 @@ def test_the_report_is_whole_after_every_turn(compare_training: Any, tmp_path: P
 
     def step() -> None:
         turns.append(list(json.loads(path.read_text())["images_per_second"]["wrn"]) if path.exists() else [])
-        if len(turns) == 11:  # three steps of each to warm up, two rounds, and one step of a third
+        if len(turns) == 17:  # six steps of each to warm up, two rounds, and one step of a third
             raise KeyboardInterrupt
 
     def contenders(*arguments: Any) -> dict[str, Any]:
@@ -40,8 +42,8 @@ def test_the_report_is_whole_after_every_turn(compare_training: Any, tmp_path: P
     monkeypatch.setattr(sys, "argv", command)
     with pytest.raises(KeyboardInterrupt):
         compare_training.main()
-    assert turns[:6] == [[]] * 6
-    assert turns[6:] == [[], ["plain"], ["plain", "ours"], ["plain", "ours"], ["plain", "ours"]]
+    assert turns[:12] == [[]] * 12
+    assert turns[12:] == [[], ["plain"], ["plain", "ours"], ["plain", "ours"], ["plain", "ours"]]
     report = json.loads(path.read_text())
     assert report["images_per_second"]["wrn"]["ours"]["to_plain"] > 0
     assert report["sizes"] == "paper"
@@ -54,14 +56,14 @@ def test_every_contender_is_compared_with_a_plain_loop_of_its_numerics(compare_t
     split = compare_training.Split(images, torch.arange(128) % 10)
     data = compare_training.Dataset(split, split)
     for network, compiled in itertools.product(compare_training.NETWORKS, (False, True)):
-        options = Namespace(small=True, device="cpu", members=2, compiled=compiled)
+        options = Namespace(small=True, device="cpu", members=2, compiled=compiled, numerics=ALL)
         built = compare_training.contenders(network, options, data)
         names = list(built)
         assert names[0] == "plain" and any("compiled" in name for name in names) == compiled
         for name, contender in built.items():
             if name.startswith("ours"):
-                numerics = contender.like.removeprefix("plain, ")
-                assert numerics in name and names.index(contender.like) < names.index(name)
+                assert contender.like.removeprefix("plain, ") in name
+                assert names.index(contender.like) < names.index(name)
 
 
 def test_both_loops_of_the_same_numerics_set_the_same_switches(compare_training: Any) -> None:
@@ -73,7 +75,7 @@ def test_both_loops_of_the_same_numerics_set_the_same_switches(compare_training:
 
     images = torch.zeros(128, 3, 32, 32, dtype=torch.uint8)
     split = compare_training.Split(images, torch.arange(128) % 10)
-    options = Namespace(small=True, device="cpu", members=2, compiled=False)
+    options = Namespace(small=True, device="cpu", members=2, compiled=False, numerics=ALL)
     built = compare_training.contenders("wrn", options, compare_training.Dataset(split, split))
     try:
         for numerics, expected in (

@@ -187,7 +187,7 @@ CHECK = (
     ),
     pytest("correctness_slow", "cuda and slow", limit=60, workers=False, fixed=12, dry=()),
     script("contenders", KERNELS, "contenders", "--json", "{json}", "--seconds", "{seconds}", limit=60, fixed=50),
-    training("training", limit=100, fixed=80),
+    training("training", "--numerics", "bfloat16", limit=60, fixed=35),
     script(
         "graphs",
         f"{BENCHMARKS}/compare_graphs.py",
@@ -249,6 +249,7 @@ CHECK = (
         dry=("bash", "-n", "tests/cpp/gpu_guard.sh"),
     ),
     *map(sanitizer, ("memcheck", "racecheck", "synccheck", "initcheck")),
+    training("training_exact", "--numerics", "exact", "tf32", "--networks", "myrtle5", limit=80, fixed=40),
     training("training_compiled", "--compiled", limit=120, fixed=40, work=250),
     later("phase_diagram"),
     later("fused_perceptron_ensembles"),

@@ -126,7 +126,9 @@ def contenders(network: str, options: argparse.Namespace, data: Dataset) -> dict
     built = {"plain": plain_loop(config, data, device)}
     built["plain"].prepare = set_defaults
     for numerics, chosen in NUMERICS.items():
-        if (numerics == "tf32" and device.type == "cpu") or (options.compiled and numerics != FASTEST):
+        if numerics.split()[0] not in options.numerics or (options.compiled and numerics != FASTEST):
+            continue
+        if numerics == "tf32" and device.type == "cpu":
             continue
         own, like = replace(config, **chosen, compile=options.compiled), f"plain, {numerics}"
         what = f"{numerics} compiled" if options.compiled else numerics
@@ -155,7 +157,7 @@ def seconds_for(contender: Contender, steps: int, device: str) -> float:
 def measure(built: dict[str, Contender], options: argparse.Namespace, save: Step) -> None:
     """Rounds in which each takes its turn of about `options.seconds`, after it has been warmed up and compiled."""
     for contender in built.values():
-        seconds_for(contender, 2, options.device)
+        seconds_for(contender, 5, options.device)  # the graphs of ours included
         per_step = seconds_for(contender, 1, options.device)
         contender.steps = max(1, math.ceil(options.seconds / per_step))
     for _ in range(options.rounds):
@@ -204,6 +206,8 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--small", action="store_true", help="Myrtle5 of width 16 and WRN-10-1, for a CPU")
     parser.add_argument("--networks", nargs="+", choices=tuple(NETWORKS), default=list(NETWORKS))
+    precisions = [numerics.split()[0] for numerics in NUMERICS]
+    parser.add_argument("--numerics", nargs="+", choices=precisions, default=precisions)
     parser.add_argument("--members", type=int, default=6, help="networks in the ensemble")
     parser.add_argument("--compiled", action="store_true", help="instead: ours compiled, in bfloat16")
     parser.add_argument("--rounds", type=int, default=7)
