@@ -341,7 +341,7 @@ __device__ void forward_row(const Forward& p, ForwardBlock<S>& block,
   if (lanes.lane == 0 && inside) block.add(p, index, label, usual ? q.loss(sum, linear) : label.fill<T>());
   if (p.out.data == nullptr) return;
   const LabelledGradient<T> gradient(q, block.scale, sum);
-  __syncwarp();  // all lanes have read the label's element
+  __syncwarp();  // all lanes have read the label's element: no shuffle is a fence
   if (usual)
     write_gradient<kSmooth>(lanes, row, weights, gradient, z);
   else if (inside)
@@ -414,7 +414,7 @@ __device__ void derivative_row(const Derivative& p, const DerivativeBlock<S>& bl
     products = {lanes.sum(products.pv), lanes.sum(products.pu), lanes.sum(products.puv)};
   }
   products.divide(sum);
-  __syncwarp();  // all lanes have read the label's element
+  __syncwarp();  // all lanes have read the label's element: no shuffle is a fence
   if (!usual) {
     if (inside) lanes.fill(row, label.fill<T>());
   } else if (p.order == 1) {

@@ -140,9 +140,9 @@ template <typename S>
 void add_case(std::vector<Case>& cases, const Shape& shape, Options options) {
   // uint8 labels end at 255.
   if (shape.classes > 250 && options.label == Label::uint8) options.label = Label::int32;
-  const char* regime = shape.classes <= max_strided_classes ? "small"
-                       : shape.classes <= 1000              ? "warp"
-                                                            : "block";
+  const char* regime = shape.classes <= max_strided_classes             ? "few classes"
+                       : shape.classes <= (sizeof(S) == 8 ? 512 : 2048) ? "warp"
+                                                                        : "block";
   cases.push_back({regime, [shape, options] { test_all<S>(shape, options); }});
 }
 
@@ -155,13 +155,14 @@ void add_sizes(std::vector<Case>& cases) {
     for (const int64_t rows : {1, 31, classes < 20 ? 1100 : classes < 300 ? 600 : 40})
       add_case<S>(cases, {1, rows, classes}, varied(++i));
   // Longer than a warp's registers hold, than what shared memory does without being asked and at all.
-  for (const int64_t classes : {1024, 2000, 20001, 60001}) add_case<S>(cases, {1, 3, classes}, varied(++i));
+  for (const int64_t classes : {1024, 2048, 2049, 9000, 20001, 60001})
+    add_case<S>(cases, {1, 3, classes}, varied(++i));
 }
 
 template <typename S>
 void add_layouts(std::vector<Case>& cases) {
   int i = 0;
-  for (const int64_t classes : {2, 3, 10, 32, 33, 129, 1001, 1021, 1100})
+  for (const int64_t classes : {2, 3, 10, 32, 33, 129, 1001, 1021, 2101})
     for (const auto& [offset, out_offset] : {std::pair{0, 1}, {1, 0}, {1, 1}, {3, 2}}) {
       Shape shape{1, classes < 1000 ? 137 : 19, classes, 0, Layout::rows, offset, out_offset};
       add_case<S>(cases, shape, varied(++i));
@@ -177,7 +178,7 @@ void add_layouts(std::vector<Case>& cases) {
 template <typename S>
 void add_ensembles_and_labels(std::vector<Case>& cases) {
   int i = 0;
-  for (const int64_t classes : {3, 10, 40, 1000, 1100})
+  for (const int64_t classes : {3, 10, 40, 1000, 2100})
     for (const int64_t rows : {1, 70, classes < 100 ? 1500 : 30}) {
       Options options = varied(++i);
       options.step_tensor = true;

@@ -102,15 +102,14 @@ faults=('planted member.cuh "s/p.arrivals\[member\] = 0;//"'
   'planted member.cuh "s/p.counts\[member \* grid.count_blocks + i\]/p.counts[i]/"'
   'planted warp_rows.cuh "s/static_cast<int>(p.rows - first)/static_cast<int>(p.rows - first - 1)/"'
   'planted warp_rows.cuh "s/widen(row\[label.index\])/widen(row[label.index - 1])/"'
-  'planted warp_rows.cuh "s/behind >= end/behind >= end - piece_size<S>/"'
   'planted long_rows.cuh "s/widen(awaited(picked))/widen(row_of<S>(p.logits, p, member, r)[label.index])/"'
   'planted long_rows.cuh "s/held_places - 1>/held_places>/"'
   'planted long_rows.cuh "s/r < p.rows/r + 1 < p.rows/"'
   'planted storage.cuh "s/i + j < size_) first_/i + j <= size_) first_/"'
   # An element behind the losses is written; a row whose label is no class is not.
   'guarded member.cuh "s/static_cast<T\*>(p.loss)\[member\] =/static_cast<T*>(p.loss)[p.members] = &/"'
-  'guarded long_rows.cuh "s/row.for_pieces.*filled_piece<S>(loss).*/if (loss == loss) &/"')
+  'guarded warp_rows.cuh "s/    lanes.fill(row, label.fill<T>());/if (label.index == RowLabel::ignored) &/"')
 while IFS=: read -r file line _; do # every single barrier must be missed, and every wait for copies
   faults+=("planted $file ${line}d")
-done < <(cd "$csrc/cuda" && grep -nE '__sync(threads|warp)\(\);|^    wait_for_copies' ./*)
+done < <(cd "$csrc/cuda" && grep -nE '__sync(threads|warp)\(\);|^    wait_for_copies' ./* | grep -v 'no shuffle is a fence')
 in_parallel "${faults[@]}"

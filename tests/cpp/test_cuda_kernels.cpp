@@ -158,8 +158,8 @@ void test_plans() {
                                                                                  {9, 2000, 3},
                                                                                  {1, 5000, 1},
                                                                                  {2, 5000, 2}}) {
-    context = "plan of (" + std::to_string(rows) + ", " + std::to_string(classes) + "): " +
-              std::to_string(plan(rows, classes, true, Division::estimated).blocks) + " blocks";
+    context = "plan of (" + std::to_string(rows) + ", " + std::to_string(classes) +
+              "): " + std::to_string(plan(rows, classes, true, Division::estimated).blocks) + " blocks";
     CHECK(plan(rows, classes, true, Division::estimated).blocks == blocks);
     CHECK(plan(rows, classes, true, Division::exact).count_blocks == (blocks == 1 ? 0 : 1));
   }
@@ -237,6 +237,10 @@ int main(int argc, char** argv) {
   if (part == "faults") {
     stop_at_first = true;
     test_ensembles<float>();
+    Options counted = varied(0);
+    counted.division = Division::exact;
+    counted.ignore_every = 9;
+    test_all<float>({3, 3000, 3}, counted);
     test_all<float>({1, 20000, 3, 0, Layout::rows, 1, 2}, varied(0));
     for (const int64_t classes : {1100, 2100, 17000}) test_all<float>({1, 60, classes}, varied(1));
     for (const int64_t classes : {1, 3, 10, 17, 40, 1000, 1100, 2100})

@@ -69,7 +69,7 @@ void let_others_run();
 void exchange(int operation, unsigned mask, const void* value, void* result, size_t size, int source);
 int lane();
 
-// To what is there no sooner than the thread has waited for it.
+// To what is there when the thread has waited for it, or at any time before.
 void start_copy(void* shared, const void* global, size_t bytes);
 void commit_copies();
 void wait_for_copies(int groups);

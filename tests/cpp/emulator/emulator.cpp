@@ -295,7 +295,10 @@ void let_others_run() {
 void start_copy(void* shared, const void* global, size_t bytes) {
   if (reinterpret_cast<uintptr_t>(shared) % bytes != 0 || reinterpret_cast<uintptr_t>(global) % bytes != 0)
     fail("a copy to or from what is no multiple of its size");
-  machine.running->copies.back().push_back({shared, global, bytes});
+  if (machine.random() % 2 == 0)  // it may arrive at any time until it is waited for
+    std::memcpy(shared, global, bytes);
+  else
+    machine.running->copies.back().push_back({shared, global, bytes});
 }
 void commit_copies() { machine.running->copies.emplace_back(); }
 void wait_for_copies(int groups) {
