@@ -1,9 +1,9 @@
 // The cross-entropy kernels: one launch computes Γ(step), the loss, its gradient and the reduction.
 //
 // A row stays on chip between the passes that softmax needs, where it fits:
-//   C <= 1024 (float64: 512)   lanes of a warp per row, in registers
-//   above                      a block per row, in shared memory as far as there is room, else read again
-//   from L2
+//   C <= 2048 (float64: 512)   1 to 32 lanes of a warp per row, in registers
+//   above                      a block per row, in registers (half types and float32 to 8192) or in shared
+//                              memory as far as there is room; the rest is read again from L2
 // The blocks of a launch take the rows of their member in turns. Sums are taken in float64 in an order that
 // depends on the shape and the device alone: in each thread, over its block, and by the block that is last to
 // arrive over the blocks.
@@ -182,7 +182,7 @@ void cut_for_warps(const P& p, const Device& device, int operands, bool reduced,
   const int unit = is_aligned(p) ? 16 / storage_size(p.storage) : 1;
   grid->units = static_cast<int>(divide_up(p.classes, unit << grid->log2_lanes));
   const int rows_at_once = warp_size >> grid->log2_lanes;
-  const int64_t row_bytes = p.classes * storage_size(p.storage);
+  const int64_t row_bytes = std::max<int64_t>(p.classes, 1) * storage_size(p.storage);
   const int blocks_by_registers = warp_row_blocks(p.storage == Storage::float64, items, is_simple(p));
   // Where rows are few, all warps get some.
   const int64_t warps = int64_t(device.multiprocessors) * blocks_by_registers * warp_row_threads / warp_size;
