@@ -112,6 +112,8 @@ def extension() -> dict[str, Any]:
     if toolkit is not None:
         os.environ["CUDA_HOME"] = str(toolkit)  # cpp_extension reads it when it is imported
         architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or default_architectures(toolkit / "bin" / "nvcc")
+        if too_old := [arch for arch in re.findall(r"\d+(?=\.\d)", architectures) if int(arch) < 8]:
+            sys.exit(f"TORCH_CUDA_ARCH_LIST: expected 8.0 and later, got {architectures} ({too_old[0]}.x among them)")
         os.environ["TORCH_CUDA_ARCH_LIST"] = architectures
     from torch.utils.cpp_extension import CppExtension, get_cxx_compiler, include_paths
 

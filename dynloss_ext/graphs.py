@@ -7,9 +7,10 @@ all of them at once. Where there are none, the same objects make plain calls and
 from __future__ import annotations
 
 import gc
+import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -38,7 +39,8 @@ class CapturedStep:
     they are: a step counter (`DynamicCrossEntropyLoss.step`, or ``counter.add_(1)``), the batch (``inputs.copy_(...)``
     between two runs), a learning rate that the optimizer reads on the device (``capturable=True``, or ``fused=True``
     with a tensor ``lr``), what is measured (`DeviceRecords`). Gradients are best dropped at its beginning
-    (``zero_grad(set_to_none=True)``). No graph of autograd that reaches the same parameters may be alive while it is
+    (``zero_grad(set_to_none=True)``); between runs they belong to the graph that was captured last, if several steps
+    share parameters. No graph of autograd that reaches the same parameters may be alive while it is
     recorded. Random numbers are those of plain calls if they come from torch's default generator.
 
     Args:
@@ -105,11 +107,11 @@ class CapturedStep:
 
     def _warm_up(self) -> None:
         stage = _Stage(self._device)
-        self._warmup -= 1
-        if self._warmup:
+        if self._warmup > 1:
             stage.call(self._step)
         else:
             self.fallback = stage.watch(self._step)
+        self._warmup -= 1
 
     def _capture(self) -> None:
         try:
@@ -269,15 +271,15 @@ class DeviceRecords:
             RuntimeError: more than ``capacity`` rows were appended since then; the next reading starts after them.
         """
         # Numbers of two types as bytes, to travel in one copy.
-        packed = torch.cat([self._count.view(torch.uint8), self._rows.view(-1).view(torch.uint8)]).cpu()
-        start, stop = self._num_read, int(packed[:8].view(torch.int64))
+        packed = torch.cat([self._rows.view(-1).view(torch.uint8), self._count.view(torch.uint8)]).cpu()
+        start, stop = self._num_read, int(packed[-8:].clone().view(torch.int64))
         self._num_read = stop
         if stop - start > self.capacity:
             raise RuntimeError(
                 f"DeviceRecords: expected at most {self.capacity} rows between two readings, got {stop - start}: read"
                 " more often, or make room for more"
             )
-        rows = packed[8:].view(self._rows.dtype).view(self._rows.shape)
+        rows = packed[:-8].view(self._rows.dtype).view(self._rows.shape)
         return rows[torch.arange(start, stop) % self.capacity]
 
 
@@ -361,13 +363,16 @@ class _Stage:
         """
         gc.collect()  # cycles could hold graphs of autograd, or free a graph of CUDA in the middle
         graph = torch.cuda.CUDAGraph()
+        outside = sys.exc_info()[1]
         try:
             # The outer block: torch's own leaves its stream current if the capture turns out to be invalid.
-            with torch.cuda.stream(self._stream), self._recording(graph, pool):
+            with _gradients_kept(), torch.cuda.stream(self._stream), self._recording(graph, pool):
                 answer = work()
-        except Exception as error:
+        except BaseException as error:
             self._recover()
-            raise _CaptureError(f"it could not be captured: {_first_cause(error)}") from error
+            if not isinstance(error, Exception):
+                raise
+            raise _CaptureError(f"it could not be captured: {_first_cause(error, outside)}") from error
         return graph, answer
 
     def _recording(self, graph: torch.cuda.CUDAGraph, pool: Any = None) -> torch.cuda.graph:
@@ -380,8 +385,21 @@ class _Stage:
             torch.zeros((), device=self.device)
 
 
-def _first_cause(error: BaseException) -> str:
-    """The first line of the error that led to the others."""
-    while error.__context__ is not None:
+@contextmanager
+def _gradients_kept() -> Iterator[None]:
+    """If the block fails, all leaves have the gradients that they had: a capture makes others, and computes none."""
+    leaves = [x for x in gc.get_objects() if issubclass(type(x), Tensor) and x.requires_grad and x.is_leaf]
+    before = [leaf.grad for leaf in leaves]
+    try:
+        yield
+    except BaseException:
+        for leaf, gradient in zip(leaves, before, strict=True):
+            leaf.grad = gradient
+        raise
+
+
+def _first_cause(error: BaseException, outside: BaseException | None = None) -> str:
+    """The first line of the error that led to the others, after the one that is being handled outside."""
+    while error.__context__ is not None and error.__context__ is not outside:
         error = error.__context__
     return str(error).partition("\n")[0] or type(error).__name__

@@ -204,6 +204,20 @@ def test_a_capture_that_fails_leaves_everything_as_it_was():
     assert torch.equal(torch.rand(4, device=DEVICE), after)
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
 
+    # Gradients that were made in the capture, and computed by nobody, are gone.
+    w = torch.nn.Parameter(torch.ones(3, device=DEVICE))
+    optimizer = torch.optim.SGD([w], lr=0.5)
+
+    def descend():
+        w.sum().backward()
+        if torch.cuda.is_current_stream_capturing():
+            torch.cuda.synchronize()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    CapturedStep(descend, DEVICE).run(8)
+    assert torch.equal(w, torch.full_like(w, -3.0)), w
+
     fine = CapturedStep(loop.step, DEVICE)  # and nothing keeps the next one from it
     fine.run(10)
     assert fine.captured, fine.fallback

@@ -203,6 +203,18 @@ def test_a_bad_number_of_steps():
         CapturedStep(lambda: None, "cpu").run(-1)
 
 
+def test_gradients_of_a_capture_that_fails_are_dropped():
+    kept, dropped = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    kept.grad = gradient = torch.tensor([1.0, 2.0, 3.0])
+    with pytest.raises(KeyboardInterrupt), graphs._gradients_kept():
+        kept.grad, dropped.grad = torch.full((3,), torch.nan), torch.full((3,), torch.nan)
+        raise KeyboardInterrupt
+    assert kept.grad is gradient and dropped.grad is None
+    with graphs._gradients_kept():
+        dropped.grad = gradient
+    assert dropped.grad is gradient
+
+
 def test_reasons_name_the_first_cause():
     try:
         try:
@@ -212,13 +224,20 @@ def test_reasons_name_the_first_cause():
     except RuntimeError as error:
         assert graphs._first_cause(error) == "operation not permitted"
     assert graphs._first_cause(KeyboardInterrupt()) == "KeyboardInterrupt"
+    try:
+        raise KeyError("the caller's")
+    except KeyError as outside:
+        try:
+            raise RuntimeError("operation not permitted")
+        except RuntimeError as error:
+            assert graphs._first_cause(error, outside) == "operation not permitted"
 
 
 # ---- records
 
 
 @pytest.mark.parametrize("shape", [(), (3,), (2, 3)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.bfloat16, torch.complex128], ids=str)
 def test_rows_come_back_in_order_around_the_ring(shape, dtype):
     records, number = DeviceRecords(5, shape, dtype=dtype), 0
     for count in (3, 0, 4, 5, 1, 5, 2):
@@ -226,7 +245,7 @@ def test_rows_come_back_in_order_around_the_ring(shape, dtype):
         for _ in range(count):
             number += 1
             expected.append(torch.full(shape, number, dtype=dtype))
-            records.append(expected[-1].double())
+            records.append(expected[-1].to(torch.promote_types(dtype, torch.float64)))
         rows = records.read()
         assert rows.dtype == dtype
         assert torch.equal(rows, torch.stack(expected) if expected else torch.empty(0, *shape, dtype=dtype))

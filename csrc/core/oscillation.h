@@ -86,7 +86,7 @@ DYNLOSS_HOST_DEVICE inline double split_turns(double elapsed, double turn, doubl
     *turns = nearbyint((elapsed - t) / turn);
     return t;
   }
-  double t = fma(-quotient, turn, elapsed);
+  double t = quotient == 0.0 ? elapsed : fma(-quotient, turn, elapsed);  // a turn may be infinite
   if (t < 0.0 || t >= turn) {
     quotient += t < 0.0 ? -1.0 : 1.0;
     t = fma(-quotient, turn, elapsed);

@@ -4,9 +4,9 @@
 //   C <= 2048 (float64: 512)   1 to 32 lanes of a warp per row, in registers
 //   above                      a block per row, in registers (half types and float32 to 8192) or in shared
 //                              memory as far as there is room; the rest is read again from L2
-// The blocks of a launch take the rows of their member in turns. Sums are taken in float64 in an order that
-// depends on the shape and the device alone: in each thread, over its block, and by the block that is last to
-// arrive over the blocks.
+// The blocks of a launch take the rows of their member in turns. Sums over rows are taken in float64, all
+// sums in an order that depends on the shape, the alignment and the device alone: in each thread, over its
+// block, and by the block that is last to arrive over the blocks.
 #include <algorithm>
 #include <cstdint>
 #include <mutex>
@@ -273,8 +273,9 @@ Grid plan(const Forward& p, const Device& device) {
 // All the shared memory that there is, to a block and to the blocks of a multiprocessor. It belongs to the
 // kernel: threads with rows of other lengths ask for the same, and once suffices.
 cudaError_t allow_block_memory(const void* kernel, const Device& device) {
-  static std::mutex mutex;
-  static std::set<std::pair<const void*, int>> allowed;
+  // Never destroyed: other threads may launch while the process ends.
+  static auto& mutex = *new std::mutex;
+  static auto& allowed = *new std::set<std::pair<const void*, int>>;
   const std::lock_guard lock(mutex);
   if (!allowed.emplace(kernel, device.index).second) return cudaSuccess;
   const auto set = [&](cudaFuncAttribute attribute, int value) {
@@ -292,9 +293,10 @@ cudaError_t launch(void (*kernel)(P, Grid), const P& problem, int64_t members, c
                    const Device& device, cudaStream_t stream) {
   if (members == 0) return cudaSuccess;
   if (members > INT32_MAX / grid.blocks) return cudaErrorInvalidConfiguration;
-  if (const cudaError_t error = allow_block_memory(reinterpret_cast<const void*>(kernel), device);
-      error != cudaSuccess)
-    return error;
+  if (grid.block_memory > sizeof(Scratch)) {  // it stages rows
+    const cudaError_t error = allow_block_memory(reinterpret_cast<const void*>(kernel), device);
+    if (error != cudaSuccess) return error;
+  }
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(members * grid.blocks));
   config.blockDim = dim3(grid.threads);

@@ -125,6 +125,12 @@ void test_turns() {
   }
 }
 
+void test_endless_turn() {
+  context = "a turn without end";
+  double turns = -1;
+  CHECK(split_turns(123.0, INFINITY, &turns) == 123.0 && turns == 0.0);
+}
+
 // Parts of a row brought together in any order give the whole.
 template <typename T>
 void test_max_sum(Real epsilon) {
@@ -201,6 +207,7 @@ int main() {
   test_weights();
   test_tables();
   test_turns();
+  test_endless_turn();
   test_max_sum<float>(6e-8L);
   test_max_sum<double>(1.2e-16L);
   test_row();
