@@ -14,6 +14,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <optional>
 #include <random>
 #include <string>
 #include <type_traits>
@@ -106,16 +107,21 @@ constexpr Real smallest = std::is_same_v<S, __half> ? 0x1p-24L : 0x1p-120L;
 
 // ---- operands in memory
 
-enum class Layout { rows, padded, planes, far };
+// apart: members with something in between; interleaved: between each other's rows; same_members, same_rows:
+// one stands for all.
+enum class Layout { rows, padded, planes, far, apart, interleaved, same_members, same_rows };
 
 struct Shape {
   int64_t members, rows, classes;
-  int64_t inner = 0;  // rows of an outer dimension; 0: all
-  Layout layout = Layout::rows;
-  int offset = 0;      // of the logits and directions from a multiple of 16 bytes, in elements
-  int out_offset = 0;  // of the result
+  int64_t inner = 0;             // rows of an outer dimension; 0: all
+  Layout layout = Layout::rows;  // of the logits, and of what has none of its own
+  int offset = 0;                // of the logits and directions from a multiple of 16 bytes, in elements
+  int out_offset = 0;            // of the result
+  std::optional<Layout> direction_layout = {}, out_layout = {};
 
   int64_t inner_rows() const { return inner == 0 ? rows : inner; }
+  Layout of_directions() const { return direction_layout.value_or(layout); }
+  Layout of_out() const { return out_layout.value_or(layout); }
 };
 
 // What outputs are filled with before a launch: a NaN unlike those that arithmetic gives.
@@ -131,9 +137,10 @@ void fill_with_poison(std::vector<T>& x) {
 template <typename S>
 class Array {
  public:
-  Array(const Shape& shape, int offset) : shape_(shape), offset_(offset) {
+  Array(const Shape& shape, int offset, Layout layout) : shape_(shape), offset_(offset) {
+    shape_.layout = layout;
     const int64_t C = shape.classes, inner = shape.inner_rows();
-    switch (shape.layout) {
+    switch (layout) {
       case Layout::rows:
         operand_ = {nullptr, shape.rows * C, inner * C, C, 1};
         break;
@@ -146,14 +153,26 @@ class Array {
       case Layout::far:
         operand_ = {nullptr, 0, 0, far_stride, 1};
         break;
+      case Layout::apart:
+        operand_ = {nullptr, 2 * (shape.rows * C + 5), inner * C, C, 1};
+        break;
+      case Layout::interleaved:
+        operand_ = {nullptr, C, shape.members * inner * C, shape.members * C, 1};
+        break;
+      case Layout::same_members:
+        operand_ = {nullptr, 0, inner * C, C, 1};
+        break;
+      case Layout::same_rows:
+        operand_ = {nullptr, C, 0, 0, 1};
+        break;
     }
     int64_t size = 0;
     for_each([&](int64_t e, int64_t r, int64_t c) { size = std::max(size, index(e, r, c) + 1); });
     bytes_ = (offset + size) * sizeof(S);
     // Memory that is never touched costs nothing, but AddressSanitizer would mark all of it.
-    memory_ = shape.layout == Layout::far ? far_memory(bytes_) : std::malloc(std::max<size_t>(bytes_, 1));
+    memory_ = layout == Layout::far ? far_memory(bytes_) : std::malloc(std::max<size_t>(bytes_, 1));
     operand_.data = static_cast<S*>(memory_) + offset;
-    if (shape.layout != Layout::far) std::memset(memory_, poison, bytes_);
+    if (layout != Layout::far) std::memset(memory_, poison, bytes_);
   }
   Array(const Array&) = delete;
   ~Array() {
@@ -251,9 +270,10 @@ struct Options {
   bool class_order = false;
   bool step_tensor = false;
   int waveform = 0;
-  int ignore_every = 0;   // of so many rows one is ignored, on average
-  int invalid_every = 0;  // and one has a label that is no class
-  bool extremes = false;  // rows with infinities
+  int ignore_every = 0;    // of so many rows one is ignored, on average
+  int invalid_every = 0;   // and one has a label that is no class
+  bool extremes = false;   // rows with infinities
+  bool sprinkled = false;  // NaN and infinities anywhere
 };
 
 template <typename S>
@@ -278,10 +298,10 @@ struct Problem {
       : shape(shape),
         options(options),
         ignore_index(options.label == Label::uint8 ? 255 : -100),
-        logits(shape, shape.offset),
-        u(shape, shape.offset),
-        v(shape, shape.out_offset),
-        out(shape, shape.out_offset) {
+        logits(shape, shape.offset, shape.layout),
+        u(shape, shape.offset, shape.of_directions()),
+        v(shape, shape.out_offset, shape.of_directions()),
+        out(shape, shape.out_offset, shape.of_out()) {
     make_oscillations();
     make_labels();
     make_logits();
@@ -386,6 +406,11 @@ struct Problem {
       // An ignored row may hold anything.
       for (Array<S>* x : {&logits, &u, &v}) x->set(e, r, c, c % 2 == 0 ? NAN : INFINITY);
     });
+    if (options.sprinkled)
+      logits.for_each([&](int64_t e, int64_t r, int64_t c) {
+        const int64_t what = integer(0, 40 * shape.classes);
+        if (what < 20) logits.set(e, r, c, what == 0 ? NAN : what == 1 ? INFINITY : -INFINITY);
+      });
     if (!options.extremes) return;
     for (int64_t r = 0; r < shape.rows; ++r)
       for (int64_t c = 0; c < shape.classes; ++c) {
@@ -575,7 +600,9 @@ struct ForwardRun {
 // With the gradient in the place of the logits, gradient and losses have the same bits.
 template <typename S>
 void test_into_logits(Problem<S>& problem, ForwardRun<S>& run) {
-  if (problem.shape.layout == Layout::far || problem.shape.offset != problem.shape.out_offset) return;
+  const Shape& shape = problem.shape;
+  if (shape.layout == Layout::far || shape.of_out() != shape.layout || shape.offset != shape.out_offset)
+    return;
   const auto expected = problem.out.snapshot();
   const auto logits = problem.logits.contents();
   const auto bytes = [](const auto& x) {
@@ -638,7 +665,7 @@ void test_forward(Problem<S>& problem, bool with_gradient) {
     grad_output.push_back(static_cast<float>(run.normalizer[2 * e] / run.normalizer[2 * e + 1]) *
                           (e % 2 + 1.0f));
   const Shape& shape = problem.shape;
-  if (shape.layout != Layout::rows || shape.rows * shape.classes == 0) return;
+  if (shape.of_out() != Layout::rows || shape.rows * shape.classes == 0) return;
   // Where the counted weights add up to 0, the factor is NaN. It leaves zeros as they are: those of ignored
   // rows must stay, and those of rows that weigh 0 look the same.
   std::vector<bool> zeros;

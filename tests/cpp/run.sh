@@ -95,7 +95,7 @@ guarded() {
 guard_cases=80
 in_parallel '"$build/guard" --cases "$guard_cases"' '"$build/core"' '"$build/arrivals"' \
   '"$build/kernels" float32' '"$build/kernels" float64' '"$build/kernels" float16' '"$build/kernels" bfloat16' \
-  '"$build/kernels" other'
+  '"$build/kernels" other' '"$build/kernels" random 40 1'
 
 faults=('planted member.cuh "s/p.arrivals\[member\] = 0;//"'
   'planted member.cuh "s/if (!scratch().last) return false;//"'

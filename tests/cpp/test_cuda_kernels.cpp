@@ -200,6 +200,54 @@ void test_rescale_by_one() {
   for (const float x : gradient) CHECK(x == 0.75f);
 }
 
+template <typename T>
+T one_of(std::initializer_list<T> x) {
+  return x.begin()[integer(0, static_cast<int64_t>(x.size()) - 1)];
+}
+
+// Anything: sizes around the borders between kernels more often, operands each in a layout of its own.
+template <typename S>
+void test_random() {
+  Shape shape{};
+  shape.members = one_of<int64_t>({1, 1, 2, 3});
+  shape.classes = one_of<int64_t>({integer(1, 40), integer(1, 40), integer(1, 600), integer(1, 2300)});
+  if (integer(0, 2) == 0) shape.classes = one_of<int64_t>({1, 2, 3, 10, 16, 17, 32, 33, 64, 65, 512, 513});
+  if (integer(0, 8) == 0) shape.classes = one_of<int64_t>({1024, 1025, 2048, 2049, 8192, 8200, 16385, 33000});
+  const int64_t elements = shape.classes > 8000 ? 4 * shape.classes : 12000;
+  shape.rows = integer(0, std::clamp<int64_t>(elements / shape.classes / shape.members, 1, 600));
+  if (integer(0, 2) > 0) shape.offset = static_cast<int>(integer(0, 16 / sizeof(S) - 1));
+  shape.out_offset = integer(0, 1) == 0 ? shape.offset : static_cast<int>(integer(0, 16 / sizeof(S) - 1));
+  const auto layout = [&] {
+    const Layout x = one_of({Layout::rows, Layout::rows, Layout::padded, Layout::apart, Layout::interleaved,
+                             shape.classes <= 32 ? Layout::planes : Layout::rows});
+    return integer(0, 6) > 0 ? x : one_of({Layout::same_members, Layout::same_rows});
+  };
+  shape.layout = layout();
+  shape.direction_layout = layout();
+  do shape.out_layout = integer(0, 1) == 0 ? shape.layout : layout();
+  while (shape.out_layout == Layout::same_members || shape.out_layout == Layout::same_rows ||
+         (shape.layout >= Layout::same_members && shape.out_layout == shape.layout));
+  if (shape.members == 1 && shape.rows > 0)
+    for (shape.inner = integer(1, shape.rows); shape.rows % shape.inner != 0;) --shape.inner;
+  Options options = varied(static_cast<int>(integer(0, 100000)));
+  if (shape.classes > 250 && options.label == Label::uint8) options.label = Label::int32;
+  options.ignore_every = one_of({0, 0, 2, 5, 1});
+  options.invalid_every = one_of({0, 0, 0, 6});
+  options.sprinkled = integer(0, 2) == 0;
+  options.shared_target = shape.members > 1 && integer(0, 2) == 0;
+  emulator::settings().multiprocessors = one_of({1, 2, 3});
+  test_all<S>(shape, options);
+}
+
+void test_random_problems(int count) {
+  for (int i = 0; i < count; ++i) {
+    test_random<float>();
+    test_random<double>();
+    test_random<__half>();
+    test_random<__nv_bfloat16>();
+  }
+}
+
 void test_half_conversions() {
   for (int bits = 0; bits < 65536; ++bits) {
     context = "half " + std::to_string(bits);
@@ -230,7 +278,8 @@ void test_storage() {
 
 }  // namespace problems
 
-// Without an argument everything; else one element type, "other", or "faults": enough to find planted ones.
+// Without an argument everything; else one element type, "other", "random" with how many and a seed, or
+// "faults": enough to find planted ones.
 int main(int argc, char** argv) {
   using namespace problems;
   const std::string part = argc > 1 ? argv[1] : "";
@@ -245,6 +294,10 @@ int main(int argc, char** argv) {
     for (const int64_t classes : {1100, 2100, 17000}) test_all<float>({1, 60, classes}, varied(1));
     for (const int64_t classes : {1, 3, 10, 17, 40, 1000, 1100, 2100})
       for (int i = 0; i < 4; ++i) test_all<float>({1, classes < 1000 ? 1100 : 9, classes}, varied(i));
+  }
+  if (part == "random" && argc > 3) {
+    random_bits.seed(std::strtoull(argv[3], nullptr, 10));
+    test_random_problems(std::atoi(argv[2]));
   }
   if (part.empty() || part == "float32") test_storage<float>();
   if (part.empty() || part == "float64") test_storage<double>();
