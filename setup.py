@@ -89,6 +89,12 @@ def default_architectures(nvcc: Path) -> str:
     return ";".join(chosen) + "+PTX"
 
 
+def check_architectures(architectures: str) -> None:
+    """The kernels copy asynchronously."""
+    if any(int(major) < 8 for major in re.findall(r"(\d+)\.\d", architectures)):
+        sys.exit(f"TORCH_CUDA_ARCH_LIST: expected 8.0 and later, got {architectures}")
+
+
 def build_with_note(build_info: dict[str, Any]) -> type:
     """A command that leaves a note beside the module: dynloss_ext/_extension.py reads it before it loads the module."""
     from torch.utils.cpp_extension import BuildExtension
@@ -112,8 +118,7 @@ def extension() -> dict[str, Any]:
     if toolkit is not None:
         os.environ["CUDA_HOME"] = str(toolkit)  # cpp_extension reads it when it is imported
         architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or default_architectures(toolkit / "bin" / "nvcc")
-        if too_old := [arch for arch in re.findall(r"\d+(?=\.\d)", architectures) if int(arch) < 8]:
-            sys.exit(f"TORCH_CUDA_ARCH_LIST: expected 8.0 and later, got {architectures} ({too_old[0]}.x among them)")
+        check_architectures(architectures)
         os.environ["TORCH_CUDA_ARCH_LIST"] = architectures
     from torch.utils.cpp_extension import CppExtension, get_cxx_compiler, include_paths
 

@@ -141,6 +141,15 @@ def test_default_architectures_are_those_nvcc_knows(
     assert setup_script["default_architectures"](nvcc) == chosen
 
 
+def test_architectures_without_asynchronous_copies_are_refused(setup_script: dict[str, Any]) -> None:
+    check = setup_script["check_architectures"]
+    for architectures in ("8.0", "8.6;9.0a;12.0+PTX", "10.0 8.9", "Ampere;Hopper"):
+        check(architectures)
+    for architectures in ("7.5", "9.0;7.0+PTX"):
+        with pytest.raises(SystemExit, match=r"TORCH_CUDA_ARCH_LIST: expected 8\.0 and later, got .*7\."):
+            check(architectures)
+
+
 def test_cuda_is_chosen_by_torch_nvcc_and_wish(
     setup_script: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -101,7 +101,11 @@ DYNLOSS_HOST_DEVICE inline ClassWeights weights_at(const Schedule& schedule, int
   if (!(s >= clock.start_step && s < clock.stop_step)) return {nullptr, 0, 1.0, 1.0};
   const double elapsed = s - clock.start_step;
   if (schedule.table != nullptr) {
-    const int64_t row = static_cast<int64_t>(elapsed) % schedule.table_rows;
+    // As whole numbers, which hold the steps that a double cannot tell apart, and those that are more than
+    // 2^63.
+    const uint64_t elapsed_steps =
+        static_cast<uint64_t>(step) - static_cast<uint64_t>(static_cast<int64_t>(clock.start_step));
+    const uint64_t row = elapsed_steps % static_cast<uint64_t>(schedule.table_rows);
     return {schedule.table + row * schedule.num_classes, 0, 1.0, 1.0};
   }
   double turns = 0.0;

@@ -104,6 +104,8 @@ faults=('planted member.cuh "s/p.arrivals\[member\] = 0;//"'
   'planted warp_rows.cuh "s/widen(row\[label.index\])/widen(row[label.index - 1])/"'
   'planted long_rows.cuh "s/widen(awaited(picked))/widen(row_of<S>(p.logits, p, member, r)[label.index])/"'
   'planted long_rows.cuh "s/held_places - 1>/held_places>/"'
+  'planted long_rows.cuh "s/wait_for_copies<3>/wait_for_copies<4>/"'
+  'planted long_rows.cuh "s/wait_for_copies<0>/wait_for_copies<1>/"'
   'planted long_rows.cuh "s/r < p.rows/r + 1 < p.rows/"'
   'planted storage.cuh "s/i + j < size_) first_/i + j <= size_) first_/"'
   # An element behind the losses is written; a row whose label is no class is not.
@@ -111,5 +113,8 @@ faults=('planted member.cuh "s/p.arrivals\[member\] = 0;//"'
   'guarded warp_rows.cuh "s/    lanes.fill(row, label.fill<T>());/if (label.index == RowLabel::ignored) &/"')
 while IFS=: read -r file line _; do # every single barrier must be missed, and every wait for copies
   faults+=("planted $file ${line}d")
-done < <(cd "$csrc/cuda" && grep -nE '__sync(threads|warp)\(\);|^    wait_for_copies' ./* | grep -v 'no shuffle is a fence')
+done < <(cd "$csrc/cuda" && {
+  grep -nE '__sync(threads|warp)\(\);' ./* | grep -v 'no shuffle is a fence'
+  grep -Hn 'wait_for_copies' ./warp_rows.cuh
+})
 in_parallel "${faults[@]}"

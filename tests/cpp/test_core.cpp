@@ -103,6 +103,7 @@ void test_tables() {
       }
     }
     for (int j = 0; j < 10; ++j) compare_weights(x, integer(-10, 100000));
+    for (int j = 0; j < 10; ++j) compare_weights(x, INT64_MAX - j);  // where doubles are 1024 apart
   }
 }
 

@@ -291,7 +291,7 @@ int main(int argc, char** argv) {
     counted.ignore_every = 9;
     test_all<float>({3, 3000, 3}, counted);
     test_all<float>({1, 20000, 3, 0, Layout::rows, 1, 2}, varied(0));
-    for (const int64_t classes : {1100, 2100, 17000}) test_all<float>({1, 60, classes}, varied(1));
+    for (const int64_t classes : {1100, 2100, 10800, 17000}) test_all<float>({1, 60, classes}, varied(1));
     for (const int64_t classes : {1, 3, 10, 17, 40, 1000, 1100, 2100})
       for (int i = 0; i < 4; ++i) test_all<float>({1, classes < 1000 ? 1100 : 9, classes}, varied(i));
   }
