@@ -13,12 +13,14 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import tarfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gpu_packing import ROOT
 from gpu_stages import REFUSED, Artefacts, Reading, Stage, read_json
 
 GRACE = 5.0  # seconds from SIGTERM to SIGKILL
@@ -263,11 +265,19 @@ class Runner:
             return skipped(f"{stage.artefact.rpartition('/')[2]} is not there: an earlier stage has not made it")
         return None
 
+    def portable(self, command: Sequence[str]) -> list[str]:
+        """The command without this machine's folders, for the report."""
+        names = {sys.executable: "python", str(self.results.work): "WORK", str(ROOT): "."}
+        words = [str(word) for word in command]
+        for folder, name in names.items():
+            words = [word.replace(folder, name) for word in words]
+        return words
+
     def execute(self, stage: Stage, command: Sequence[str], limit: float, is_cut: bool) -> dict[str, Any]:
         """Runs a command for a stage; `is_cut`: the limit is that of the plan, and not the stage's own."""
         artefacts = self.artefacts(stage)
         start = time.monotonic()
-        entry: dict[str, Any] = {"command": [str(word) for word in command], "limit": round(limit, 1)}
+        entry: dict[str, Any] = {"command": self.portable(command), "limit": round(limit, 1)}
         try:
             grace = self.grace_of(stage)
             code, late = run_child(command, artefacts.log, limit, grace=grace, cwd=self.cwd, env=self.env)
