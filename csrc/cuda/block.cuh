@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include <cmath>
+#include <cstring>
 
 #include "core/cross_entropy_row.h"
 #include "core/oscillation.h"
@@ -13,6 +14,15 @@ namespace dynloss::cuda {
 constexpr int warp_size = 32;
 constexpr unsigned all_lanes = 0xffffffffu;
 constexpr int max_warps = 32;
+
+// The kernels were measured on sm_90, and have the registers there that they were measured with. Other
+// architectures need more, and get them at the price of fewer threads rather than keep variables in memory.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 900
+constexpr bool is_sm_90 = false;
+#else
+constexpr bool is_sm_90 = true;
+#endif
+constexpr int registers_for(int blocks) { return is_sm_90 || blocks == 1 ? blocks : blocks - 1; }
 
 // The dynamic shared memory of a block, 16-byte aligned.
 __device__ inline unsigned char* block_memory() {
@@ -62,12 +72,23 @@ __device__ inline int not_ahead(int x) {
 template <typename X>
 __device__ inline X awaited(X x) {
 #if defined(__CUDACC__)
-  if constexpr (sizeof(X) == 2)
-    asm volatile("" : "+h"(reinterpret_cast<unsigned short&>(x)));
-  else if constexpr (sizeof(X) == 4)
-    asm volatile("" : "+r"(reinterpret_cast<unsigned&>(x)));
-  else
-    asm volatile("" : "+l"(reinterpret_cast<unsigned long long&>(x)));
+  // By value: a reference would bring x into memory.
+  if constexpr (sizeof(X) == 2) {
+    unsigned short bits;
+    memcpy(&bits, &x, sizeof(X));
+    asm volatile("" : "+h"(bits));
+    memcpy(&x, &bits, sizeof(X));
+  } else if constexpr (sizeof(X) == 4) {
+    unsigned bits;
+    memcpy(&bits, &x, sizeof(X));
+    asm volatile("" : "+r"(bits));
+    memcpy(&x, &bits, sizeof(X));
+  } else {
+    unsigned long long bits;
+    memcpy(&bits, &x, sizeof(X));
+    asm volatile("" : "+l"(bits));
+    memcpy(&x, &bits, sizeof(X));
+  }
 #endif
   return x;
 }

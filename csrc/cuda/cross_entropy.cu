@@ -111,6 +111,7 @@ struct Device {
   int multiprocessors = 0;
   int max_block_memory = 0;
   int multiprocessor_memory = 0;
+  bool is_sm_90 = false;
 };
 
 cudaError_t current_device(Device* device) {
@@ -121,6 +122,10 @@ cudaError_t current_device(Device* device) {
   ask(&device->multiprocessors, cudaDevAttrMultiProcessorCount);
   ask(&device->max_block_memory, cudaDevAttrMaxSharedMemoryPerBlockOptin);
   ask(&device->multiprocessor_memory, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+  int major = 0, minor = 0;
+  ask(&major, cudaDevAttrComputeCapabilityMajor);
+  ask(&minor, cudaDevAttrComputeCapabilityMinor);
+  device->is_sm_90 = major == 9 && minor == 0;
   return error;
 }
 
@@ -240,7 +245,7 @@ void cut_for_blocks(const Problem& p, const Device& device, int operands, bool f
   const int64_t room = (device.max_block_memory - sizeof(Scratch)) / (16 * operands);
   grid->cached_pieces = static_cast<int>(std::min(pieces, room));
   grid->block_memory = row_memory(grid->cached_pieces, operands);
-  const int most = wide ? max_block_threads<double> : max_block_threads<float>;
+  const int most = max_block_threads(wide, device.is_sm_90);
   const bool alone =
       2 * (grid->block_memory + reserved_block_memory) > static_cast<size_t>(device.multiprocessor_memory);
   grid->threads = alone ? most : threads_for(pieces, row_parts, max_shared_threads);

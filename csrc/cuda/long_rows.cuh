@@ -12,8 +12,9 @@
 namespace dynloss::cuda {
 
 // As many threads as a block can have with the registers that they need.
+constexpr int max_block_threads(bool wide, bool sm_90) { return wide || !sm_90 ? 512 : 768; }
 template <typename S>
-constexpr int max_block_threads = sizeof(S) == 8 ? 512 : 768;
+constexpr int block_bound = max_block_threads(sizeof(S) == 8, is_sm_90);
 
 // A row that a block's registers cannot hold arrives in so many parts, each of which is worked on while the
 // next are under way, and is replaced by the next row as it is written.
@@ -25,7 +26,7 @@ constexpr int held_threads = 256, held_items = 32;  // per thread
 // Blocks of so many threads that a multiprocessor has registers for; `simple`: of a half type, without
 // smoothing.
 constexpr int held_blocks(bool simple) { return simple ? 3 : 2; }
-constexpr int loads_in_flight = 4;
+constexpr int loads_in_flight = is_sm_90 ? 4 : 2;
 
 // Of a row that is being fetched; each part has been committed by itself.
 __device__ inline void wait_for_part(int part) {
@@ -249,7 +250,7 @@ __device__ Run<S> out_of(const Forward& p, int member, int64_t row, int shift) {
 }
 
 template <typename S, bool kSmooth>
-__global__ void __launch_bounds__(held_threads, held_blocks(sizeof(S) == 2 && !kSmooth))
+__global__ void __launch_bounds__(held_threads, registers_for(held_blocks(sizeof(S) == 2 && !kSmooth)))
     forward_held(const Forward p, const Grid grid) {
   using T = Arithmetic<S>;
   const int member = member_index(grid);
@@ -300,7 +301,7 @@ __global__ void __launch_bounds__(held_threads, held_blocks(sizeof(S) == 2 && !k
 }
 
 template <typename S, bool kSmooth>
-__global__ void __launch_bounds__(max_block_threads<S>, 1) forward_block(const Forward p, const Grid grid) {
+__global__ void __launch_bounds__(block_bound<S>, 1) forward_block(const Forward p, const Grid grid) {
   using T = Arithmetic<S>;
   const int member = member_index(grid);
   int64_t r = block_in_member(grid);
@@ -350,8 +351,7 @@ __global__ void __launch_bounds__(max_block_threads<S>, 1) forward_block(const F
 }
 
 template <typename S>
-__global__ void __launch_bounds__(max_block_threads<S>, 1)
-    derivative_block(const Derivative p, const Grid grid) {
+__global__ void __launch_bounds__(block_bound<S>, 1) derivative_block(const Derivative p, const Grid grid) {
   using T = Arithmetic<S>;
   const DerivativeBlock<S> block(p, grid);
   const MemberWeights<T>& weights = block.member_weights;
@@ -388,7 +388,9 @@ __global__ void __launch_bounds__(max_block_threads<S>, 1)
     }
     // Calls f(e, u, v, element of the piece) for a piece.
     const auto elements = [&](int k, auto&& f) {
-      const Piece<S> zs = row[k], vs = v[k], us = p.order == 3 ? u[k] : vs;
+      const Piece<S> zs = row[k], vs = v[k];
+      Piece<S> us = vs;
+      if (p.order == 3) us = u[k];
 #pragma unroll
       for (int j = 0; j < piece_size<S>; ++j) {
         const T e = exponential<S>(widen(zs.values[j]) - whole.max);

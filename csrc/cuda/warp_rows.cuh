@@ -353,7 +353,8 @@ __device__ void forward_row(const Forward& p, ForwardBlock<S>& block,
 }
 
 template <typename S, int kItems, int kUnit, int kClasses, bool kSmooth>
-__global__ void __launch_bounds__(warp_row_threads, warp_row_blocks(sizeof(S) == 8, kItems, !kSmooth))
+__global__ void __launch_bounds__(warp_row_threads,
+                                  registers_for(warp_row_blocks(sizeof(S) == 8, kItems, !kSmooth)))
     forward_warp(const Forward p, const Grid grid) {
   const Lanes<S, kItems, kUnit, kClasses> lanes(p, grid);
   const int member = member_index(grid);
@@ -440,7 +441,8 @@ __device__ void derivative_row(const Derivative& p, const DerivativeBlock<S>& bl
 }
 
 template <typename S, int kItems, int kUnit>
-__global__ void __launch_bounds__(warp_row_threads, warp_row_blocks(sizeof(S) == 8, kItems, false))
+__global__ void __launch_bounds__(warp_row_threads,
+                                  registers_for(warp_row_blocks(sizeof(S) == 8, kItems, false)))
     derivative_warp(const Derivative p, const Grid grid) {
   const Lanes<S, kItems, kUnit, 0> lanes(p, grid);
   const int member = member_index(grid);

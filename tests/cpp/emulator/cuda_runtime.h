@@ -29,6 +29,8 @@ struct alignas(16) uint4 {
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount = 16,
+  cudaDevAttrComputeCapabilityMajor = 75,
+  cudaDevAttrComputeCapabilityMinor = 76,
   cudaDevAttrMaxSharedMemoryPerMultiprocessor = 81,
   cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
 };
@@ -137,6 +139,8 @@ inline cudaError_t cudaGetDevice(int* device) {
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   const emulator::Settings& device = emulator::settings();
   *value = attribute == cudaDevAttrMultiProcessorCount            ? device.multiprocessors
+           : attribute == cudaDevAttrComputeCapabilityMajor       ? 9
+           : attribute == cudaDevAttrComputeCapabilityMinor       ? 0
            : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? device.max_block_memory
                                                                   : device.max_block_memory + 1024;
   return cudaSuccess;
