@@ -13,17 +13,23 @@ import torch
 from torch import Tensor, distributed
 
 from dynloss_ext import _C
-from dynloss_ext._checks import check_callable, check_loss, check_params
+from dynloss_ext._checks import Parameters, Params, check_callable, check_loss, check_params
+from dynloss_ext._double_backward import double_backward
 from dynloss_ext._evaluation import (
     buffers_kept,
     random_state_kept,
     relative_rounding,
     repeatable,
     uses_batch_statistics,
+    warn_of_unreached,
 )
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+# The operator of one batch, None where that does not depend on params, and what recording gave for each of params: None
+# where it does not reach it.
+Recording = tuple["_C.SymmetricOperator | None", tuple["Tensor | None", ...]]
 
 CHUNK = 2**20  # elements hashed at once: the memory that a fingerprint takes
 
@@ -61,17 +67,17 @@ class BatchSums:
     """Products with Σ (matrix of a batch) / Σ weight_sum, over batches and the processes of a group.
 
     Args:
-        record: (params, *parts) -> the operator of one batch, or None where it does not depend on params.
+        record: (params, *parts) -> the recording of one batch.
         parts: the names of what the closure returns before weight_sum; the first is the loss_sum.
         closure, params, batches, process_group: see `HessianOperator.from_batches`.
     """
 
     def __init__(
         self,
-        record: Callable[..., _C.SymmetricOperator | None],
+        record: Callable[..., Recording],
         parts: tuple[str, ...],
         closure: Callable[[Any], tuple[Any, ...]],
-        params: Iterable[Tensor],
+        params: Parameters,
         batches: Iterable[Any],
         process_group: ProcessGroup | None,
     ) -> None:
@@ -86,7 +92,8 @@ class BatchSums:
         self._processes = 1 if process_group is None else distributed.get_world_size(process_group)
         given = _listed(params)
         self._device = _message_device(given, process_group)
-        self._params: list[Tensor] = []
+        self._params = Params([], [])
+        self._reached: list[bool] = []
         self._passes = 0
         self._expected = self._margin = torch.empty(0)
         self._tolerance = 0.0
@@ -108,6 +115,8 @@ class BatchSums:
             )
         if not dependent:
             raise ValueError(f"{parts[-1]}: expected a tensor that depends on params, got none in any batch")
+        if self._group is None:  # another process's batches may reach the others
+            warn_of_unreached(self._params, self._reached, stacklevel=3)
         self._weight = weight
         self.size = sum(p.numel() for p in self._params)
         self.like = torch.empty(0, dtype=self._params[0].dtype, device=self._device)
@@ -173,7 +182,7 @@ class BatchSums:
         with torch.enable_grad(), buffers_kept():
             graph, weight = self._evaluate(batch)
             _tally(sums, graph[0], weight)
-            operator = self._record(self._params, *graph)
+            operator, _ = self._record(self._params, *graph)
             if operator is not None:
                 total += operator.apply(v)
 
@@ -189,28 +198,32 @@ class BatchSums:
                 f" {type(self._batches).__name__}"
             )
         self._params = check_params(params)
+        self._reached = [False] * len(self._params)
         self._snapshot = self._versions()
         sums = torch.zeros(3, dtype=torch.float64, device=self._device)
-        count, statistics, dependent = 0, False, False
+        count, statistics = 0, False
         with self._pass_state():
             for batch in self._batches:
-                coupled, dependent = self._inspect(batch, sums, twice=count == 0, dependent=dependent)
+                coupled = self._inspect(batch, sums, twice=count == 0)
                 count, statistics = count + 1, statistics or coupled
         _, weight, magnitude = sums
         self._expected = sums[:2]
         self._margin = (self._tolerance * torch.stack([magnitude, weight.abs()])).nan_to_num(0.0, 0.0)
-        found = sums.new_tensor([count, statistics, dependent])
+        found = sums.new_tensor([count, statistics, any(self._reached)])
         return torch.cat([weight.view(1), found, self._fingerprint(self._params)])
 
-    def _inspect(self, batch: Any, sums: Tensor, twice: bool, dependent: bool) -> tuple[bool, bool]:
-        """Whether the batch couples its samples, and whether it, or one before it, depends on params."""
+    def _inspect(self, batch: Any, sums: Tensor, twice: bool) -> bool:
+        """Whether the batch couples its samples; notes which params it reaches."""
         with torch.enable_grad(), buffers_kept() as calls:
             evaluate = partial(self._evaluate, batch)
-            graph, weight = repeatable(evaluate, lambda answer: answer[0][0], self._device) if twice else evaluate()
+            graph, weight = repeatable(evaluate, lambda answer: answer[0][0], self._device)[0] if twice else evaluate()
             _tally(sums, graph[0], weight)
             self._tolerance = max(self._tolerance, relative_rounding(graph[0].dtype))
-            coupled = calls.batch_statistics or uses_batch_statistics(graph[0])
-            return coupled, dependent or self._record(self._params, *graph) is not None
+            if calls.cut or not all(self._reached):
+                _, gradients = self._record(self._params, *graph)
+                calls.check_reached(self._params, gradients)
+                self._reached = [a or g is not None for a, g in zip(self._reached, gradients, strict=True)]
+            return calls.batch_statistics or uses_batch_statistics(graph[0])
 
     def _pass_state(self) -> AbstractContextManager[None]:
         """Another random state for every pass over the batches: what is random shows by its losses."""
@@ -219,7 +232,8 @@ class BatchSums:
 
     def _evaluate(self, batch: Any) -> tuple[list[Tensor], Tensor | float]:
         """What the closure returns: parts of the graph, and the weight, a tensor where the closure gives one."""
-        answer = self._closure(batch)
+        with double_backward():
+            answer = self._closure(batch)
         expected = (*self._parts, "weight_sum")
         if not isinstance(answer, tuple) or len(answer) != len(expected):
             got = f"a tuple of {len(answer)}" if isinstance(answer, tuple) else type(answer).__name__
@@ -293,8 +307,9 @@ def _listed(params: Any) -> Any:
 
 def _message_device(params: Any, group: ProcessGroup | None) -> torch.device:
     """That of the params, also of a process whose params are refused: the others wait for its message there."""
-    for p in params if isinstance(params, list) else [params]:
-        if isinstance(p, Tensor):
-            return p.device
+    for given in params if isinstance(params, list) else [params]:
+        for p in given if isinstance(given, tuple) else (given,):
+            if isinstance(p, Tensor):
+                return p.device
     backends = "" if group is None else str(distributed.get_backend_config(group))
     return torch.device("cuda", torch.cuda.current_device()) if backends.startswith("cuda") else torch.device("cpu")

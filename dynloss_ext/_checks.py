@@ -110,22 +110,37 @@ def check_array(
     return array
 
 
-def check_params(params: Iterable[Tensor], name: str = "params") -> list[Tensor]:
-    """The parameters that something is to be differentiated by, as a list."""
+Parameters = Iterable[Tensor] | Iterable[tuple[str, Tensor]]
+
+
+class Params(list[Tensor]):
+    """Parameters that something is to be differentiated by, and what to call each in a message."""
+
+    def __init__(self, params: Iterable[Tensor], labels: list[str]) -> None:
+        super().__init__(params)
+        self.labels = labels
+
+
+def check_params(params: Parameters, name: str = "params") -> Params:
+    """The parameters, given as they are or with their names, if something can be differentiated by them."""
     if isinstance(params, Tensor):
         raise TypeError(f"{name}: expected an iterable of tensors, got one tensor: pass [tensor]")
     if not isinstance(params, Iterable):
         raise TypeError(f"{name}: expected an iterable of tensors, got {type(params).__name__}")
-    checked = list(params)
+    pairs = [(str(p[0]), p[1]) if isinstance(p, tuple) and len(p) == 2 else ("", p) for p in params]
+    labels = [given or f"{name}[{i}]" for i, (given, _) in enumerate(pairs)]
+    checked = Params([p for _, p in pairs], labels)
     if not checked:
         raise ValueError(f"{name}: expected at least one tensor, got none")
-    for i, p in enumerate(checked):
-        check_tensor(f"{name}[{i}]", p)
+    for label, p in zip(labels, checked, strict=True):
+        check_tensor(label, p)
         expected, got = "", f"a tensor of shape {tuple(p.shape)}"
-        if p.dtype not in (torch.float32, torch.float64):
+        if type(p).__name__ == "DTensor":
+            expected, got = "a tensor that is whole in this process", "a DTensor, one part of which is"
+        elif p.dtype not in (torch.float32, torch.float64):
             expected, got = "float32 or float64", str(p.dtype)
         elif p.dtype != checked[0].dtype or p.device != checked[0].device:
-            expected = f"one dtype and device for all, {checked[0].dtype} on {checked[0].device} as {name}[0]"
+            expected = f"one dtype and device for all, {checked[0].dtype} on {checked[0].device} as {labels[0]}"
             got = f"{p.dtype} on {p.device}"
         elif not p.requires_grad:
             expected, got = "a tensor that requires grad", f"{got} that does not"
@@ -133,7 +148,7 @@ def check_params(params: Iterable[Tensor], name: str = "params") -> list[Tensor]
             expected = "a tensor without hooks, which every backward pass of a product would call"
             got += " with a hook (Tensor.register_hook): remove it for as long as the operator is used"
         if expected:
-            raise ValueError(f"{name}[{i}]: expected {expected}, got {got}")
+            raise ValueError(f"{label}: expected {expected}, got {got}")
     if len({id(p) for p in checked}) < len(checked):
         raise ValueError(f"{name}: expected every tensor once, got one twice")
     if sum(p.numel() for p in checked) == 0:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.nn.parallel import DistributedDataParallel
+
+from dynloss_ext._checks import Params
 
 T = TypeVar("T")
 
@@ -38,6 +43,45 @@ class Calls:
 
     def __init__(self) -> None:
         self.batch_statistics = False  # whether a BatchNorm module normalised by its batch
+        self.cut: dict[int, str] = {}  # by a parameter's id: the module of it that ran without grad
+
+    def enter(self, module: nn.Module) -> None:
+        if isinstance(module, DistributedDataParallel):
+            raise ValueError(
+                "closure: expected to call the plain module, got a call of DistributedDataParallel, which averages"
+                " gradients over processes, but not their derivatives: call its .module, and for the Hessian of all"
+                " processes' data give process_group to from_batches"
+            )
+        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
+            self.batch_statistics = True
+
+    def leave(self, module: nn.Module, output: object) -> None:
+        cut_off = isinstance(output, Tensor) and output.is_floating_point() and not output.requires_grad
+        if cut_off or not torch.is_grad_enabled():
+            self.cut.update((id(p), type(module).__name__) for p in module._parameters.values())
+
+    def check_reached(self, params: Params, gradients: Sequence[Tensor | None]) -> None:
+        """Refuses a parameter that took part where autograd does not look, and so would count as zero rows."""
+        for p, label, gradient in zip(params, params.labels, gradients, strict=True):
+            if gradient is None and id(p) in self.cut:
+                raise ValueError(
+                    f"{label}: expected a gradient, got none, though its {self.cut[id(p)]} ran: without grad, as under"
+                    " torch.no_grad() or checkpoint(use_reentrant=True); use use_reentrant=False, or leave the tensor"
+                    f" of shape {tuple(p.shape)} out of params"
+                )
+
+
+def warn_of_unreached(params: Params, reached: Sequence[bool], stacklevel: int) -> None:
+    """Warns of parameters that count as zero rows; a graph that was lost looks like one that never was."""
+    lost = [
+        f"{label} {tuple(p.shape)}" for p, label, yes in zip(params, params.labels, reached, strict=True) if not yes
+    ]
+    if lost:
+        more = f" and {len(lost) - 5} more" if len(lost) > 5 else ""
+        warnings.warn(
+            f"no gradient of the loss reaches {', '.join(lost[:5])}{more}: rows and columns of zeros",
+            stacklevel=stacklevel + 1,
+        )
 
 
 @contextmanager
@@ -54,8 +98,7 @@ def buffers_kept() -> Iterator[Calls]:
     def enter(module: nn.Module, _: object) -> None:
         if threading.get_ident() != thread:
             return
-        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
-            calls.batch_statistics = True
+        calls.enter(module)
         if module.training and module._buffers:
             entered[module] = dict(module._buffers)
             for buffer in map(_plain, module._buffers.values()):
@@ -63,8 +106,11 @@ def buffers_kept() -> Iterator[Calls]:
                     with torch._C._DisableFuncTorch():
                         saved[id(buffer)] = buffer, buffer.detach().clone()
 
-    def leave(module: nn.Module, *_: object) -> None:
-        if threading.get_ident() == thread and module in entered:
+    def leave(module: nn.Module, _: object, output: object) -> None:
+        if threading.get_ident() != thread:
+            return
+        calls.leave(module, output)
+        if module in entered:
             module._buffers.update(entered.pop(module))
 
     hooks = register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)
@@ -89,8 +135,9 @@ def relative_rounding(dtype: torch.dtype) -> float:
     return min(1e3 * torch.finfo(dtype).eps, 0.03)
 
 
-def repeatable(evaluate: Callable[[], T], loss_of: Callable[[T], Tensor], device: torch.device) -> T:
-    """What the second of two calls gives, if both give the same loss; random state and buffers stay as they were.
+def repeatable(evaluate: Callable[[], T], loss_of: Callable[[T], Tensor], device: torch.device) -> tuple[T, Calls]:
+    """What the second of two calls gives, if both give the same loss, and the modules that it called; random state and
+    buffers stay as they were.
 
     Raises:
         ValueError: The two losses differ.
@@ -98,7 +145,7 @@ def repeatable(evaluate: Callable[[], T], loss_of: Callable[[T], Tensor], device
     with random_state_kept(device), torch.enable_grad():
         with buffers_kept():
             first = float(loss_of(evaluate()).detach())
-        with buffers_kept():
+        with buffers_kept() as calls:
             answer = evaluate()
     loss = loss_of(answer)
     second = float(loss.detach())
@@ -108,21 +155,26 @@ def repeatable(evaluate: Callable[[], T], loss_of: Callable[[T], Tensor], device
             f"loss: expected the same value for the same parameters, got {first!r} and then {second!r}: switch dropout"
             " and other randomness off"
         )
-    return answer
+    return answer, calls
 
 
 def uses_batch_statistics(loss: Tensor) -> bool:
     """Whether the graph of the loss normalises by statistics of a batch of more than one sample."""
-    seen, waiting = set(), [loss.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
+    for node in graph_nodes(loss):
         if "BatchNorm" in node.name() and getattr(node, "_saved_training", False):
             # InstanceNorm has such a node too: every channel of every sample is a channel of its one sample.
             metadata: Any = node._input_metadata
             if metadata[0].shape[0] > 1:
                 return True
-        waiting.extend(next_node for next_node, _ in node.next_functions)
     return False
+
+
+def graph_nodes(loss: Tensor) -> Iterator[Node]:
+    """Every node of the graph behind the loss."""
+    seen, waiting = set(), [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            waiting.extend(next_node for next_node, _ in node.next_functions)

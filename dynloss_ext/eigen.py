@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dynloss_ext import _C
 from dynloss_ext._checks import check_choice, check_count, check_number, check_seed, check_tensor, check_vector
+from dynloss_ext._double_backward import double_backward
 from dynloss_ext.hessian import CurvatureOperator
 
 __all__ = ["ConvergenceWarning", "EigenResult", "EigenTracker", "eigsh"]
@@ -310,7 +311,8 @@ def _check_settings(k: int, which: str, tol: float, max_hvp: int, max_basis: int
 
 def _solve(op: _C.SymmetricOperator, **settings: Any) -> tuple[EigenResult, list[int]]:
     """The result, and the column of v0 that each eigenvector overlaps with, or -1."""
-    values, rows, residuals, num_hvp, converged, status, miss_probability, origins = _C.eigsh(op, **settings)
+    with double_backward():
+        values, rows, residuals, num_hvp, converged, status, miss_probability, origins = _C.eigsh(op, **settings)
     return EigenResult(values, rows.T, residuals, num_hvp, converged, status, miss_probability), origins
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dynloss_ext import _C
 from dynloss_ext._checks import check_callable, check_count, check_loss, check_params, check_tensor
+from dynloss_ext._double_backward import double_backward
 from dynloss_ext._evaluation import buffers_kept
 from dynloss_ext.hessian import CurvatureOperator, HessianOperator
 
@@ -191,7 +192,7 @@ class CapturedHessian(CurvatureOperator):
 
     def _record(self) -> HessianOperator:
         """Forward pass and recorded backward pass."""
-        with torch.enable_grad(), buffers_kept():
+        with torch.enable_grad(), buffers_kept(), double_backward():
             loss = check_loss(self._loss())
         return HessianOperator(loss, self._params)
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from dynloss_ext import _C
-from dynloss_ext._batches import BatchSums
-from dynloss_ext._checks import check_loss, check_params, check_tensor, check_vector
-from dynloss_ext._evaluation import repeatable
+from dynloss_ext._batches import BatchSums, Recording
+from dynloss_ext._checks import Parameters, Params, check_loss, check_params, check_tensor, check_vector
+from dynloss_ext._double_backward import custom_functions, double_backward
+from dynloss_ext._evaluation import Calls, repeatable, warn_of_unreached
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -83,9 +85,10 @@ class CurvatureOperator:
             self._source.fail(error)
             raise
         op, v = self._op, v.detach()
-        if v.dim() == 1:
-            return op.apply(v.contiguous())
-        columns = [op.apply(column.contiguous()) for column in v.unbind(1)]
+        with double_backward():
+            if v.dim() == 1:
+                return op.apply(v.contiguous())
+            columns = [op.apply(column.contiguous()) for column in v.unbind(1)]
         return torch.stack(columns, dim=1) if columns else torch.empty_like(v)
 
     def to_dense(self) -> Tensor:
@@ -130,14 +133,18 @@ class HessianOperator(CurvatureOperator):
     Args:
         loss: 0-d tensor with its graph, or a closure without arguments that returns one. A closure is called twice
             and must return the same value both times: the Hessian of a random function (dropout) is not defined.
-            The buffers of its modules and torch's random state stay as they were.
+            The buffers of its modules and torch's random state stay as they were. It runs with attention by plain
+            operators and without torch.compile: what these make has no second derivative.
         params: the parameters, in the order in which they make up the flat vector of length P; tensors of one
-            dtype (float32 or float64) on one device that require grad and have no hooks. A part of them gives that
-            block of the Hessian; see `layers` for many blocks of one backward pass.
+            dtype (float32 or float64) on one device that require grad and have no hooks, or (name, tensor) pairs as
+            from ``model.named_parameters()``. A part of them gives that block of the Hessian; see `layers` for many
+            blocks of one backward pass.
 
     Raises:
-        TypeError, ValueError: for anything else; ``params`` on which the loss does not depend count as zero rows,
-            but at least one must be used.
+        TypeError, ValueError: for anything else; ``params`` that no gradient reaches count as zero rows, of which a
+            warning says so, but at least one must be reached. For a closure, also a parameter without a gradient whose
+            module ran without grad, and a call of DistributedDataParallel.
+        RuntimeError: torch cannot differentiate the loss twice: here or by the first product.
         RuntimeError: by a product, if a parameter was changed in place since the loss was computed. (A change
             through ``p.data`` escapes PyTorch's version counter and this check.)
 
@@ -149,16 +156,14 @@ class HessianOperator(CurvatureOperator):
 
     gradients: tuple[Tensor | None, ...] = ()
 
-    def __init__(self, loss: Tensor | Callable[[], Tensor], params: Iterable[Tensor]) -> None:
+    def __init__(self, loss: Tensor | Callable[[], Tensor], params: Parameters) -> None:
         checked = check_params(params)
-        self.gradients = _record_gradients(_evaluate(loss, checked[0].device), checked)
-        if _all_none(self.gradients):
-            raise ValueError("loss: expected one that depends on params, got one that depends on none")
+        self.gradients = _record_loss(loss, checked, "params")
         super().__init__(_Recorded(_C.GraphOperator(self.gradients, checked)), checked[0])
 
     @classmethod
     def layers(
-        cls, loss: Tensor | Callable[[], Tensor], groups: Mapping[str, Iterable[Tensor]]
+        cls, loss: Tensor | Callable[[], Tensor], groups: Mapping[str, Parameters]
     ) -> dict[str, HessianOperator]:
         """The diagonal block of the Hessian for every named group of parameters, from one recorded backward pass.
 
@@ -171,11 +176,8 @@ class HessianOperator(CurvatureOperator):
         if not groups:
             raise ValueError("groups: expected at least one group, got none")
         checked = {name: check_params(params, f"groups[{name!r}]") for name, params in groups.items()}
-        everything = check_params([p for params in checked.values() for p in params], "all groups together")
-        recorded = _record_gradients(_evaluate(loss, everything[0].device), everything)
-        if _all_none(recorded):
-            raise ValueError("loss: expected one that depends on the params in groups, got one that depends on none")
-        gradients = iter(recorded)
+        named = [pair for params in checked.values() for pair in zip(params.labels, params, strict=True)]
+        gradients = iter(_record_loss(loss, check_params(named, "all groups together"), "the params in groups"))
         blocks = {}
         for name, params in checked.items():
             own = tuple(next(gradients) for _ in params)
@@ -187,7 +189,7 @@ class HessianOperator(CurvatureOperator):
     def from_batches(
         cls,
         closure: Callable[[Any], tuple[Tensor, Tensor | float]],
-        params: Iterable[Tensor],
+        params: Parameters,
         batches: Iterable[Any],
         *,
         process_group: ProcessGroup | None = None,
@@ -200,7 +202,8 @@ class HessianOperator(CurvatureOperator):
 
         Args:
             closure: batch -> (loss_sum, weight_sum): the *sum* of the batch's losses, 0-d with its graph, and what
-                the total is to be divided by: the number of samples, or the sum of their weights.
+                the total is to be divided by: the number of samples, or the sum of their weights. It runs as that of
+                `HessianOperator`.
             params: as in `HessianOperator`.
             batches: iterated over once per product, so not an iterator; each pass must give the same batches.
             process_group: whose processes hold shards of the data (`torch.distributed.group.WORLD` for all); each
@@ -231,18 +234,20 @@ class GaussNewtonOperator(CurvatureOperator):
         params: as in `HessianOperator`.
     """
 
-    def __init__(self, loss: Tensor, outputs: Tensor, params: Iterable[Tensor]) -> None:
+    def __init__(self, loss: Tensor, outputs: Tensor, params: Parameters) -> None:
         checked = check_params(params)
-        op = _gauss_newton(checked, check_loss(loss), outputs)
+        _warn_of_one_process()
+        op, pullback = _gauss_newton(checked, check_loss(loss), outputs)
         if op is None:
             raise ValueError("outputs: expected a tensor that depends on params, got one that depends on none")
+        warn_of_unreached(checked, [g is not None for g in pullback], stacklevel=2)
         super().__init__(_Recorded(op), checked[0])
 
     @classmethod
     def from_batches(
         cls,
         closure: Callable[[Any], tuple[Tensor, Tensor, Tensor | float]],
-        params: Iterable[Tensor],
+        params: Parameters,
         batches: Iterable[Any],
         *,
         process_group: ProcessGroup | None = None,
@@ -258,14 +263,12 @@ class GaussNewtonOperator(CurvatureOperator):
         return cls._of(sums, sums.like)
 
 
-def _hessian(params: Sequence[Tensor], loss: Tensor) -> _C.GraphOperator | None:
-    """None where the loss does not depend on params."""
+def _hessian(params: Sequence[Tensor], loss: Tensor) -> Recording:
     gradients = _record_gradients(loss, params)
-    return None if _all_none(gradients) else _C.GraphOperator(gradients, params)
+    return (None if _all_none(gradients) else _C.GraphOperator(gradients, params)), gradients
 
 
-def _gauss_newton(params: Sequence[Tensor], loss: Tensor, outputs: Tensor) -> _C.GaussNewtonOperator | None:
-    """None where the outputs do not depend on params."""
+def _gauss_newton(params: Sequence[Tensor], loss: Tensor, outputs: Tensor) -> Recording:
     if not check_tensor("outputs", outputs).requires_grad:
         raise ValueError("outputs: expected a tensor with its graph, got one that does not require grad")
     (gradient,) = _record_gradients(loss, [outputs])
@@ -273,12 +276,30 @@ def _gauss_newton(params: Sequence[Tensor], loss: Tensor, outputs: Tensor) -> _C
         raise ValueError("loss: expected one that depends on outputs, got one that does not")
     dummy = torch.zeros_like(outputs, requires_grad=True)
     pullback = _record_gradients(outputs, params, dummy)
-    return None if _all_none(pullback) else _C.GaussNewtonOperator(outputs, gradient, dummy, pullback, params)
+    op = None if _all_none(pullback) else _C.GaussNewtonOperator(outputs, gradient, dummy, pullback, params)
+    return op, pullback
+
+
+def _record_loss(loss: Tensor | Callable[[], Tensor], params: Params, called: str) -> tuple[Tensor | None, ...]:
+    """The recorded gradients of what an operator is made from; ``called``: the name of params in an error."""
+    value, calls = _evaluate(loss, params[0].device)
+    gradients = _record_gradients(value, params)
+    if _all_none(gradients):
+        raise ValueError(f"loss: expected one that depends on {called}, got one that depends on none")
+    calls.check_reached(params, gradients)
+    warn_of_unreached(params, [g is not None for g in gradients], stacklevel=3)
+    return gradients
 
 
 def _record_gradients(of: Tensor, params: Sequence[Tensor], seed: Tensor | None = None) -> tuple[Tensor | None, ...]:
     """A first backward pass, recorded so that it can be differentiated again."""
-    with torch.enable_grad():
+    if custom := ", ".join(function.__name__ for function in custom_functions(of)):
+        warnings.warn(
+            f"loss: its second derivative is only as right as that of the autograd.Function {custom}: see"
+            " torch.autograd.gradgradcheck",
+            stacklevel=2,
+        )
+    with torch.enable_grad(), double_backward():
         gradients = torch.autograd.grad(of, list(params), seed, create_graph=True, allow_unused=True)
     for p, gradient in zip(params, gradients, strict=True):
         if gradient is not None and gradient.layout != torch.strided:
@@ -293,9 +314,20 @@ def _all_none(gradients: Iterable[Tensor | None]) -> bool:
     return all(g is None for g in gradients)
 
 
-def _evaluate(loss: Tensor | Callable[[], Tensor], device: torch.device) -> Tensor:
+def _evaluate(loss: Tensor | Callable[[], Tensor], device: torch.device) -> tuple[Tensor, Calls]:
     if isinstance(loss, Tensor):
-        return check_loss(loss)
+        _warn_of_one_process()
+        return check_loss(loss), Calls()
     if not callable(loss):
         raise TypeError(f"loss: expected a 0-d torch.Tensor or a closure returning one, got {type(loss).__name__}")
-    return repeatable(loss, check_loss, device)
+    with double_backward():
+        return repeatable(loss, check_loss, device)
+
+
+def _warn_of_one_process() -> None:
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        warnings.warn(
+            "loss: the curvature is that of this process's data only; HessianOperator.from_batches with process_group"
+            " gives that of all processes'",
+            stacklevel=5,
+        )

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 
 from dynloss_ext._checks import check_choice, check_count, check_tensor
+from dynloss_ext._double_backward import double_backward
 from dynloss_ext._evaluation import random_state_kept, relative_rounding
 
 __all__ = ["ntk_eigenvalues"]
@@ -50,7 +51,7 @@ def ntk_eigenvalues(model: nn.Module, inputs: Tensor, k: int = 1, *, outputs: st
     if not params:
         raise ValueError("model: expected a parameter that requires grad, got none")
     _refuse_coupled_samples(model)
-    with random_state_kept(inputs.device):
+    with random_state_kept(inputs.device), double_backward():
         with torch.no_grad():
             together = check_tensor("output of model", _outputs(model, params, inputs))
         shape = together.shape

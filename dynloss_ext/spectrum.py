@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dynloss_ext import _C
 from dynloss_ext._checks import check_choice, check_count, check_number, check_seed
+from dynloss_ext._double_backward import double_backward
 from dynloss_ext.eigen import Operator, _resolve
 
 __all__ = ["Estimate", "SpectralDensity", "spectral_density", "trace"]
@@ -110,7 +111,8 @@ def spectral_density(
     if bandwidth is not None:
         bandwidth = check_number("bandwidth", bandwidth, 0, open_low=True)
     length = min(num_steps, size)
-    probes = _C.gauss_quadrature(op, steps=length, probes=num_probes, generator=_generator(seed))
+    with double_backward():
+        probes = _C.gauss_quadrature(op, steps=length, probes=num_probes, generator=_generator(seed))
     # Where the Krylov space of a probe ends early, its last node fills up the row, with weight 0.
     rows = [(x + x[-1:] * (length - len(x)), w + [0.0] * (length - len(w))) for x, w in probes]
     nodes, weights = torch.tensor(rows, dtype=torch.float64, device="cpu").unbind(1)
@@ -164,7 +166,9 @@ def trace(
     op, size, _ = _resolve(H, n, dtype, device, None)
     num_probes = check_count("num_probes", num_probes, 6 if method == "hutch++" else 2)
     third = min(num_probes // 3, size) if method == "hutch++" else 0
-    on_range, beside = _C.sample_trace(op, range=third, samples=num_probes - 2 * third, generator=_generator(seed))
+    samples = num_probes - 2 * third
+    with double_backward():
+        on_range, beside = _C.sample_trace(op, range=third, samples=samples, generator=_generator(seed))
     if not beside:
         return Estimate(on_range, 0.0)
     per_probe = torch.tensor(beside, dtype=torch.float64, device="cpu")

@@ -128,3 +128,23 @@ def check_eigenpairs(operator, result, k, which="LA", rtol=1e-8):
     assert torch.allclose(V.T @ V, torch.eye(k, dtype=V.dtype), atol=1e-10)
     true_residuals = torch.linalg.norm(operator.matrix @ V - V * result.values.to(V.dtype), dim=0)
     assert torch.allclose(result.residuals, true_residuals.double(), rtol=1e-3, atol=1e-12 * float(scale))
+
+
+def hessian_by_differences(closure, params, step=1e-5):
+    """(P, P) float64 by central differences of gradients: no second derivative of torch's takes part."""
+    params = list(params)
+    flat = torch.cat([p.detach().reshape(-1) for p in params])
+
+    def gradient_at(point):
+        with torch.no_grad():
+            for p, values in zip(params, point.split([p.numel() for p in params]), strict=True):
+                p.copy_(values.view_as(p))
+        with torch.enable_grad():
+            parts = torch.autograd.grad(closure(), params, allow_unused=True)
+        pairs = zip(parts, params, strict=True)
+        return torch.cat([(torch.zeros_like(p) if g is None else g).reshape(-1) for g, p in pairs])
+
+    shifts = step * torch.eye(len(flat), dtype=torch.float64)
+    rows = [(gradient_at(flat + shift) - gradient_at(flat - shift)) / (2 * step) for shift in shifts]
+    gradient_at(flat)
+    return torch.stack(rows)

@@ -3,6 +3,7 @@
 import os
 import socket
 import traceback
+import warnings
 from datetime import timedelta
 from functools import partial
 
@@ -236,6 +237,38 @@ def gauss_newton_problem():
     return closure, params
 
 
+def data_parallel(rank, world_size):
+    """What a closure with a DDP module raises, and what the loop of the README finds: parameters and curvature."""
+    generator = torch.Generator().manual_seed(rank)
+    x, y = torch.randn(8, 2, dtype=torch.float64, generator=generator), torch.arange(8) % 3
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(2, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3)).double()
+    ddp = torch.nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        loss = F.cross_entropy(model(x), y)
+        HessianOperator(loss, model.parameters())
+        refused = outcomes(
+            lambda: HessianOperator(lambda: F.cross_entropy(ddp(x), y), model.parameters()),
+            lambda: HessianOperator.from_batches(
+                lambda _: (F.cross_entropy(ddp(x), y), 1), model.parameters(), [0], process_group=dist.group.WORLD
+            ),
+        )
+    for _ in range(5):
+        optimizer.zero_grad()
+        F.cross_entropy(ddp(x), y).backward()
+        optimizer.step()
+    H = HessianOperator.from_batches(
+        lambda rows: (F.cross_entropy(model(x[rows]), y[rows], reduction="sum"), len(rows)),
+        model.named_parameters(),
+        torch.arange(8).split(3),
+        process_group=dist.group.WORLD,
+    )
+    flat = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+    return [str(w.message) for w in caught], refused, flat.tolist(), H.to_dense().tolist(), x.tolist()
+
+
 def run(work, rank, world_size, port, answers):
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
@@ -338,6 +371,24 @@ def test_gauss_newton_of_one_process():
     alone = GaussNewtonOperator.from_batches(closure, params, [torch.arange(SAMPLES)]).to_dense()
     for dense in spread(gauss_newton, 2).values():
         assert torch.allclose(torch.tensor(dense), alone, rtol=1e-4, atol=1e-6)
+
+
+def test_data_parallel_modules():
+    first, second = spread(data_parallel, 2).values()
+    for warned, refused, *_ in (first, second):
+        assert len(warned) == 1
+        assert warned[0].startswith(
+            "loss: the curvature is that of this process's data only; HessianOperator.from_batch"
+        )
+        for message in refused:
+            assert message.startswith("ValueError: closure: expected to call the plain module, got a call of Distribut")
+    assert first[2:4] == second[2:4]
+    model = torch.nn.Sequential(torch.nn.Linear(2, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3)).double()
+    torch.nn.utils.vector_to_parameters(torch.tensor(first[2], dtype=torch.float64), model.parameters())
+    x = torch.tensor(first[4] + second[4], dtype=torch.float64)
+    loss = F.cross_entropy(model(x), (torch.arange(8) % 3).repeat(2))
+    whole = HessianOperator(loss, model.parameters()).to_dense()
+    assert torch.allclose(torch.tensor(first[3], dtype=torch.float64), whole, rtol=1e-10, atol=1e-13)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -48,7 +48,8 @@ def test_parameters_are_left_alone_and_the_gradient_is_shared():
 def test_unused_parameter_has_zero_rows():
     params = mlp()
     unused = torch.ones(4, dtype=torch.float64, requires_grad=True)
-    H = HessianOperator(loss_of(params), [unused, *params])
+    with pytest.warns(UserWarning, match="rows and columns of zeros"):
+        H = HessianOperator(loss_of(params), [unused, *params])
     product = H @ torch.ones(H.shape[0], dtype=torch.float64)
     assert torch.equal(product[:4], torch.zeros(4, dtype=torch.float64))
     assert torch.allclose(product[4:], dense_hessian(params).sum(1), atol=1e-13)
@@ -281,7 +282,8 @@ def test_exception_in_a_python_backward_passes_through():
             raise Marker("from the second backward")
 
     p = torch.ones(3, dtype=torch.float64, requires_grad=True)
-    H = HessianOperator((Broken.apply(p) ** 3).sum(), [p])
+    with pytest.warns(UserWarning, match="autograd.Function Broken"):
+        H = HessianOperator((Broken.apply(p) ** 3).sum(), [p])
     with pytest.raises(Marker, match="second backward"):
         H @ torch.ones(3, dtype=torch.float64)
     with pytest.raises(Marker, match="second backward"):
