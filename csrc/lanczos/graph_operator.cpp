@@ -48,7 +48,10 @@ std::vector<at::Tensor> FlatParameters::parts(const at::Tensor& v,
   std::vector<at::Tensor> parts;
   parts.reserve(parameters.size());
   for (const size_t i : parameters) {
-    parts.push_back(v.narrow(0, offsets_[i], parameters_[i].numel()).view(parameters_[i].sizes()));
+    at::Tensor part = v.narrow(0, offsets_[i], parameters_[i].numel());
+    // Pairs of real numbers become complex ones only where they begin at an even place.
+    if (part.numel() % 2 == 0 && part.storage_offset() % 2 != 0) part = part.clone();
+    parts.push_back(part.view(parameters_[i].sizes()));
   }
   return parts;
 }

@@ -1,0 +1,154 @@
+"""One cell of the table: a model and something that measures its curvature; right, or refused."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import torch
+from curvature_problems import hessian_by_differences
+from torch import Tensor
+
+from dynloss_ext import EigenTracker, GaussNewtonOperator, HessianOperator, eigsh, ntk_eigenvalues, spectral_density
+from models.zoo import Case, make
+
+
+class Refused(Exception):
+    """What was asked for is refused, by this message."""
+
+
+def parameters(case: Case) -> list[tuple[str, Tensor]]:
+    return [(name, p) for name, p in case.model.named_parameters() if p.requires_grad]
+
+
+def hessian(case: Case) -> HessianOperator:
+    if case.batches:
+        rows = torch.arange(len(case.inputs)).split(2)
+
+        def loss_and_count(batch: Tensor) -> tuple[Tensor, int]:
+            return case.criterion(case.outputs(batch), case.target[batch]) * len(batch), len(batch)
+
+        return HessianOperator.from_batches(loss_and_count, parameters(case), rows)
+    return HessianOperator(case.loss() if case.as_tensor else case.loss, parameters(case))
+
+
+def gauss_newton(case: Case) -> GaussNewtonOperator:
+    if case.as_tensor:
+        outputs = case.outputs()
+        return GaussNewtonOperator(case.criterion(outputs, case.target), outputs, parameters(case))
+
+    def closure(rows: Tensor) -> tuple[Tensor, Tensor, int]:
+        with case.context():
+            outputs = case.outputs(rows)
+            return case.criterion(outputs, case.target[rows]) * len(rows), outputs, len(rows)
+
+    everything = torch.arange(len(case.inputs))
+    return GaussNewtonOperator.from_batches(
+        closure, parameters(case), everything.split(2 if case.batches else len(everything))
+    )
+
+
+class Reference:
+    """The case in float64, evaluated plainly: no second derivative of torch's, and nothing of this package."""
+
+    def __init__(self, name: str) -> None:
+        case = self.case = make(name)
+        self.model = case.plain(case.model.double())
+        self.inputs = case.inputs.double() if case.inputs.is_floating_point() else case.inputs
+        self.params = [p for p in self.model.parameters() if p.requires_grad]
+        self.buffers = [(b, b.clone()) for b in self.model.buffers()]
+
+    def outputs(self) -> Tensor:
+        with torch.no_grad():
+            for buffer, values in self.buffers:
+                buffer.copy_(values)
+        return self.model(self.inputs)
+
+    def hessian(self) -> Tensor:
+        return hessian_by_differences(lambda: self.case.criterion(self.outputs(), self.case.target), self.params)
+
+    def jacobian(self) -> Tensor:
+        """(number of outputs, P)."""
+        outputs = self.outputs().reshape(-1)
+        rows = [torch.autograd.grad(z, self.params, retain_graph=True, materialize_grads=True) for z in outputs]
+        return torch.stack([torch.cat([g.reshape(-1) for g in row]) for row in rows])
+
+    def gauss_newton(self) -> Tensor:
+        outputs = self.outputs().detach().requires_grad_()
+        curvature = hessian_by_differences(lambda: self.case.criterion(outputs, self.case.target), [outputs])
+        jacobian = self.jacobian()
+        return jacobian.T @ curvature @ jacobian
+
+    def ntk(self) -> Tensor:
+        jacobian = self.jacobian().reshape(*self.outputs().shape, -1)
+        return torch.einsum("icp,jcp->ij", jacobian, jacobian) / jacobian.shape[1]
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected).abs().max() / expected.abs().max())
+
+
+def of_eigsh(case: Case, reference: Reference) -> float:
+    H, expected = hessian(case), reference.hessian()
+    result = eigsh(H, 2, tol=case.tolerance / 100)
+    refuse(result.status)
+    return max(relative(H.to_dense(), expected), relative(result.values, torch.linalg.eigvalsh(expected).flip(0)[:2]))
+
+
+def of_tracker(case: Case, reference: Reference) -> float:
+    result = EigenTracker(k=2, tol=case.tolerance / 100).update(hessian(case))
+    refuse(result.status)
+    return relative(result.values, torch.linalg.eigvalsh(reference.hessian()).flip(0)[:2])
+
+
+def refuse(status: str) -> None:
+    if status == "not symmetric":
+        raise Refused(status)
+
+
+def of_density(case: Case, reference: Reference) -> float:
+    """With as many steps as parameters, the outermost nodes are the outermost eigenvalues."""
+    H = hessian(case)
+    nodes = spectral_density(H, num_steps=H.shape[0], num_probes=1).nodes
+    values = torch.linalg.eigvalsh(reference.hessian())
+    return relative(torch.stack([nodes.min(), nodes.max()]), values[[0, -1]])
+
+
+def of_gauss_newton(case: Case, reference: Reference) -> float:
+    return relative(gauss_newton(case).to_dense(), reference.gauss_newton())
+
+
+def of_ntk(case: Case, reference: Reference) -> float:
+    found = ntk_eigenvalues(case.model, case.inputs, 2)
+    return relative(found, torch.linalg.eigvalsh(reference.ntk()).flip(0)[:2])
+
+
+MEASURES: dict[str, Callable[[Case, Reference], float]] = {
+    "Hessian": of_eigsh,
+    "Gauss-Newton": of_gauss_newton,
+    "tracker": of_tracker,
+    "density": of_density,
+    "NTK": of_ntk,
+}
+
+
+def cell(name: str, measure: str) -> str:
+    """``right``, or the message by which it is refused.
+
+    Raises:
+        AssertionError: wrong, or refused where it should not be, or the other way round, or in other words.
+        ImportError: the model is of a package that is not there.
+    """
+    case = make(name)
+    expected = case.refusals.get(measure, case.refusals.get("all") if measure != "NTK" else None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            error = MEASURES[measure](case, Reference(name))
+        except (Refused, ValueError, RuntimeError, TypeError) as refusal:
+            assert expected is not None, f"refused: {refusal}"
+            assert expected in str(refusal), f"refused by another message: {refusal}"
+            return f"refused: {refusal}"
+    assert expected is None, f"not refused: relative error {error:.2g}"
+    assert error <= case.tolerance, f"relative error {error:.2g}"
+    return "right"
