@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dynloss_ext import _C
 from dynloss_ext._checks import check_choice, check_step, check_tensor
+from dynloss_ext._configuration import Configuration, difference, pack, unpack
 from dynloss_ext._vmap import class_dim
 from dynloss_ext.oscillation import Oscillation
 
@@ -180,8 +181,9 @@ class DynamicCrossEntropyLoss(nn.Module):
 
     ``criterion(logits, target)`` uses the weights of ``current_step``; call ``criterion.step()`` once per
     optimisation step. The step is a buffer (``current_step``, int64) and part of ``state_dict``, as is the
-    configuration: loading the state of another oscillation raises. ``eval()`` does not change Γ; for a plain
-    validation loss use :func:`torch.nn.functional.cross_entropy`.
+    configuration. The state of another one is an unexpected key, named with the difference: ``load_state_dict``
+    raises RuntimeError, and with ``strict=False`` goes on from that step under the configuration of this module.
+    ``eval()`` does not change Γ; for a plain validation loss use :func:`torch.nn.functional.cross_entropy`.
 
     Args:
         oscillation: Γ.
@@ -255,30 +257,42 @@ class DynamicCrossEntropyLoss(nn.Module):
         """Goes on to the next optimisation step."""
         self.current_step.add_(1)
 
-    def _config(self) -> dict[str, Any]:
+    def set_step(self, step: int) -> None:
+        """Goes to an optimisation step, an int."""
+        self.current_step.fill_(check_step("step", step))
+
+    def _config(self) -> Configuration:
         return {
-            "oscillation": self.oscillation.config(),
+            **self.oscillation.config(),
             "reduction": self.reduction,
             "normalization": self.normalization,
             "ignore_index": self.ignore_index,
             "label_smoothing": self.label_smoothing,
         }
 
-    def get_extra_state(self) -> dict[str, Any]:
-        """The configuration, for ``state_dict``."""
-        return self._config()
+    def get_extra_state(self) -> Tensor:
+        """The configuration for ``state_dict``: (n,) uint8, for formats that hold tensors alone."""
+        return pack(self._config())
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Checks that a state to load belongs to the same loss."""
-        if not isinstance(state, dict):
-            raise TypeError(f"state_dict: expected the configuration of a loss, a dict, got {type(state).__name__}")
-        own = self._config()
-        for key, value in own.items():
-            if state.get(key) != value:
-                raise ValueError(
-                    f"state_dict: this loss has {key} = {value}, the state to load has {state.get(key)}; build the "
-                    "loss with the same configuration before loading"
-                )
+    def set_extra_state(self, state: object) -> None:
+        """Takes nothing from a state but checks it, also one of version 0.1.0.
+
+        Raises:
+            ValueError: it belongs to another configuration, or to no loss.
+        """
+        if other := difference(self._config(), unpack(state)):
+            raise ValueError(f"state_dict: {other}")
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, *reports: list[str]
+    ) -> None:
+        """Reports another configuration as an unexpected key: what a strict load refuses and another forgives."""
+        key = f"{prefix}_extra_state"
+        if key in state_dict and (other := difference(self._config(), unpack(state_dict[key]))):
+            _, unexpected_keys, _ = reports
+            unexpected_keys.append(f"{key}: {other}")
+            state_dict = {**state_dict, key: self.get_extra_state()}
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *reports)
 
     def extra_repr(self) -> str:
         return f"{self.oscillation}, reduction={self.reduction!r}, normalization={self.normalization!r}"

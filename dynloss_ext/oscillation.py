@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dynloss_ext import _extension as _extension  # registers the ops
 from dynloss_ext._checks import check_callable, check_choice, check_count, check_step
+from dynloss_ext._configuration import difference
 
 __all__ = ["Oscillation"]
 
@@ -71,7 +72,8 @@ class Oscillation:
         waveform: ``"triangle"``, g = 1 + 2(A-1)t/T up to T/2 and back (the paper); ``"sine"``,
             g = 1 + (A-1) sin(πt/T); ``"square"``, g = A.
         class_order: A permutation of the classes, the one raised in the first turn first. Default 0, 1, ..., C-1.
-        closed: A turn lasts T + 1 steps with both ends at weight 1 (the authors' notebook), instead of T.
+        closed: A turn lasts T + 1 steps with both ends at weight 1 (the authors' notebook), instead of T. Then T is
+            whole: the end of a fractional period is no step, and the waveform has no value beyond it.
         start_step: Γ = 1 before this step, and the first turn begins here.
         stop_step: Γ = 1 from this step on.
 
@@ -100,6 +102,8 @@ class Oscillation:
             raise TypeError(f"closed: expected a bool, got {type(closed).__name__}")
         amplitudes = _parameter("amplitude", amplitude, 1.0)
         periods = _parameter("period", period, 1e-9)
+        if closed and bool((periods % 1 != 0).any()):
+            raise ValueError(f"period: expected a whole number of steps, as closed=True needs, got {period}")
         self._set_num_classes(num_classes)
         self._set_clock(amplitudes, periods, _WAVEFORMS[waveform], closed, start_step, stop_step)
         self._waveform = waveform
@@ -267,23 +271,27 @@ class Oscillation:
         return self._clock.shape[0] if self._clock.dim() == 2 else None
 
     def config(self) -> dict[str, Any]:
-        """Plain numbers, strings and lists that tell two oscillations apart."""
+        """What tells two oscillations apart: numbers, strings, None, and float64 tensors of what is longer.
+
+        ``amplitude`` and ``period`` are floats, or (E,); ``class_order`` is (C,), ``table`` (S, C) or (E, S, C).
+        """
+        amplitude, period = (x.clone() if x.dim() else x.item() for x in self._clock[..., :2].unbind(-1))
         return {
             "num_classes": self._num_classes,
-            "amplitude": self._clock[..., 0].tolist(),
-            "period": self._clock[..., 1].tolist(),
+            "amplitude": amplitude,
+            "period": period,
             "waveform": self._waveform,
-            "class_order": None if self._class_order is None else self._class_order.tolist(),
+            "class_order": None if self._class_order is None else self._class_order.to(torch.float64),
             "closed": self._closed,
             "start_step": self._start_step,
             "stop_step": self._stop_step,
-            "table": None if self._table is None else self._table.tolist(),
+            "table": None if self._table is None else self._table.clone(),
         }
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Oscillation):
             return NotImplemented
-        return self is other or (self._function is other._function and self.config() == other.config())
+        return self is other or (self._function is other._function and not difference(self.config(), other.config()))
 
     def __hash__(self) -> int:
         return hash((self._num_classes, self._waveform, self._closed, self._start_step, self._stop_step))

@@ -48,12 +48,13 @@ def weights(oscillation: Oscillation, step: int, member: int | None = None) -> T
     elapsed = step - config["start_step"]
     if config["table"] is not None:
         table = of_member(config["table"])
-        return torch.tensor(table[elapsed % len(table)], dtype=torch.float64)
-    amplitude, period = of_member(config["amplitude"]), of_member(config["period"])
+        row: Tensor = table[elapsed % len(table)]
+        return row
+    amplitude, period = float(of_member(config["amplitude"])), float(of_member(config["period"]))
     turns, t = divmod(elapsed, period + 1 if config["closed"] else period)
     active = int(turns) % classes
     if config["class_order"] is not None:
-        active = config["class_order"][active]
+        active = int(config["class_order"][active])
     g[active] = _raw_weight(config["waveform"], amplitude, period, t)
     gamma: Tensor = classes * g / g.sum()
     return gamma

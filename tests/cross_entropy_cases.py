@@ -58,7 +58,7 @@ def _problems() -> dict[str, Problem]:
     single = Oscillation(4, 5, 10)
     ensemble = Oscillation(4, torch.tensor([2.0, 5.0, 9.0]), torch.tensor([3, 10, 20]))
     table = Oscillation.from_table(torch.rand(7, 4, generator=torch.Generator().manual_seed(3)))
-    ordered = Oscillation(4, 9.5, 7.25, waveform="sine", class_order=[2, 0, 3, 1], closed=True, start_step=2)
+    ordered = Oscillation(4, 9.5, 7, waveform="sine", class_order=[2, 0, 3, 1], closed=True, start_step=2)
     tables = Oscillation.from_table(torch.rand(3, 7, 4, generator=torch.Generator().manual_seed(4)))
     return {
         "matrix": Problem(normal(6, 4), _with_ignored(labels(4, 6)), single, 3),

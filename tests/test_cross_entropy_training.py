@@ -4,6 +4,7 @@ import copy
 import io
 import os
 import pickle
+import re
 import socket
 
 import pytest
@@ -100,23 +101,95 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("other", OTHERS)
-def test_state_of_another_configuration_is_refused(other):
+def test_state_of_another_configuration_is_an_unexpected_key(other):
     oscillation, options = OTHERS[other]
-    state = DynamicCrossEntropyLoss(oscillation, **options).state_dict()
-    with pytest.raises(ValueError, match="same configuration"):
-        DynamicCrossEntropyLoss(Oscillation(4, 9, 10)).load_state_dict(state)
-    twin = DynamicCrossEntropyLoss(oscillation, **options)
-    twin.load_state_dict(state)
+    saved = DynamicCrossEntropyLoss(oscillation, **options)
+    saved.set_step(17)
+    state, loss = nn.Sequential(saved).state_dict(), nn.Sequential(DynamicCrossEntropyLoss(Oscillation(4, 9, 10)))
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*0\._extra_state: expected \w+ = .*, got") as refusal:
+        loss.load_state_dict(state)
+    name = {"order": "class_order", "start": "start_step", "stop": "stop_step", "ensemble": "amplitude"}.get(
+        other, other
+    )
+    assert f"expected {name} = " in str(refusal.value)
+    with pytest.raises(ValueError, match=f"state_dict: expected .*{name} = "):
+        loss[0].set_extra_state(state["0._extra_state"])
+    missing, unexpected = loss.load_state_dict(state, strict=False)
+    assert not missing and len(unexpected) == 1
+    assert loss[0].current_step == 17 and loss[0].oscillation == Oscillation(4, 9, 10)
+    nn.Sequential(DynamicCrossEntropyLoss(oscillation, **options)).load_state_dict(state)
 
 
-def test_incomplete_state_is_refused():
+def test_a_difference_is_named_in_a_few_words():
+    for shape in ((500, 100), (2, 300, 10)):
+        table = torch.rand(shape, dtype=torch.float64)
+        state = DynamicCrossEntropyLoss(Oscillation.from_table(table)).state_dict()
+        assert state["_extra_state"].numel() < 8 * table.numel() + 500
+        table.view(-1)[-3] = 7
+        other = DynamicCrossEntropyLoss(Oscillation.from_table(table), label_smoothing=0.1)
+        first = [*(n - 1 for n in shape[:-1]), shape[-1] - 3]
+        with pytest.raises(RuntimeError, match=re.escape(f"expected table{first} = 7.0, got 0.")) as refusal:
+            other.load_state_dict(state)
+        assert "expected label_smoothing = 0.1, got 0.0" in str(refusal.value)
+        everything = DynamicCrossEntropyLoss(
+            Oscillation(70, torch.rand(99) + 1, 7, waveform="sine", class_order=range(70)[::-1], stop_step=2**52),
+            **{"reduction": "sum", "normalization": "weights", "ignore_index": 2**61},
+        )
+        with pytest.raises(RuntimeError, match=r"_extra_state: expected num_classes = 70, got .*\.\.\.") as refusal:
+            everything.load_state_dict(state)
+        assert len(str(refusal.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("oscillation", "stored"),
+    [
+        (OSCILLATION, {"class_order": [2, 0, 3, 1], "stop_step": 500}),
+        (Oscillation(4, torch.tensor([9.0, 2.5]), 10), {"amplitude": [9.0, 2.5], "period": [10.0, 10.0]}),
+        (
+            Oscillation.from_table(torch.tensor([[1.0, 0.1, 2.0, 0.25], [0.0, 3.0, 0.5, 1.0]], dtype=torch.float64)),
+            {"amplitude": 1.0, "period": 2.0, "waveform": "table"}
+            | {"table": [[1.0, 0.1, 2.0, 0.25], [0.0, 3.0, 0.5, 1.0]]},
+        ),
+    ],
+)
+def test_states_of_version_0_1_0_are_read(oscillation, stored):
+    description = {"num_classes": 4, "amplitude": 9.0, "period": 10.0, "waveform": "triangle", "class_order": None}
+    description |= {"closed": False, "start_step": 0, "stop_step": None, "table": None}
+    options = {"reduction": "mean", "normalization": "samples", "ignore_index": -100, "label_smoothing": 0.1}
+    state = {"current_step": torch.tensor(12), "_extra_state": {"oscillation": description | stored, **options}}
+    criterion = DynamicCrossEntropyLoss(oscillation, label_smoothing=0.1)
+    criterion.load_state_dict(state)
+    assert criterion.current_step == 12
+    with pytest.raises(RuntimeError, match=r"expected label_smoothing = 0\.0, got 0\.1"):
+        DynamicCrossEntropyLoss(oscillation).load_state_dict(state)
+
+
+def test_incomplete_and_damaged_states_are_refused():
+    with torch.device("meta"):  # where models are made before they are loaded
+        packed = DynamicCrossEntropyLoss(OSCILLATION).get_extra_state()
     state = DynamicCrossEntropyLoss(OSCILLATION).state_dict()
+    assert torch.equal(packed, state["_extra_state"])
     assert set(state) == {"current_step", "_extra_state"}
     for key in state:
         with pytest.raises(RuntimeError, match=key):
             DynamicCrossEntropyLoss(OSCILLATION).load_state_dict({k: v for k, v in state.items() if k != key})
-    with pytest.raises((TypeError, ValueError), match="state_dict"):
-        DynamicCrossEntropyLoss(OSCILLATION).load_state_dict({**state, "_extra_state": None})
+    for damaged in (None, {}, packed[:-1], packed[:20], packed.float(), torch.zeros(3, dtype=torch.uint8), packed[1:]):
+        for strict in (True, False):
+            with pytest.raises(ValueError, match="state_dict: expected the configuration of a loss, got"):
+                DynamicCrossEntropyLoss(OSCILLATION).load_state_dict({**state, "_extra_state": damaged}, strict=strict)
+
+
+def test_safetensors_hold_the_state(tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    module = nn.Sequential(model(), DynamicCrossEntropyLoss(OSCILLATION))
+    module[1].set_step(7)
+    safetensors.save_model(module, tmp_path / "state")
+    same = nn.Sequential(model(1), DynamicCrossEntropyLoss(OSCILLATION))
+    assert safetensors.load_model(same, tmp_path / "state") == (set(), [])
+    assert same[1].current_step == 7
+    other = nn.Sequential(model(1), DynamicCrossEntropyLoss(Oscillation(4, 9, 10)))
+    with pytest.raises(RuntimeError, match=r"expected class_order = None, got \[2\.0, 0\.0, 3\.0, 1\.0\]"):
+        safetensors.load_model(other, tmp_path / "state")
 
 
 def test_copies_pickles_and_casts_keep_step_and_oscillation():

@@ -110,7 +110,7 @@ def test_options_equal_the_cpu(classes, reduction, normalization, smoothing, row
     order = torch.randperm(classes, generator=torch.Generator().manual_seed(1)).tolist()
     for oscillation in (
         Oscillation(classes, 20, 13, waveform="sine", class_order=order),
-        Oscillation(classes, 20, 12.5, closed=True, waveform="square", stop_step=40),
+        Oscillation(classes, 20, 12, closed=True, waveform="square", stop_step=40),
         Oscillation.from_table(randn(4, classes).abs()),
     ):
         for dtype in (torch.float32, torch.float64):

@@ -40,6 +40,7 @@ def exact_triangle(classes, amplitude, period, step, order=None, closed=False):
 )
 def test_triangle_equals_rational_arithmetic(classes, amplitude, period, step, closed, data):
     order = data.draw(st.permutations(range(classes)))
+    period = math.ceil(period) if closed else period
     oscillation = Oscillation(classes, amplitude, period, class_order=order, closed=closed)
     exact = exact_triangle(classes, amplitude, period, step, order, closed)
     # g is a difference of numbers up to 2A: its rounding, not that of the phase.
@@ -75,6 +76,19 @@ def test_closed_turn_has_both_ends_at_one_and_lasts_one_step_more():
     assert weights[[2, 7, 12]].argmax(1).tolist() == [0, 1, 2]
 
 
+@pytest.mark.parametrize("waveform", ["triangle", "sine"])
+def test_no_step_of_a_closed_turn_lies_beyond_its_end(waveform):
+    """Where the raw weight would be below 1, and with a high amplitude negative: -3 for A = 2, T = 0.5."""
+    for period in (0.5, 7.25, torch.tensor([3.0, 2.5])):
+        with pytest.raises(ValueError, match=r"period: expected a whole number of steps, as closed=True needs, got"):
+            Oscillation(3, 2, period, waveform=waveform, closed=True)
+    for amplitude in (2, 70, 1e10):
+        for period in (1, 2, 3, 7, 49, 1e4):
+            weights = Oscillation(3, amplitude, period, waveform=waveform, closed=True).weights(torch.arange(20_002))
+            assert (weights[: int(period) + 1, 0] >= 1 - 1e-5).all()
+            assert (weights >= 0).all()
+
+
 @pytest.mark.parametrize("waveform", ["triangle", "sine", "square"])
 def test_waveform_against_its_definition(waveform):
     classes, amplitude, period = 5, 20.0, 8.0
@@ -95,7 +109,14 @@ def test_waveform_against_its_definition(waveform):
 @pytest.mark.parametrize("closed", [False, True])
 def test_weights_sum_to_the_number_of_classes_and_equal_the_twin(waveform, closed):
     oscillation = Oscillation(
-        7, 33.3, 11.7, waveform=waveform, closed=closed, class_order=[6, 0, 5, 1, 4, 2, 3], start_step=-5, stop_step=190
+        7,
+        33.3,
+        11 if closed else 11.7,
+        waveform=waveform,
+        closed=closed,
+        class_order=[6, 0, 5, 1, 4, 2, 3],
+        start_step=-5,
+        stop_step=190,
     )
     steps = torch.arange(-20, 210)
     weights = oscillation.weights(steps)
@@ -221,7 +242,7 @@ def test_default_device_and_dtype_do_not_matter(device):
     def built():
         return (
             Oscillation(4, torch.tensor([5.0, 6.0], device="cpu"), 10.3, class_order=[1, 0, 3, 2]).weights(7),
-            Oscillation(4, 5, 10.3, closed=True).weights(7),
+            Oscillation(4, 5, 10, closed=True).weights(7),
             Oscillation.from_table(table).weights(7),
             Oscillation.from_function(lambda step: [1.0, 2.0, 3.0, 0.3], 4).weights(7),
         )
