@@ -14,6 +14,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 
+def plain_number(value: Any) -> Any:
+    """The Python number of a NumPy scalar or 0-d array; whatever else as it is."""
+    return value.item() if isinstance(value, (np.generic, np.ndarray)) and value.ndim == 0 else value
+
+
 def check_count(name: str, value: Any, low: int, high: int | None = None, high_name: str = "") -> int:
     """The value as an int, NumPy's included, but no bool, from ``low`` to ``high``, which is called ``high_name``."""
     count = _int(name, value)
@@ -26,6 +31,7 @@ def check_count(name: str, value: Any, low: int, high: int | None = None, high_n
 def check_number(name: str, value: Any, low: float, high: float = math.inf, *, open_low: bool = False) -> float:
     """The value as a float, but no bool, within [low, high), or (low, high) where ``open_low``."""
     message = f"{name}: expected a number in {'(' if open_low else '['}{low}, {high}), got {value!r}"
+    value = plain_number(value)
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(message)
     try:
@@ -43,9 +49,10 @@ def check_seed(value: Any) -> int:
 
 
 def _int(name: str, value: Any) -> int:
+    plain = plain_number(value)
     try:
-        if not isinstance(value, bool):
-            return operator.index(value)
+        if not isinstance(plain, bool):
+            return operator.index(plain)
     except TypeError:
         pass
     raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
@@ -53,6 +60,7 @@ def _int(name: str, value: Any) -> int:
 
 def check_step(name: str, value: Any) -> int:
     """``value``, if it is an int that float64 holds exactly."""
+    value = plain_number(value)
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: expected an int (a number of optimisation steps), got {type(value).__name__}")
     if not -(2**53) < value < 2**53:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dynloss_ext import _C
-from dynloss_ext._checks import check_choice, check_step, check_tensor
+from dynloss_ext._checks import check_choice, check_step, check_tensor, plain_number
 from dynloss_ext._configuration import Configuration, difference, pack, unpack
 from dynloss_ext._vmap import class_dim
 from dynloss_ext.oscillation import Oscillation
@@ -21,13 +21,15 @@ _NORMALIZATIONS = {"samples": False, "weights": True}
 _ops = torch.ops.dynloss
 
 
-def _check_options(
+def _checked_options(
     oscillation: Oscillation, reduction: str, normalization: str, ignore_index: int, label_smoothing: float
-) -> None:
+) -> tuple[str, str, int, float]:
+    """The options as Python's own numbers."""
     if not isinstance(oscillation, Oscillation):
         raise TypeError(f"oscillation: expected an Oscillation, got {type(oscillation).__name__}")
     check_choice("reduction", reduction, tuple(_REDUCTIONS))
     check_choice("normalization", normalization, tuple(_NORMALIZATIONS))
+    ignore_index, label_smoothing = plain_number(ignore_index), plain_number(label_smoothing)
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index: expected an int, got {type(ignore_index).__name__}")
     if not -(2**63) <= ignore_index < 2**63:
@@ -36,6 +38,18 @@ def _check_options(
         raise TypeError(f"label_smoothing: expected a number, got {type(label_smoothing).__name__}")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing}")
+    return reduction, normalization, ignore_index, label_smoothing
+
+
+def _checked_class_dim(logits: Tensor, oscillation: Oscillation) -> int:
+    """The dimension of the classes in the logits, which have as many as the oscillation."""
+    dim = class_dim(check_tensor("logits", logits).dim(), oscillation.ensemble_size is not None)
+    if logits.dim() > dim and logits.shape[dim] != oscillation.num_classes:
+        raise ValueError(
+            f"logits: expected {oscillation.num_classes} classes, those of the oscillation, in dimension {dim}, "
+            f"got shape {tuple(logits.shape)}"
+        )
+    return dim
 
 
 def _arguments(
@@ -43,23 +57,15 @@ def _arguments(
     target: Tensor,
     oscillation: Oscillation,
     step: int | Tensor,
-    reduction: str,
-    normalization: str,
-    ignore_index: int,
-    label_smoothing: float,
+    *options: Any,
 ) -> tuple[Any, ...]:
     """The arguments of the forward ops; what is not a tensor is checked here, tensors in csrc/arguments.cpp."""
-    _check_options(oscillation, reduction, normalization, ignore_index, label_smoothing)
-    check_tensor("logits", logits)
+    reduction, normalization, ignore_index, label_smoothing = _checked_options(oscillation, *options)
+    _checked_class_dim(logits, oscillation)
     check_tensor("target", target)
-    dim = class_dim(logits.dim(), oscillation.ensemble_size is not None)
-    if logits.dim() > dim and logits.shape[dim] != oscillation.num_classes:
-        raise ValueError(
-            f"logits: expected {oscillation.num_classes} classes, those of the oscillation, in dimension {dim}, "
-            f"got shape {tuple(logits.shape)}"
-        )
     clock, class_order, table = oscillation.on(logits.device)
     offset, step_tensor = 0, None
+    step = plain_number(step)
     if isinstance(step, Tensor):
         step_tensor = step
     elif isinstance(step, bool) or not isinstance(step, (int, torch.SymInt)):
@@ -90,6 +96,72 @@ def _arguments(
     )
 
 
+# ---- targets of probabilities: a composite of torch's own ops, differentiable as they are
+
+
+def _are_probabilities(target: object) -> bool:
+    return isinstance(target, Tensor) and target.is_floating_point()
+
+
+def _class_weights(op: Any, zero: Tensor, oscillation: Oscillation, step: int | Tensor, *finished: bool) -> Tensor:
+    """Γ, float64 (C,) or (E, 1, C): what an op hands out beside the loss of a row of zeros."""
+    members = [] if oscillation.ensemble_size is None else [oscillation.ensemble_size]
+    row, label = (
+        zero.expand(*members, 1, oscillation.num_classes),
+        torch.zeros(1, dtype=torch.int64, device=zero.device),
+    )
+    *_, gamma, _ = op(*_arguments(row, label, oscillation, step, "sum", "samples", -100, 0.0), *finished)
+    return gamma.unsqueeze(1) if members else gamma  # type: ignore[no-any-return]
+
+
+def _check_probabilities(logits: Tensor, target: Tensor, oscillation: Oscillation, options: tuple[Any, ...]) -> None:
+    _, normalization, ignore_index, _ = options
+    members, shape = oscillation.ensemble_size, tuple(logits.shape)
+    if not logits.is_floating_point():
+        raise TypeError(f"logits: expected a floating-point dtype, got {logits.dtype}")
+    if logits.dim() == 0 or (members is not None and (logits.dim() != 3 or logits.shape[0] != members)):
+        expected = "(C,), (N, C) or (N, C, d1, ...)" if members is None else f"({members}, N, C)"
+        raise ValueError(f"logits: expected shape {expected}, got {shape}")
+    if target.shape != logits.shape and (members is None or target.shape != logits.shape[1:]):
+        raise TypeError(
+            f"target: expected class indices, or probabilities of the logits' shape {shape}, got {target.dtype} of "
+            f"shape {tuple(target.shape)}"
+        )
+    if target.device != logits.device:
+        raise ValueError(f"target: expected device {logits.device}, got {target.device}")
+    if normalization != "samples":
+        raise ValueError(f"normalization: expected 'samples' with probabilities as target, got {normalization!r}")
+    if ignore_index != -100:
+        raise ValueError(f"ignore_index: expected -100 (none) with probabilities as target, got {ignore_index}")
+
+
+def _of_probabilities(
+    logits: Tensor, target: Tensor, oscillation: Oscillation, step: int | Tensor, *options: Any, constants: bool
+) -> tuple[Tensor, ...]:
+    """The loss, or as ``constants`` the loss and its gradient."""
+    reduction, _, _, smoothing = options = _checked_options(oscillation, *options)
+    dim = _checked_class_dim(logits, oscillation)
+    _check_probabilities(logits, target, oscillation, options)
+    if constants:  # the op refuses what would differentiate them: this 0 is differentiated if the logits are
+        zero = logits.flatten()[:0].sum()
+        weight = _class_weights(_ops.cross_entropy_with_gradient, zero, oscillation, step, True)
+        logits, target = logits.detach(), target.detach()
+    else:
+        weight = _class_weights(_ops.cross_entropy, torch.zeros((), device=logits.device), oscillation, step)
+    log_p = logits.movedim(dim, -1).log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    q = target.movedim(dim if target.dim() == logits.dim() else -1, -1).to(log_p.dtype)
+    q = (q * (1 - smoothing) + smoothing / oscillation.num_classes) * weight.to(log_p.dtype)
+    rows = -(q * log_p).sum(-1)
+    flat = rows.flatten(0 if oscillation.ensemble_size is None else 1)
+    count = flat.shape[-1] if reduction == "mean" else 1
+    summed = flat.sum(-1, dtype=torch.float64).to(rows.dtype) / count
+    loss = rows.to(logits.dtype) if reduction == "none" else summed
+    if not constants:
+        return (loss,)
+    gradient = (q.sum(-1, keepdim=True) * log_p.exp() - q) / count
+    return loss, gradient.movedim(-1, dim).to(logits.dtype)
+
+
 def dynamic_cross_entropy(
     logits: Tensor,
     target: Tensor,
@@ -112,17 +184,20 @@ def dynamic_cross_entropy(
         logits: (N, C), (N, C, d1, ...) or (C,); (E, N, C) with an ensemble oscillation. float32, float64, float16 or
             bfloat16, any strides.
         target: Class indices, int64, int32 or uint8: logits' shape without its class dimension; (E, N), or (N,) for
-            all members of an ensemble. No class probabilities: Γ_y and what a mean divides by belong to one class
-            a sample.
+            all members of an ensemble. Or class probabilities t (mixup, label distributions): floating-point, of the
+            logits' shape, (N, C) for all members of an ensemble. Their loss is -Σ_c Γ_c t_c log p_c a row, as in
+            :func:`torch.nn.functional.cross_entropy`, made of torch's own ops: slower than the fused op, differentiable
+            to any order and in the target too.
         oscillation: Γ; C classes.
         step: The optimisation step s: an int, or an int64 tensor () on the logits' device, or (E,) for an ensemble.
             A tensor is read where it lies: no synchronisation, and a replayed CUDA graph sees its current value.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``. Mean and sum of an ensemble give (E,).
         normalization: What a mean divides by: ``"samples"``, the number of targets that are not ignored (the paper),
-            or ``"weights"``, their Σ Γ_y (the rule of :func:`torch.nn.functional.cross_entropy`).
-        ignore_index: Rows with this target contribute nothing, not even a NaN.
-        label_smoothing: ε in [0, 1]: the target is (1-ε) one-hot + ε/C, and every class term has its own weight
-            Γ_c, as in :func:`torch.nn.functional.cross_entropy`.
+            or ``"weights"``, their Σ Γ_y (the rule of :func:`torch.nn.functional.cross_entropy`; not for
+            probabilities, whose mean is over all samples there too).
+        ignore_index: Rows with this target contribute nothing, not even a NaN; not for probabilities.
+        label_smoothing: ε in [0, 1]: the target is (1-ε) one-hot + ε/C, or (1-ε) t + ε/C, and every class term has
+            its own weight Γ_c, as in :func:`torch.nn.functional.cross_entropy`.
 
     Returns:
         The loss: () or (E,) for mean and sum, in float32 at least; target's shape or (E, N) for ``"none"``, in the
@@ -136,6 +211,8 @@ def dynamic_cross_entropy(
     if reduction == "none" and isinstance(logits, Tensor) and torch.is_autocast_enabled(logits.device.type):
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     options = (reduction, normalization, ignore_index, label_smoothing)
+    if _are_probabilities(target):
+        return _of_probabilities(logits, target, oscillation, step, *options, constants=False)[0]
     if not torch.compiler.is_compiling():
         plain = _C.cross_entropy(logits, target, getattr(oscillation, "_plain", None), step, *options)
         if plain is not NotImplemented:
@@ -167,6 +244,9 @@ def loss_and_gradient(
         differentiate through it.
     """
     options = (reduction, normalization, ignore_index, label_smoothing)
+    if _are_probabilities(target):
+        loss, gradient = _of_probabilities(logits, target, oscillation, step, *options, constants=True)
+        return loss, gradient
     if not torch.compiler.is_compiling():
         plain = _C.cross_entropy_with_gradient(logits, target, getattr(oscillation, "_plain", None), step, *options)
         if plain is not NotImplemented:
@@ -183,7 +263,8 @@ class DynamicCrossEntropyLoss(nn.Module):
     optimisation step. The step is a buffer (``current_step``, int64) and part of ``state_dict``, as is the
     configuration. The state of another one is an unexpected key, named with the difference: ``load_state_dict``
     raises RuntimeError, and with ``strict=False`` goes on from that step under the configuration of this module.
-    ``eval()`` does not change Γ; for a plain validation loss use :func:`torch.nn.functional.cross_entropy`.
+    ``eval()`` does not change Γ, so that a loss is the same number in both modes; ``plain_in_eval=True`` makes it
+    the plain cross-entropy there, Γ = 1, and changes nothing else.
 
     Args:
         oscillation: Γ.
@@ -191,6 +272,7 @@ class DynamicCrossEntropyLoss(nn.Module):
         inplace_gradient: Where a gradient is needed, writes it over the logits, which saves a tensor of their size.
             The logits are of no use afterwards. For a plain backward pass in eager mode, with mean or sum, of logits
             that a model has computed; whatever else, such as a double backward, raises RuntimeError.
+        plain_in_eval: Γ = 1 after ``eval()``. No part of the state.
 
     Example:
         >>> criterion = DynamicCrossEntropyLoss(Oscillation(10, amplitude=50, period=100))
@@ -200,6 +282,7 @@ class DynamicCrossEntropyLoss(nn.Module):
     """
 
     current_step: Tensor
+    _plain: Oscillation | None = None
 
     def __init__(
         self,
@@ -210,36 +293,41 @@ class DynamicCrossEntropyLoss(nn.Module):
         ignore_index: int = -100,
         label_smoothing: float = 0.0,
         inplace_gradient: bool = False,
+        plain_in_eval: bool = False,
     ) -> None:
         super().__init__()
-        _check_options(oscillation, reduction, normalization, ignore_index, label_smoothing)
-        if not isinstance(inplace_gradient, bool):
-            raise TypeError(f"inplace_gradient: expected a bool, got {type(inplace_gradient).__name__}")
+        options = _checked_options(oscillation, reduction, normalization, ignore_index, label_smoothing)
+        for name, value in (("inplace_gradient", inplace_gradient), ("plain_in_eval", plain_in_eval)):
+            if not isinstance(value, bool):
+                raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
         if inplace_gradient and reduction == "none":
             raise ValueError("inplace_gradient: expected reduction 'mean' or 'sum', got 'none'")
         self.oscillation = oscillation
-        self.reduction = reduction
-        self.normalization = normalization
-        self.ignore_index = ignore_index
-        self.label_smoothing = label_smoothing
-        self.inplace_gradient = inplace_gradient
+        self.reduction, self.normalization, self.ignore_index, self.label_smoothing = options
+        self.inplace_gradient, self.plain_in_eval = inplace_gradient, plain_in_eval
+        if plain_in_eval:
+            self._plain = Oscillation(oscillation.num_classes, torch.ones_like(oscillation.amplitude), 1)
         self.register_buffer("current_step", torch.zeros((), dtype=torch.int64))
 
-    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        """The loss at ``current_step``; shapes as for :func:`dynamic_cross_entropy`."""
-        step: int | Tensor = self.current_step
-        if self.oscillation.waveform == "function" and not torch.compiler.is_compiling():
-            step = int(self.current_step)
+    def forward(self, logits: Tensor, target: Tensor, step: int | Tensor | None = None) -> Tensor:
+        """The loss at ``step``, or at ``current_step``, which stays; arguments as for :func:`dynamic_cross_entropy`."""
+        oscillation = self.oscillation if self.training or self._plain is None else self._plain
+        if step is None:
+            step = self.current_step
+            if oscillation.waveform == "function" and not torch.compiler.is_compiling():
+                step = int(self.current_step)
         if self.inplace_gradient:
+            if _are_probabilities(target):
+                raise ValueError("target: expected class indices with inplace_gradient=True, got probabilities")
             options = (self.reduction, self.normalization, self.ignore_index, self.label_smoothing)
-            arguments = _arguments(logits, target, self.oscillation, step, *options)
+            arguments = _arguments(logits, target, oscillation, step, *options)
             if torch.is_grad_enabled() and logits.requires_grad:
                 loss: Tensor = _ops.cross_entropy_into_logits(*arguments)[0]
                 return loss
         return dynamic_cross_entropy(
             logits,
             target,
-            self.oscillation,
+            oscillation,
             step,
             reduction=self.reduction,
             normalization=self.normalization,
@@ -250,7 +338,9 @@ class DynamicCrossEntropyLoss(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DynamicCrossEntropyLoss:
         """Takes the oscillation along to another device: compiled and captured code is not to copy it there."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.oscillation.on(self.current_step.device)
+        for oscillation in (self.oscillation, self._plain):
+            if oscillation is not None:
+                oscillation.on(self.current_step.device)
         return self
 
     def step(self) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dynloss_ext import _extension as _extension  # registers the ops
-from dynloss_ext._checks import check_callable, check_choice, check_count, check_step
+from dynloss_ext._checks import check_callable, check_choice, check_count, check_step, plain_number
 from dynloss_ext._configuration import difference
 
 __all__ = ["Oscillation"]
@@ -28,6 +28,7 @@ _float64 = functools.partial(torch.tensor, dtype=torch.float64, device="cpu")
 
 def _parameter(name: str, value: Any, minimum: float, maximum: float = 1e100) -> Tensor:
     """``value`` as a float64 tensor () or (E,), with its range checked: g and the turns must not overflow."""
+    value = plain_number(value)
     if isinstance(value, Tensor):
         if value.requires_grad:
             raise ValueError(
@@ -194,7 +195,8 @@ class Oscillation:
         stop_step: int | None,
     ) -> None:
         start = check_step("start_step", start_step)
-        stop = math.inf if stop_step is None else check_step("stop_step", stop_step)
+        stop_step = None if stop_step is None else check_step("stop_step", stop_step)
+        stop = math.inf if stop_step is None else stop_step
         if stop < start:
             raise ValueError(f"stop_step: expected a step >= start_step = {start}, got {stop_step}")
         try:
@@ -217,7 +219,7 @@ class Oscillation:
         values = class_order.tolist() if hasattr(class_order, "tolist") else class_order
         if isinstance(values, str) or not isinstance(values, Iterable):
             raise TypeError(f"{expected}, got {class_order!r}")
-        order = list(values)
+        order = [plain_number(value) for value in values]
         if any(isinstance(c, bool) or not isinstance(c, int) for c in order):
             raise TypeError(f"{expected}, got {class_order!r}")
         if sorted(order) != list(range(self._num_classes)):
@@ -330,8 +332,6 @@ class Oscillation:
         Raises:
             TypeError, ValueError: naming the argument.
         """
-        if isinstance(step, bool) or not isinstance(step, (int, Tensor)):
-            raise TypeError(f"step: expected an int or an int64 tensor (S,), got {type(step).__name__}")
         if isinstance(step, Tensor) and (step.dim() != 1 or step.dtype != torch.int64):
             raise ValueError(f"step: expected an int64 tensor (S,), got {step.dtype} of shape {tuple(step.shape)}")
         steps = step.cpu() if isinstance(step, Tensor) else torch.tensor([check_step("step", step)], device="cpu")

@@ -68,7 +68,10 @@ def _classes_last(x: Tensor) -> Tensor:
 
 
 class _Problem:
-    """q_c = Γ_c ((1-ε) [c = y] + ε/C) per row, zero in ignored rows, and what the loss is divided by."""
+    """q_c = Γ_c ((1-ε) t_c + ε/C) per row, zero in ignored rows, and what the loss is divided by.
+
+    t_c are the target's probabilities, or [c = y] for class indices.
+    """
 
     def __init__(
         self,
@@ -83,10 +86,15 @@ class _Problem:
     ) -> None:
         gamma = gamma.to(logits)
         self.z = _classes_last(logits)
-        self.counted = target != ignore_index
-        label = torch.where(self.counted, target, 0).long()
-        one_hot = (label.unsqueeze(-1) == torch.arange(len(gamma), device=target.device)).to(logits)
-        soft = (1 - label_smoothing) * one_hot + label_smoothing / len(gamma)
+        self.soft_target = target.is_floating_point()
+        if self.soft_target:
+            label, probabilities = torch.zeros_like(self.z[..., 0]).long(), _classes_last(target).to(logits)
+            self.counted = torch.ones_like(label, dtype=torch.bool)
+        else:
+            self.counted = target != ignore_index
+            label = torch.where(self.counted, target, 0).long()
+            probabilities = (label.unsqueeze(-1) == torch.arange(len(gamma), device=target.device)).to(logits)
+        soft = (1 - label_smoothing) * probabilities + label_smoothing / len(gamma)
         self.q = gamma * soft * self.counted.unsqueeze(-1)
         self.normalizer: Tensor | float = 1.0
         if reduction == "mean":
@@ -99,8 +107,8 @@ class _Problem:
 
     def loss(self) -> Tensor:
         log_p = torch.log_softmax(self.z, -1)
-        # A class without weight and an ignored row contribute nothing, not even 0 · inf.
-        rows = torch.where(self.q != 0, -self.q * log_p, 0.0).sum(-1)
+        # A class without weight and an ignored row contribute nothing, not even 0 · inf; with probabilities, as torch.
+        rows = torch.where((self.q != 0) | self.soft_target, -self.q * log_p, 0.0).sum(-1)
         unweighted_nan = self.counted & log_p.isnan().any(-1)
         rows = torch.where(unweighted_nan, math.nan, rows)
         return rows.sum() / self.normalizer if self.reduce else rows
@@ -142,7 +150,8 @@ def _per_member(
     results = []
     for e in range(oscillation.ensemble_size):
         gamma = weights(oscillation, steps[e] if isinstance(steps, list) else steps, e)
-        problem = _Problem(logits[e], target[e] if target.dim() == 2 else target, gamma, **options)
+        shared = target.dim() == (2 if target.is_floating_point() else 1)
+        problem = _Problem(logits[e], target if shared else target[e], gamma, **options)
         results.append(function(problem, tuple(x[e] for x in directions)))
     return torch.stack(results)
 
@@ -161,7 +170,10 @@ def cross_entropy(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """Σ_c q_c (lse - z_c) per row, reduced. Twin of :func:`dynloss_ext.dynamic_cross_entropy`; autograd works."""
+    """Σ_c q_c (lse - z_c) per row, reduced. Twin of :func:`dynloss_ext.dynamic_cross_entropy`; autograd works.
+
+    The target holds class indices or probabilities.
+    """
     options = {
         "reduction": reduction,
         "normalization": normalization,

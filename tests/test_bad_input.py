@@ -123,7 +123,7 @@ def test_step_of_weights(error, step):
     [
         *cases(TypeError, "logits", None, X.numpy(), [[1.0]], X.long(), X.to(torch.complex64), X > 0),
         *cases(ValueError, "logits", X[0, 0], X[:, :2], X[None], torch.randn(4, 4), X.to_sparse()),
-        *cases(TypeError, "target", None, [0, 1, 2, 0], Y.float(), Y.short(), Y > 0, torch.rand(4, 3)),
+        *cases(TypeError, "target", None, [0, 1, 2, 0], Y.float(), Y.short(), Y > 0, torch.rand(4, 2)),
         *cases(ValueError, "target", Y[:3], Y[:, None], Y[0], Y[None], torch.cat([Y, Y])),
         *cases(TypeError, "oscillation", None, 3, torch.ones(3), "triangle", Oscillation),
         *cases(TypeError, "step", 1.0, True, None, "3", torch.tensor(1.0), torch.tensor(1, dtype=torch.int32)),
@@ -173,11 +173,17 @@ def test_ensemble(logits, target, step, message):
 
 
 def test_module():
-    with pytest.raises(TypeError, match="inplace_gradient: expected a bool, got int"):
-        DynamicCrossEntropyLoss(OSCILLATION, inplace_gradient=1)
+    for name in ("inplace_gradient", "plain_in_eval"):
+        with pytest.raises(TypeError, match=f"{name}: expected a bool, got int"):
+            DynamicCrossEntropyLoss(OSCILLATION, **{name: 1})
     with pytest.raises(ValueError, match="inplace_gradient: expected reduction 'mean' or 'sum', got 'none'"):
         DynamicCrossEntropyLoss(OSCILLATION, inplace_gradient=True, reduction="none")
     criterion = DynamicCrossEntropyLoss(OSCILLATION)
+    for step, error in ((1.5, TypeError), (True, TypeError), (torch.tensor(1.0), TypeError), (2**63, ValueError)):
+        for call in (criterion.set_step, lambda step: criterion(X, Y, step=step)):
+            with pytest.raises(error, match="step: expected"):
+                call(step)
+    assert criterion.current_step == 0
     for logits, target, error in ((None, Y, TypeError), (X, None, TypeError), (X, Y[:2], ValueError)):
         with pytest.raises(error, match=r"(logits|target): expected.*got"):
             criterion(logits, target)

@@ -7,6 +7,7 @@ import pickle
 import re
 import socket
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from cross_entropy_cases import close, labels, normal
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from dynloss_ext import DynamicCrossEntropyLoss, Oscillation, dynamic_cross_entropy, reference
+from dynloss_ext import DynamicCrossEntropyLoss, Oscillation, dynamic_cross_entropy, loss_and_gradient, reference
 
 OSCILLATION = Oscillation(4, 9, 10, class_order=[2, 0, 3, 1], stop_step=500)
 
@@ -220,6 +221,82 @@ def test_eval_does_not_change_the_weights():
     criterion.current_step.fill_(5)
     x, y = normal(6, 4), labels(4, 6)
     assert torch.equal(criterion.train()(x, y), criterion.eval()(x, y))
+
+
+@pytest.mark.parametrize("options", [{}, {"normalization": "weights", "ignore_index": 2}, {"label_smoothing": 0.1}])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_plain_in_eval_is_the_plain_cross_entropy(options, inplace):
+    criterion = DynamicCrossEntropyLoss(OSCILLATION, plain_in_eval=True, inplace_gradient=inplace, **options)
+    same = DynamicCrossEntropyLoss(OSCILLATION, **options)
+    assert torch.equal(criterion.get_extra_state(), same.get_extra_state())  # no part of the configuration
+    plain = {name: value for name, value in options.items() if name != "normalization"}
+    y = labels(4, 6)
+    for step in (5, 13):
+        criterion.set_step(step)
+        same.set_step(step)
+        x = normal(6, 4).requires_grad_()
+        close(criterion.train()(x * 1, y), same(x, y))
+        loss = criterion.eval()(x * 1, y)
+        close(loss, F.cross_entropy(x, y, **plain))
+        expected = torch.autograd.grad(F.cross_entropy(x, y, **plain), x)[0]
+        close(torch.autograd.grad(loss, x)[0], expected)
+        assert criterion.current_step == step
+
+
+def test_plain_in_eval_for_any_oscillation():
+    x, y = normal(2, 6, 4), labels(4, 6)
+    ensemble = DynamicCrossEntropyLoss(Oscillation(4, torch.tensor([2.0, 5.0]), 10), plain_in_eval=True).eval()
+    close(ensemble(x, y), torch.stack([F.cross_entropy(z, y) for z in x]))
+
+    def uncalled(step):
+        raise AssertionError
+
+    function = DynamicCrossEntropyLoss(Oscillation.from_function(uncalled, 4), plain_in_eval=True).eval()
+    close(function(x[0], y), F.cross_entropy(x[0], y))
+    close(function(x[0], x[1].softmax(1)), F.cross_entropy(x[0], x[1].softmax(1)))
+    moved = nn.Sequential(function).to("meta")[0]
+    assert torch.device("meta") in moved._plain._placed
+    assert copy.deepcopy(ensemble).plain_in_eval
+
+
+def test_a_step_of_ones_own_leaves_the_count_alone():
+    table = torch.rand(5, 4, dtype=torch.float64)
+    x, y = normal(6, 4).requires_grad_(), labels(4, 6)
+    for oscillation in (OSCILLATION, Oscillation.from_function(lambda s: table[s % 5], 4)):
+        for inplace in (False, True):
+            criterion = DynamicCrossEntropyLoss(oscillation, inplace_gradient=inplace)
+            criterion.set_step(3)
+            steps = [17, np.int64(17), np.array(17)]
+            if oscillation is OSCILLATION:
+                steps.append(torch.tensor(17))
+            for step in steps:
+                for loss in (criterion(x * 1, y, step=step), criterion(x * 1, y, step)):
+                    close(loss, dynamic_cross_entropy(x, y, oscillation, 17))
+                    assert criterion.current_step == 3
+            close(criterion(x * 1, y), dynamic_cross_entropy(x, y, oscillation, 3))
+
+
+@pytest.mark.parametrize("of", [np.float32, np.float64, np.int64, np.array, int])
+def test_numpy_numbers_are_numbers(of):
+    whole = np.int64 if of in (np.float32, np.float64) else of
+    plain, given = Oscillation(4, 9, 10, start_step=2, stop_step=30), {"start_step": whole(2), "stop_step": whole(30)}
+    oscillation = Oscillation(whole(4), of(9), of(10), class_order=np.arange(4), **given)
+    assert Oscillation(4, 9, 10, class_order=[whole(c) for c in (1, 0, 2, 3)]).config()["class_order"][0] == 1
+    assert {**oscillation.config(), "class_order": None} == plain.config()
+    assert type(oscillation.config()["stop_step"]) is int
+    assert torch.equal(oscillation.weights(whole(7)), plain.weights(7))
+    assert torch.equal(oscillation.turn(whole(17)), plain.turn(17))
+    x, y, smoothing = normal(6, 4), labels(4, 6), 1.0 if of in (np.int64, int) else 0.25
+    options = {"ignore_index": whole(2), "label_smoothing": of(smoothing)}
+    for call in (dynamic_cross_entropy, loss_and_gradient):
+        expected = call(x, y, plain, 17, ignore_index=2, label_smoothing=smoothing)
+        close(call(x, y, oscillation, whole(17), **options), expected)
+    criterion = DynamicCrossEntropyLoss(oscillation, **options)
+    criterion.set_step(whole(17))
+    assert criterion.current_step == 17
+    close(criterion(x, y), expected[0])
+    again = DynamicCrossEntropyLoss(oscillation, ignore_index=2, label_smoothing=smoothing)
+    again.load_state_dict(criterion.state_dict())
 
 
 def test_the_oscillation_goes_to_a_device_with_its_module():
