@@ -25,7 +25,8 @@ def ntk_eigenvalues(model: nn.Module, inputs: Tensor, k: int = 1, *, outputs: st
     * ``outputs="full"``: J Jᵀ of shape (N C, N C).
 
     The Jacobian is held in memory, N · C · P numbers in the dtype of the model, and besides the part of it that belongs
-    to the largest parameter in float64.
+    to the largest parameter in float64. It is computed for all samples at once, or, where :func:`torch.func.vmap`
+    refuses the model (recurrent layers, state that is updated in place), by N · C backward passes.
 
     Args:
         model: maps (N, ...) to (N, C), each sample by itself; its parameters, `.grad`s, buffers and mode stay as they
@@ -59,7 +60,7 @@ def ntk_eigenvalues(model: nn.Module, inputs: Tensor, k: int = 1, *, outputs: st
             raise ValueError(f"output of model: expected shape ({len(inputs)}, C), got {tuple(shape)}")
         size = shape[0] if outputs == "mean" else shape.numel()
         k = check_count("k", k, 1, size, "the size of the kernel")
-        jacobian, alone = _jacobian(model, params, inputs)
+        jacobian, alone = _jacobian(model, params, inputs, together)
     apart = (alone - together).abs().max() / together.abs().max().clamp_min(torch.finfo(together.dtype).tiny)
     if apart > relative_rounding(together.dtype):
         raise ValueError(
@@ -82,7 +83,9 @@ def _outputs(model: nn.Module, params: dict[str, Tensor], batch: Tensor) -> Any:
     return functional_call(model, (params, buffers), (batch,))
 
 
-def _jacobian(model: nn.Module, params: dict[str, Tensor], inputs: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+def _jacobian(
+    model: nn.Module, params: dict[str, Tensor], inputs: Tensor, together: Tensor
+) -> tuple[dict[str, Tensor], Tensor]:
     """(N, C, *shape) for every parameter, and the outputs (N, C), of each sample by itself."""
 
     def outputs_of_one(values: dict[str, Tensor], sample: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,9 +95,29 @@ def _jacobian(model: nn.Module, params: dict[str, Tensor], inputs: Tensor) -> tu
     try:
         jacobian, alone = vmap(jacrev(outputs_of_one, has_aux=True), in_dims=(None, 0))(params, inputs.detach())
     except RuntimeError as error:
-        if "randomness" not in str(error):
-            raise
-        raise ValueError("model: expected no randomness, got one that draws numbers, such as for dropout") from error
+        if "randomness" in str(error):
+            message = "model: expected no randomness, got one that draws numbers, such as for dropout"
+            raise ValueError(message) from error
+        return _jacobian_by_rows(model, params, inputs, together)
+    return jacobian, alone
+
+
+def _jacobian_by_rows(
+    model: nn.Module, params: dict[str, Tensor], inputs: Tensor, together: Tensor
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The same by one backward pass per sample and output, for models that vmap refuses."""
+    leaves = {name: value.detach().requires_grad_() for name, value in params.items()}
+    jacobian = {name: value.new_empty(*together.shape, *value.shape) for name, value in params.items()}
+    alone = torch.empty_like(together)
+    # cuDNN's recurrent layers have no backward pass in eval mode.
+    with torch.enable_grad(), torch.backends.cudnn.flags(enabled=False):
+        for i, sample in enumerate(inputs.detach()):
+            outputs = _outputs(model, leaves, sample.unsqueeze(0)).squeeze(0)
+            alone[i] = outputs.detach()
+            for c, output in enumerate(outputs):
+                rows = torch.autograd.grad(output, list(leaves.values()), retain_graph=True, materialize_grads=True)
+                for name, row in zip(leaves, rows, strict=True):
+                    jacobian[name][i, c] = row
     return jacobian, alone
 
 
@@ -107,6 +130,7 @@ def _refuse_coupled_samples(model: nn.Module) -> None:
     for name, module in model.named_modules():
         layer = f"{name or 'it'} is a {type(module).__name__}"
         random = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
+        random |= isinstance(module, nn.RNNBase) and module.dropout > 0 and module.num_layers > 1
         stateful = isinstance(module, batch_norm) or (isinstance(module, instance_norm) and module.track_running_stats)
         if module.training and (random or stateful):
             raise ValueError(f"model: {_APART}, got one where {layer} in training mode: call model.eval()")

@@ -201,3 +201,95 @@ def test_samples_that_the_model_couples_by_itself_are_refused(inputs):
 def test_dropout_of_nothing_is_not_random(model, inputs):
     with_dropout = nn.Sequential(model, nn.Dropout(0.0)).train()
     torch.testing.assert_close(ntk_eigenvalues(with_dropout, inputs), ntk_eigenvalues(model, inputs))
+
+
+# ---- models that vmap refuses
+
+
+class Recurrent(nn.Module):
+    """The last output of a recurrent layer, and a linear one."""
+
+    def __init__(self, kind, **options):
+        super().__init__()
+        self.layer = getattr(nn, kind)(3, 5, batch_first=True, **options)
+        self.linear = nn.Linear(10 if options.get("bidirectional") else 5, 2)
+
+    def forward(self, x):
+        return self.linear(self.layer(x)[0][:, -1])
+
+
+class Averaging(nn.Module):
+    """Keeps a running mean in place, also in eval mode, and adds up its inputs in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+        self.register_buffer("mean", torch.zeros(3))
+
+    def forward(self, x):
+        self.mean.mul_(0.9).add_(x.detach().mean((0, 1)), alpha=0.1)
+        total = torch.zeros(len(x), 3, dtype=x.dtype)
+        for t in range(x.shape[1]):
+            total += x[:, t]
+        return torch.tanh(self.linear(total))
+
+
+class Branching(nn.Module):
+    """Takes a branch that depends on the numbers; a parameter is without use in the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 2), nn.Linear(3, 2)
+
+    def forward(self, x):
+        return torch.cat([(self.first if float(row.sum()) > 0 else self.second)(row[:1]) for row in x])
+
+
+@pytest.mark.parametrize("outputs", ["mean", "full"])
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: Recurrent("RNN"),
+        lambda: Recurrent("GRU"),
+        lambda: Recurrent("LSTM"),
+        lambda: Recurrent("LSTM", num_layers=2, bidirectional=True),
+        Averaging,
+        Branching,
+    ],
+    ids=["RNN", "GRU", "LSTM", "bidirectional", "buffer", "branches"],
+)
+def test_models_that_vmap_refuses(build, outputs):
+    torch.manual_seed(2)
+    model, sequences = build().double().eval(), torch.randn(6, 4, 3, dtype=torch.float64)
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with pytest.raises(RuntimeError):
+        torch.func.vmap(lambda x: model(x.unsqueeze(0)))(sequences)
+    model.load_state_dict(buffers, strict=False)
+    found = ntk_eigenvalues(model, sequences, 6, outputs=outputs)
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in model.named_buffers())
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    with torch.no_grad():
+        assert torch.equal(ntk_eigenvalues(model, sequences, 6, outputs=outputs), found)
+    parameters, rows = list(model.parameters()), []
+    for sample in sequences:
+        for value in model(sample.unsqueeze(0))[0]:
+            of_each = torch.autograd.grad(value, parameters, retain_graph=True, materialize_grads=True)
+            rows.append(torch.cat([g.flatten() for g in of_each]))
+    jacobian = torch.stack(rows).view(6, 2, -1)
+    flat = jacobian.flatten(1 if outputs == "mean" else 0, -1 if outputs == "mean" else 1)
+    kernel = flat @ flat.T / (2 if outputs == "mean" else 1)
+    torch.testing.assert_close(found, torch.linalg.eigvalsh(kernel).flip(0)[:6], rtol=1e-12, atol=1e-12)
+
+
+def test_frozen_parameters_and_coupled_samples_of_models_that_vmap_refuses(inputs):
+    model = Recurrent("GRU").double()
+    sequences = inputs.view(5, 1, 4)[:, :, :3]
+    model.layer.requires_grad_(False)
+    features = model.layer(sequences)[0][:, -1].detach()
+    features = torch.cat([features, torch.ones(5, 1, dtype=torch.float64)], 1)
+    largest = torch.linalg.eigvalsh(features @ features.T)[-1:]
+    torch.testing.assert_close(ntk_eigenvalues(model, sequences), largest, rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match=r"model: expected .* got .* layer is a LSTM in training mode"):
+        ntk_eigenvalues(Recurrent("LSTM", num_layers=2, dropout=0.5).double(), sequences)
+    with pytest.raises(ValueError, match=r"model: expected .* got outputs for one sample alone that differ"):
+        ntk_eigenvalues(Then(model, lambda y: y - y.mean(0)), sequences)
