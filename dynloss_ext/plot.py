@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from dynloss_ext._checks import check_array
 from dynloss_ext.instability import Instability, PeriodSegment, instability_threshold
+from dynloss_ext.spectrum import SpectralDensity
 
 Array = NDArray[Any]
 
@@ -57,13 +58,13 @@ STYLE: Any = {
 
 @matplotlib.rc_context(STYLE)
 def trajectory(
-    step: Any,
+    step: Any = (),
     *,
-    weights: Any,
-    weighted_loss: Any,
-    accuracy: Any,
+    weights: Any = None,
+    weighted_loss: Any = None,
+    accuracy: Any = None,
     eig_step: Any = (),
-    eigenvalues: Any = (),
+    eigenvalues: Any = None,
     loss: Any = None,
     instabilities: Sequence[Instability] = (),
     threshold: float | None = None,
@@ -75,8 +76,9 @@ def trajectory(
 ) -> Figure:
     """The paper's Fig. 4: class weights, loss, its change, accuracy and curvature along a run.
 
-    The loss of the whole run is drawn on a logarithmic scale, on a linear one if F or `loss` is nowhere positive or
-    somewhere negative; its change on a linear scale up to 1e-3 and logarithmically beyond.
+    There is a panel for each quantity that is given. The loss of the whole run is drawn on a logarithmic scale, on a
+    linear one if F or `loss` is nowhere positive or somewhere negative; its change on a linear scale up to 1e-3 and
+    logarithmically beyond. A value with none that is finite beside it is a dot.
 
     Args:
         step: (S,) steps of the per-step arrays.
@@ -85,59 +87,74 @@ def trajectory(
         accuracy: (S,) accuracy in [0, 1].
         eig_step: (M,) steps of the eigenvalues.
         eigenvalues: (M, k) largest Hessian eigenvalues, descending.
-        loss: (S,) plain cross-entropy, drawn behind F.
+        loss: (S,) plain cross-entropy, drawn behind F if that is there.
         instabilities: windows to mark: their start green, their stop red.
         threshold: the dashed line, by default `instability_threshold(instabilities)`.
         limit: the optimizer's stability limit, one number or (S,) where the learning rate changes.
         ntk: (M,) largest eigenvalue of the neural tangent kernel, for one more panel.
-        zoom: (first, last) step of a second column, with at least one of `step` between them.
+        zoom: (first, last) step of a second column, with at least one of the steps between them.
         class_names: C names for the legend.
         title: a line above everything.
 
     Raises:
-        ValueError: an array whose length differs from its steps', a zoom without a step inside.
+        ValueError: an array whose length differs from its steps', a zoom without a step inside, nothing to draw.
         TypeError: an array of anything but real numbers.
     """
     threshold = instability_threshold(instabilities) if threshold is None else threshold
     step, eig_step = check_array("step", step, 1), check_array("eig_step", eig_step, 1)
-    rows = {
-        "weights": check_array("weights", weights, 2, len(step)),
-        "weighted_loss": check_array("weighted_loss", weighted_loss, 1, len(step)),
-        "accuracy": check_array("accuracy", accuracy, 1, len(step)),
-    }
-    if loss is not None:
-        rows["loss"] = check_array("loss", loss, 1, len(step))
+    if eigenvalues is not None and np.size(eigenvalues) == 0 and len(eig_step) == 0:
+        eigenvalues = None
+    per_step = {"weights": weights, "weighted_loss": weighted_loss, "loss": loss, "accuracy": accuracy}
+    per_record = {"eigenvalues": eigenvalues, "ntk": ntk}
+    rows, records = (
+        {
+            name: check_array(name, values, 1 + (name in ("weights", "eigenvalues")), len(at))
+            for name, values in given.items()
+            if values is not None
+        }
+        for given, at in ((per_step, step), (per_record, eig_step))
+    )
     if limit is not None:
         limit = check_array("limit", limit)
         limit = check_array("limit", limit, 1, len(step)) if limit.ndim else float(limit)
-    eigenvalues = check_array("eigenvalues", eigenvalues, 2, len(eig_step)) if len(eig_step) else np.empty((0, 0))
-    ntk = check_array("ntk", ntk, 1, len(eig_step)) if ntk is not None else None
-    names = list(class_names) if class_names is not None else [str(i) for i in range(rows["weights"].shape[1])]
-    if len(names) != rows["weights"].shape[1]:
-        raise ValueError(f"class_names: expected {rows['weights'].shape[1]} names, got {len(names)}")
+    classes = rows["weights"].shape[1] if "weights" in rows else 0
+    names = list(class_names) if class_names is not None and classes else [str(i) for i in range(classes)]
+    if len(names) != classes:
+        raise ValueError(f"class_names: expected {classes} names, got {len(names)}")
+    panels = {
+        "weights": "weights" in rows,
+        "loss": "weighted_loss" in rows or "loss" in rows,
+        "change": "weighted_loss" in rows,
+        "accuracy": "accuracy" in rows,
+        **dict.fromkeys(records, True),
+    }
+    drawn = [name for name, given in panels.items() if given]
+    if not drawn:
+        raise ValueError(f"{', '.join(per_step | per_record)}: expected at least one, got none")
 
-    panels = 4 + (len(eig_step) > 0) + (ntk is not None)
-    spans = [_span(step)]
+    everywhere = np.sort(np.concatenate([step, eig_step]))
+    spans = [_span(everywhere)]
     if zoom is not None:
-        zoom = _steps_around("zoom", zoom, step)
+        zoom = _steps_around("zoom", zoom, everywhere)
         spans.append(_span(zoom))
-    figure = Figure(figsize=(5.2 * len(spans) if zoom else 7.2, 1.55 * panels + 0.6), layout="constrained")
-    axes = figure.subplots(panels, len(spans), squeeze=False, sharex="col")
+    size = (5.2 * len(spans) if zoom else 7.2, 1.55 * len(drawn) + 0.6)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(len(drawn), len(spans), squeeze=False, sharex="col")
     for column, (first, last) in enumerate(spans):
         inside, seen = ((at >= first) & (at <= last) for at in (step, eig_step))
-        cut = {name: values[inside] for name, values in rows.items()}
-        _step_panels(axes[:4, column], step[inside], cut, names, fine=column > 0)
-        if len(eig_step):
+        at = dict(zip(drawn, axes[:, column], strict=True))
+        _step_panels(at, step[inside], {k: v[inside] for k, v in rows.items()}, names, fine=column > 0)
+        if "eigenvalues" in at:
             bound = limit if np.ndim(limit) == 0 else (step[inside], limit[inside])
-            _eigenvalue_panel(axes[4, column], eig_step[seen], eigenvalues[seen], threshold, bound)
-        if ntk is not None:
-            axes[-1, column].plot(eig_step[seen], ntk[seen], color="#5e3c99", lw=0.9)
-            axes[-1, column].set_ylabel(r"NTK $\lambda_{\max}$")
+            _eigenvalue_panel(at["eigenvalues"], eig_step[seen], records["eigenvalues"][seen], threshold, bound)
+            if column == 0:
+                _legend_above(at["eigenvalues"])
+        if "ntk" in at:
+            at["ntk"].plot(eig_step[seen], records["ntk"][seen], color="#5e3c99", lw=0.9)
+            at["ntk"].set_ylabel(r"NTK $\lambda_{\max}$")
         for axis in axes[:, column]:
-            _dot_single_points(axis)
+            _dot_lonely_points(axis)
             _mark_windows(axis, instabilities)
-    if len(eig_step):
-        _legend_above(axes[4, 0])
     if zoom is not None:
         _mark_zoom(axes, zoom)
     for axis in axes[:, 1:].flat:
@@ -214,7 +231,7 @@ def phase_diagram(
 @matplotlib.rc_context(STYLE)
 def spectral_density(
     grid: Any,
-    density: Any,
+    density: Any = None,
     *,
     stderr: Any = None,
     step: Any = None,
@@ -224,7 +241,7 @@ def spectral_density(
     """Density of the Hessian's eigenvalues on a logarithmic scale (Ghorbani et al., arXiv:1901.10159).
 
     Args:
-        grid: (G,) points λ, or (D, G).
+        grid: (G,) points λ, or (D, G); or a :class:`SpectralDensity`, with its own density and standard error.
         density: (G,) density, or (D, G) for D moments of a run, coloured by `step`. What is not finite is left
             out, as everywhere.
         stderr: standard error of `density`, in its shape, drawn as a band.
@@ -236,6 +253,13 @@ def spectral_density(
         ValueError: shapes that do not fit together, no point to draw, a grid that is not finite.
         TypeError: an array of anything but real numbers.
     """
+    if isinstance(grid, SpectralDensity):
+        for name, value in (("density", density), ("stderr", stderr)):
+            if value is not None:
+                raise ValueError(f"{name}: expected that of the SpectralDensity, got another one")
+        grid, density, stderr = grid.grid, grid.density, grid.stderr
+    elif density is None:
+        raise TypeError(f"grid: expected a SpectralDensity, or points and a density, got {type(grid).__name__} alone")
     density = check_array("density", density)
     if density.ndim not in (1, 2):
         raise ValueError(f"density: expected shape (G,) or (D, G), got {density.shape}")
@@ -266,7 +290,7 @@ def spectral_density(
             error = np.atleast_2d(errors)[index]
             low, high = np.maximum(y - error, top * 1e-12), y + error
             axis.fill_between(x, low, high, color=colour, alpha=0.25, lw=0 if len(x) > 1 else 1.0)
-    _dot_single_points(axis)
+    _dot_lonely_points(axis)
     for value in exact:
         axis.axvline(value, 0, 0.06, color=START_COLOUR, lw=1.0)
     axis.set_ylim(top * 1e-7, top * 3)  # before the scale, which warns of a density that is 0 everywhere
@@ -427,8 +451,8 @@ def _fits(grid: Any, curves: Array) -> bool:
     return np.shape(grid) in (curves.shape, curves.shape[1:])
 
 
-def _step_panels(axes: Array, step: Array, rows: dict[str, Array], names: list[str], *, fine: bool) -> None:
-    """The four panels of per-step quantities.
+def _step_panels(axes: dict[str, Axes], step: Array, rows: dict[str, Array], names: list[str], *, fine: bool) -> None:
+    """The panels of per-step quantities.
 
     The whole run spans decades of loss: logarithmic there, and F alone on a linear scale with a dot per step
     in the zoom (`fine`), where the branches of a period show.
@@ -436,26 +460,33 @@ def _step_panels(axes: Array, step: Array, rows: dict[str, Array], names: list[s
     style: dict[str, Any] = {"rasterized": True, "lw": 0.5}
     if fine:
         style = {"rasterized": True, "lw": 0.2, "marker": ".", "ms": 1.8, "mew": 0}
-    for index, name in enumerate(names):
-        axes[0].plot(step, rows["weights"][:, index], label=name, lw=0.9, **_curve_style(CLASS_COLOURS, index))
-    axes[0].set_ylabel(r"class weight $\Gamma_i$")
-    if "loss" in rows and not fine:
-        axes[1].plot(step, rows["loss"], color="#bbbbbb", label="plain cross-entropy", **style)
-    axes[1].plot(step, rows["weighted_loss"], color="black", label="dynamical loss $F$", **style)
-    axes[1].set_ylabel("loss")
-    with np.errstate(invalid="ignore"):  # a diverged run stays infinite
-        change = np.diff(rows["weighted_loss"])
-    axes[2].plot(step[1:], change, color="#7b3294", **style)
-    axes[2].set_ylabel(r"$F(t)-F(t-1)$")
-    axes[3].plot(step, rows["accuracy"], color="#2c7bb6", **style)
-    axes[3].set_ylabel("accuracy")
-    if not fine:
-        if all(_fits_log_scale(rows[name]) for name in ("weighted_loss", "loss") if name in rows):
-            axes[1].set_yscale("log")
-        _scale_changes(axes[2], change)
-        _legend_above(axes[1])
-        if len(names) <= 10:
-            _legend_above(axes[0], title_left="class", columns=5)  # the column's own title is beside it
+    if axis := axes.get("weights"):
+        for index, name in enumerate(names):
+            axis.plot(step, rows["weights"][:, index], label=name, lw=0.9, **_curve_style(CLASS_COLOURS, index))
+        axis.set_ylabel(r"class weight $\Gamma_i$")
+        if not fine and len(names) <= 10:
+            _legend_above(axis, title_left="class", columns=5)  # the column's own title is beside it
+    if axis := axes.get("loss"):
+        if "loss" in rows and not (fine and "weighted_loss" in rows):
+            axis.plot(step, rows["loss"], color="#bbbbbb", label="plain cross-entropy", **style)
+        if "weighted_loss" in rows:
+            axis.plot(step, rows["weighted_loss"], color="black", label="dynamical loss $F$", **style)
+        axis.set_ylabel("loss")
+        if not fine:
+            if all(_fits_log_scale(rows[name]) for name in ("weighted_loss", "loss") if name in rows):
+                axis.set_yscale("log")
+            _legend_above(axis)
+    if axis := axes.get("change"):
+        with np.errstate(invalid="ignore"):  # a diverged run stays infinite
+            change = np.diff(rows["weighted_loss"])
+        axis.plot(step[1:], change, color="#7b3294", **style)
+        strides = set(np.diff(step).tolist()) or {1}
+        axis.set_ylabel(f"$F(t)-F(t-{strides.pop():g})$" if len(strides) == 1 else r"$\Delta F$ between records")
+        if not fine:
+            _scale_changes(axis, change)
+    if axis := axes.get("accuracy"):
+        axis.plot(step, rows["accuracy"], color="#2c7bb6", **style)
+        axis.set_ylabel("accuracy")
 
 
 def _fits_log_scale(values: Array) -> bool:
@@ -527,10 +558,13 @@ def _legend_above(axis: Axes, handles: Sequence[Any] = (), *, title_left: str | 
     axis.legend(handles=handles, ncols=ncols, handlelength=1.4, columnspacing=1.2, **place)
 
 
-def _dot_single_points(axis: Axes) -> None:
+def _dot_lonely_points(axis: Axes) -> None:
+    """Dots for points to which no line leads: each side of them is the end, or not finite."""
     for line in axis.get_lines():
-        if np.isfinite(line.get_ydata()).sum() == 1:  # no line leads to it
-            line.set_marker(".")
+        finite = np.pad(np.isfinite(np.asarray(line.get_ydata(), dtype=float)), 1)
+        lonely = np.flatnonzero(finite[1:-1] & ~finite[:-2] & ~finite[2:])
+        if len(lonely) and line.get_marker() in ("None", "", None):
+            line.set(marker=".", markevery=lonely.tolist())
 
 
 def _mark_windows(axis: Axes, instabilities: Sequence[Instability]) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from dynloss_ext import plot
+from dynloss_ext import plot, spectral_density
 from dynloss_ext.instability import Instability, PeriodSegment
 
 CUT = Path(__file__).parent / "data" / "spiral_reference_5000.npz"
@@ -113,6 +113,61 @@ def test_zoom_adds_a_column_with_the_rows_inside(run):
 def test_trajectory_without_curvature_windows_or_plain_loss(run):
     bare = {name: run[name] for name in ("weights", "weighted_loss", "accuracy")}
     assert len(plot.trajectory(run["step"], **bare).axes) == 4
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("zoom", [None, (100, 300)])
+@pytest.mark.parametrize(
+    ("given", "labels"),
+    [
+        ({"weights"}, [r"class weight $\Gamma_i$"]),
+        ({"loss"}, ["loss"]),
+        ({"weighted_loss"}, ["loss", "$F(t)-F(t-1)$"]),
+        ({"accuracy", "loss"}, ["loss", "accuracy"]),
+        ({"eig_step", "eigenvalues"}, [r"Hessian $\lambda$"]),
+        ({"eig_step", "ntk"}, [r"NTK $\lambda_{\max}$"]),
+        ({"accuracy", "eig_step", "ntk"}, ["accuracy", r"NTK $\lambda_{\max}$"]),
+    ],
+)
+def test_trajectory_draws_what_it_is_given(run, given, labels, zoom):
+    values = {**run, "ntk": run["eigenvalues"][:, 0]}
+    step = (run["step"],) if given & {"weights", "loss", "weighted_loss", "accuracy"} else ()
+    options = {"instabilities": WINDOWS, "limit": 2.0, "threshold": 1.5, "title": "a", "zoom": zoom}
+    figure = plot.trajectory(*step, **{name: values[name] for name in given}, **options)
+    columns = 2 if zoom else 1
+    assert [axis.get_ylabel() for axis in figure.axes[::columns]] == labels
+    assert all(axis.get_lines()[0].get_xdata().size for axis in figure.axes)
+    assert figure.axes[-columns].get_xlim()[1] == (step[0] if step else run["eig_step"])[-1]
+    if given == {"loss"}:  # in the zoom too, where F alone is drawn if there is one
+        assert all(lines_with_label(axis, "plain cross-entropy") for axis in figure.axes)
+    assert rendered(figure)
+
+
+def test_trajectory_of_nothing_is_refused(run):
+    for arguments in ((), (run["step"],)):
+        with pytest.raises(ValueError, match=r"weights, weighted_loss, .* ntk: expected at least one, got none"):
+            plot.trajectory(*arguments, eigenvalues=())
+    with pytest.raises(ValueError, match="eigenvalues: expected 0 rows, got 200"):
+        plot.trajectory(run["step"], loss=run["loss"], eigenvalues=run["eigenvalues"])
+
+
+def test_the_change_is_named_by_the_steps_between_records():
+    loss = np.linspace(1, 2, 5)
+    for step, label in ((range(0, 50, 10), "$F(t)-F(t-10)$"), ([0, 1, 5, 6, 9], r"$\Delta F$ between records")):
+        assert plot.trajectory(step, weighted_loss=loss).axes[1].get_ylabel() == label
+
+
+@pytest.mark.filterwarnings("error")
+def test_values_between_gaps_are_dots():
+    values = np.array([1.0, np.nan, 2.0, 3.0, np.nan, 4.0, np.inf, 5.0])
+    curves = {"weights": np.stack([values, np.ones(8)], 1), "accuracy": values, "loss": values, "weighted_loss": values}
+    records = {"eig_step": range(8), "eigenvalues": values[:, None], "ntk": values}
+    figure = plot.trajectory(range(8), **curves, **records)
+    for axis in (figure.axes[i] for i in (0, 1, 3, 4, 5)):
+        line = axis.get_lines()[0]
+        assert line.get_marker() == "." and line.get_markevery() == [0, 5, 7]
+    assert figure.axes[0].get_lines()[1].get_marker() == "None"
+    assert rendered(figure)
 
 
 def test_stability_limit_may_change_along_the_run(run):
@@ -362,6 +417,26 @@ def test_spectral_density_numbers_its_rows_without_steps():
 def test_spectral_density_of_a_single_point_is_a_dot(density):
     axis = plot.spectral_density(np.arange(len(density)), density, stderr=np.ones(len(density))).axes[0]
     assert [line.get_marker() for line in axis.get_lines()] == ["."]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("probes", [1, 5])
+def test_spectral_density_draws_its_own_result(probes):
+    matrix = torch.diag(torch.arange(30, dtype=torch.float64))
+    options = {"n": 30, "dtype": torch.float64, "device": "cpu"}
+    result = spectral_density(lambda v: matrix @ v, num_steps=10, num_probes=probes, **options)
+    axis = plot.spectral_density(result, eigenvalues=[29.0], title="H").axes[0]
+    (line, tick) = axis.get_lines()
+    np.testing.assert_array_equal(line.get_xdata(), result.grid)
+    np.testing.assert_array_equal(line.get_ydata(), result.density)
+    assert tick.get_xdata()[0] == 29
+    by_hand = plot.spectral_density(result.grid, result.density, stderr=result.stderr, eigenvalues=[29.0], title="H")
+    assert rendered(axis.figure) == rendered(by_hand)
+    for name in ("density", "stderr"):
+        with pytest.raises(ValueError, match=f"{name}: expected that of the SpectralDensity, got another"):
+            plot.spectral_density(result, **{name: result.density})
+    with pytest.raises(TypeError, match="grid: expected a SpectralDensity, or points and a density, got Tensor alone"):
+        plot.spectral_density(result.grid)
 
 
 def test_spectral_density_refuses_shapes_that_do_not_fit():
