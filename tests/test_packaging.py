@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -223,3 +224,31 @@ def test_torch_is_found_where_the_build_has_an_interpreter_of_its_own(tmp_path: 
 def test_only_a_supported_torch_is_built_against(tmp_path: Path, version: str, fits: bool) -> None:
     target = environment(tmp_path / "target", version)
     assert find_torch(target, [sys.executable], tmp_path) == (version if fits else None)
+
+
+def setup_with(folder: Path, version: str) -> subprocess.CompletedProcess[str]:
+    """tools/setup.sh with a Python that knows its version alone."""
+    (folder / "tools").mkdir()
+    shutil.copy(ROOT / "tools" / "setup.sh", folder / "tools")
+    (folder / "python3").write_text(
+        f"#!/bin/sh\ncase $2 in *version_info*) {version} ;; *) echo no more; exit 7 ;; esac\n"
+    )
+    (folder / "python3").chmod(0o755)
+    environment = {"PATH": f"{folder}:/usr/bin:/bin"}
+    return subprocess.run(["sh", "tools/setup.sh"], cwd=folder, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("version", "got"), [("echo 3.9", "3.9"), ("echo 2.7", "2.7"), ("echo 3.0", "3.0"), ("exit 127", "missing")]
+)
+def test_setup_asks_for_a_python_first(tmp_path: Path, version: str, got: str) -> None:
+    run = setup_with(tmp_path, version)
+    assert run.returncode == 1 and run.stdout == ""
+    assert run.stderr.startswith(f"python3: expected Python 3.10 or newer, got {got}; PYTHON=")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["python3", "tools"]
+
+
+@pytest.mark.parametrize("version", ["3.10", "3.14", "4.0"])
+def test_setup_goes_on_with_a_newer_python(tmp_path: Path, version: str) -> None:
+    run = setup_with(tmp_path, f"echo {version}")
+    assert run.returncode == 7 and "expected Python" not in run.stderr
