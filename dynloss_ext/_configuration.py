@@ -16,10 +16,14 @@ _LONGEST = 300  # characters of a difference
 
 
 def pack(config: Configuration) -> Tensor:
-    """(n,) uint8: a JSON object, in which a list is the shape of a tensor, a zero byte, and these tensors' float64."""
+    """(n,) uint8: a JSON object, in which a list is the shape of a tensor, a zero byte, and these tensors' float64.
+
+    The object fills 1023 bytes at least: formats that load into tensors of the same size then take another's too.
+    """
     shapes = {name: list(value.shape) if isinstance(value, Tensor) else value for name, value in config.items()}
+    text = json.dumps(shapes).encode().ljust(1023)
     tensors = [value.numpy().tobytes() for value in config.values() if isinstance(value, Tensor)]
-    return torch.frombuffer(bytearray(b"".join([json.dumps(shapes).encode(), b"\0", *tensors])), dtype=torch.uint8)
+    return torch.frombuffer(bytearray(b"".join([text, b"\0", *tensors])), dtype=torch.uint8)
 
 
 def unpack(state: object) -> Configuration:
