@@ -129,6 +129,11 @@ class Params(list[Tensor]):
         self.labels = labels
 
 
+def is_sharded(p: Tensor) -> bool:
+    """By name: the module of DTensor takes long to import."""
+    return type(p).__name__ == "DTensor"
+
+
 def check_params(params: Parameters, name: str = "params") -> Params:
     """The parameters, given as they are or with their names, if something can be differentiated by them."""
     if isinstance(params, Tensor):
@@ -143,8 +148,8 @@ def check_params(params: Parameters, name: str = "params") -> Params:
     for label, p in zip(labels, checked, strict=True):
         check_tensor(label, p)
         expected, got = "", f"a tensor of shape {tuple(p.shape)}"
-        if type(p).__name__ == "DTensor":
-            expected, got = "a tensor that is whole in this process", "a DTensor, one part of which is"
+        if is_sharded(p):
+            expected, got = "a tensor that is whole in this process", "a DTensor"
         elif p.dtype not in (torch.float32, torch.float64):
             expected, got = "float32 or float64", str(p.dtype)
         elif p.dtype != checked[0].dtype or p.device != checked[0].device:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 
-from dynloss_ext._checks import check_choice, check_count, check_tensor
+from dynloss_ext._checks import check_choice, check_count, check_tensor, is_sharded
 from dynloss_ext._double_backward import double_backward
 from dynloss_ext._evaluation import random_state_kept, relative_rounding
 
@@ -51,6 +51,13 @@ def ntk_eigenvalues(model: nn.Module, inputs: Tensor, k: int = 1, *, outputs: st
     params = {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
     if not params:
         raise ValueError("model: expected a parameter that requires grad, got none")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(
+            "model: expected a plain module, got a torch.jit.ScriptModule, which computes with its own alone"
+        )
+    for name, value in params.items():
+        if is_sharded(value):
+            raise ValueError(f"{name}: expected a tensor that is whole in this process, got a DTensor")
     _refuse_coupled_samples(model)
     with random_state_kept(inputs.device), double_backward():
         with torch.no_grad():

@@ -410,7 +410,7 @@ def _() -> Case:
     # A forward pass improves the vectors of the norm first, which are then constants.
     def improved(model: nn.Module) -> nn.Module:
         with torch.no_grad():
-            model(torch.zeros(1, 3))
+            model(torch.zeros(1, 3, dtype=torch.float64))
         return model.eval()
 
     return vectors(hidden_layer(parametrizations.spectral_norm), plain=improved)
@@ -565,7 +565,7 @@ def _() -> Case:
 @case("torch.jit.script")
 def _() -> Case:
     model = perceptron(nn.Tanh()).double()
-    return vectors(torch.jit.script(model))
+    return vectors(torch.jit.script(model), refusals={"NTK": "got a torch.jit.ScriptModule"})
 
 
 @case("checkpoint")
@@ -603,7 +603,8 @@ def _() -> Case:
 
     model = perceptron(nn.Tanh()).double()
     fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
-    return vectors(model, refusals=refused("a tensor that is whole in this process, got a DTensor"))
+    text = "a tensor that is whole in this process, got a DTensor"
+    return vectors(model, refusals=refused(text) | {"NTK": text})
 
 
 @case("Lightning module")
