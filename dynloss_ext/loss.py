@@ -106,10 +106,8 @@ def _are_probabilities(target: object) -> bool:
 def _class_weights(op: Any, zero: Tensor, oscillation: Oscillation, step: int | Tensor, *finished: bool) -> Tensor:
     """Γ, float64 (C,) or (E, 1, C): what an op hands out beside the loss of a row of zeros."""
     members = [] if oscillation.ensemble_size is None else [oscillation.ensemble_size]
-    row, label = (
-        zero.expand(*members, 1, oscillation.num_classes),
-        torch.zeros(1, dtype=torch.int64, device=zero.device),
-    )
+    row = zero.expand(*members, 1, oscillation.num_classes)
+    label = torch.zeros(1, dtype=torch.int64, device=zero.device)
     *_, gamma, _ = op(*_arguments(row, label, oscillation, step, "sum", "samples", -100, 0.0), *finished)
     return gamma.unsqueeze(1) if members else gamma  # type: ignore[no-any-return]
 
@@ -200,9 +198,9 @@ def dynamic_cross_entropy(
             its own weight Γ_c, as in :func:`torch.nn.functional.cross_entropy`.
 
     Returns:
-        The loss: () or (E,) for mean and sum, in float32 at least; target's shape or (E, N) for ``"none"``, in the
-        dtype of the logits, or in float32 at least under autocast. Sums over rows are taken in float64 in a fixed
-        order: the same bits on every run.
+        The loss: () or (E,) for mean and sum, in float32 at least; for ``"none"`` the logits' shape without the
+        classes, in the dtype of the logits, or in float32 at least under autocast. Sums over rows are taken in
+        float64 in a fixed order: the same bits on every run.
 
     Raises:
         ValueError, TypeError: an argument is not as described; the message names it.

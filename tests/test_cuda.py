@@ -128,6 +128,25 @@ def test_ensembles_equal_the_cpu(classes, shared, rows):
             compare(randn(3, rows, classes), target, oscillation, step, torch.float32, reduction=reduction)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_probabilities_equal_the_cpu(reduction, dtype):
+    options = {"reduction": reduction, "label_smoothing": 0.1}
+    ensemble = Oscillation(10, torch.tensor([2.0, 30.0, 70.0]), torch.tensor([5, 100, 7]))
+    for shape, dim, oscillation, step in (
+        ((300, 10), 1, Oscillation(10, 20, 13), 33),
+        ((4, 10, 9), 1, Oscillation.from_table(randn(4, 10).abs()), torch.tensor(7)),
+        ((3, 50, 10), 2, ensemble, torch.tensor([3, 50, 1000])),
+    ):
+        logits, target = randn(*shape), randn(*shape, seed=1).softmax(dim).to(dtype)
+        compare(logits, target, oscillation, step, dtype, **options)
+        device_step = step.cuda() if isinstance(step, torch.Tensor) else step
+        pair = loss_and_gradient(logits.to(dtype).cuda(), target.cuda(), oscillation, device_step, **options)
+        expected = loss_and_gradient(logits, target.double(), oscillation, step, **options)
+        for ours, theirs in zip(pair, expected, strict=True):
+            near(ours, theirs, dtype)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("classes", [5, 40])
 def test_layouts_equal_the_cpu(classes, dtype):
@@ -471,10 +490,11 @@ def test_compiled_with_graphs_equals_eager():
     )
 
 
+@pytest.mark.parametrize("probabilities", [False, True])
 @pytest.mark.parametrize("rows", [512, 20000])
-def test_replayed_graph_advances_the_oscillation(rows):
+def test_replayed_graph_advances_the_oscillation(rows, probabilities):
     logits = randn(rows, 10, dtype=torch.float32).cuda().requires_grad_()
-    target = labels(10, rows, ignored=True).cuda()
+    target = (logits.detach().softmax(1) if probabilities else labels(10, rows, ignored=True)).cuda()
     criterion = DynamicCrossEntropyLoss(Oscillation(10, 70, 10)).cuda()
 
     def training_step():
@@ -524,14 +544,15 @@ def test_nothing_waits_for_the_device():
     logits = randn(20000, 10, dtype=torch.float32).cuda().requires_grad_()
     target, step = labels(10, 20000).cuda(), torch.tensor(3, device="cuda")
     oscillation = Oscillation(10, 70, 10)
-    dynamic_cross_entropy(logits, target, oscillation, step).backward()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        loss = dynamic_cross_entropy(logits, target, oscillation, step)
-        (gradient,) = torch.autograd.grad(loss, logits, create_graph=True)
-        torch.autograd.grad(gradient.sum(), logits)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    for given in (target, logits.detach().softmax(1)):
+        dynamic_cross_entropy(logits, given, oscillation, step).backward()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            loss = dynamic_cross_entropy(logits, given, oscillation, step)
+            (gradient,) = torch.autograd.grad(loss, logits, create_graph=True)
+            torch.autograd.grad(gradient.sum(), logits)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def launched_by(call):
