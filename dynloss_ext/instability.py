@@ -9,15 +9,18 @@ from step to step with period 2, 4, ... or chaotically until the weights have mo
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from dynloss_ext._checks import check_array, check_choice, check_count, check_number
+from dynloss_ext.oscillation import Oscillation
 
 __all__ = [
     "Instability",
@@ -31,6 +34,8 @@ __all__ = [
 Array = NDArray[Any]
 
 MIN_COMPARISONS = 7  # so that the shortest default window, 10 jumps in 11 steps, can still read period 2
+CLEAN = 0.75  # of a segment's steps that must be alike; kinks and jumps of the drive every 10 steps spoil 0.12 of them
+WHOLE_RUN = 0.9  # the share of a run that a window must not cover alone
 DOUBLING_GAIN = 3.0  # each doubling of a cascade lowers the misfit 3.3 times (√(2/(α⁻² + α⁻⁴)), Feigenbaum's α)
 DOUBLING_FLOOR = 1e-3  # of rms(Δ²F): below lie rounding and what is left of a doubling that has decayed
 
@@ -71,9 +76,11 @@ def detect_instabilities(
     lambda_max: Any,
     *,
     rule: str = "loss",
-    loss_jump: float = 1e-3,
+    period: float | None = None,
+    limit: float | None = None,
+    loss_jump: float | None = None,
     lambda_jump: float = 0.1,
-    max_gap: int = 500,
+    max_gap: int | None = None,
     min_samples: int | None = None,
 ) -> list[Instability]:
     """Find the unstable windows of a run.
@@ -86,17 +93,22 @@ def detect_instabilities(
     * ``rule="lambda"``: a jump is \\|λ(t) - λ(t-1)\\| > `lambda_jump` between neighbouring records of the
       largest eigenvalue. The paper marks the times where the difference equals 0.1; every harmless rise of λ
       within a cycle counts as well, and the result depends on how often λ was recorded.
+    * ``rule="limit"``: a window is a maximal run of records with λ > `limit`.
 
     Args:
         step: (S,) strictly increasing steps of `loss`.
         loss: (S,) weighted loss F.
         lambda_step: (M,) strictly increasing steps of `lambda_max`; M may be 0 with ``rule="loss"``.
         lambda_max: (M,) largest Hessian eigenvalue.
-        rule: "loss" or "lambda".
-        loss_jump: smallest jump of F (in units of F).
+        rule: "loss", "lambda" or "limit".
+        period: T of the oscillation in steps, for the defaults.
+        limit: the optimizer's `stability_limit`, for ``rule="limit"``.
+        loss_jump: smallest jump of F (in units of F). By default 5/T, but at least 1e-3 and at most 0.5, of its
+            spread: the power of ten nearest to the range that holds 98 % of F. Without `period` T is the number of
+            records.
         lambda_jump: smallest jump of λ.
-        max_gap: steps without a jump that do not yet end a window.
-        min_samples: jumps that a window must contain; by default 10 for "loss" and 1 for "lambda".
+        max_gap: steps without a jump that do not yet end a window; by default max(10, T/10), or 500 without `period`.
+        min_samples: jumps that a window must contain; by default 10 for "loss" and 1 for the others.
 
     Returns:
         The windows in order of time. The eigenvalue at a step is the first one recorded there or later (the
@@ -105,21 +117,43 @@ def detect_instabilities(
     Raises:
         ValueError: shapes that differ, steps that do not increase, an unknown rule, a bound that is not
         positive.
-        TypeError: values or bounds that are not real numbers.
+        TypeError: values or bounds that are not real numbers; no `limit` for its rule.
+
+    Warns:
+        UserWarning: one window covers the whole run, so that its bound told nothing apart.
     """
+    epsilon = _epsilon(loss)
     step, loss = _series("step", step, "loss", loss)
     lambda_step, lambda_max = _series("lambda_step", lambda_step, "lambda_max", lambda_max)
-    check_choice("rule", rule, ("loss", "lambda"))
-    loss_jump = check_number("loss_jump", loss_jump, 0, open_low=True)
+    check_choice("rule", rule, ("loss", "lambda", "limit"))
+    turn = None if period is None else check_number("period", period, 0, open_low=True)
+    if loss_jump is None:
+        loss_jump = _loss_jump(loss, epsilon, len(loss) if turn is None else turn)
+    else:
+        loss_jump = check_number("loss_jump", loss_jump, 0, open_low=True)
     lambda_jump = check_number("lambda_jump", lambda_jump, 0, open_low=True)
+    if max_gap is None:
+        max_gap = 500 if turn is None else max(10, round(turn / 10))
     max_gap = check_count("max_gap", max_gap, 1)
     if min_samples is None:
         min_samples = 10 if rule == "loss" else 1
     min_samples = check_count("min_samples", min_samples, 1)
-    if rule == "loss":
-        windows = _windows(step, loss, loss_jump, max_gap, min_samples)
+    if rule == "limit":
+        when, bound = lambda_step, check_number("limit", limit, 0)
+        above = np.flatnonzero(~(lambda_max <= bound))  # True for NaN, as for the jumps
+        first = last = above
     else:
-        windows = _windows(lambda_step, lambda_max, lambda_jump, max_gap, min_samples)
+        when, value, bound = (step, loss, loss_jump) if rule == "loss" else (lambda_step, lambda_max, lambda_jump)
+        with np.errstate(invalid="ignore"):
+            first = np.flatnonzero(~(np.abs(np.diff(value)) <= bound))  # True for NaN: a diverged run is unstable
+        last = first + 1
+    windows = _windows(when, first, last, max_gap, min_samples)
+    if len(windows) == 1 and windows[0][1] - windows[0][0] >= WHOLE_RUN * (when[-1] - when[0]) > 0:
+        warnings.warn(
+            f"rule={rule!r}: expected calm stretches beside the unstable ones, got one window over the whole run: the "
+            f"bound {bound:.3g} or max_gap={max_gap} does not tell them apart",
+            stacklevel=2,
+        )
     return [
         Instability(start, stop, _value_at(start, lambda_step, lambda_max), _value_at(stop, lambda_step, lambda_max))
         for start, stop in windows
@@ -142,29 +176,32 @@ def detect_periods(
     *,
     start: int | None = None,
     stop: int | None = None,
+    drive: Oscillation | None = None,
     max_period: int = 16,
     segment: int = 64,
-    tolerance: float = 0.1,
+    tolerance: float = 0.15,
     min_amplitude: float = 1e-4,
 ) -> list[PeriodSegment]:
     """Measure the period of F(t) along a window: a bifurcation cascade reads 1, 2, 4, 8, ..., chaos.
 
-    The window is cut into segments of `segment` steps and each is classified by itself:
+    The window is cut into segments of `segment` steps. What is asked of a step is asked of the best stretch of steps
+    around it, and what holds for three quarters of its steps holds for a segment: so the kinks and jumps of Γ(t), which
+    are no dynamics, spoil only steps that lie between two of them and have no stretch of their own.
 
-    * Smooth (period 1): the fourth differences are below the second differences in root mean square, as for
-      every oscillation slower than six steps, or the amplitude rms(Δ⁴F)/16 is at most `min_amplitude` or rounding of
-      the dtype that `loss` comes in.
-      (Differences of that order do not see the trend of F; for F = a(-1)^t the amplitude is a.)
-    * Period p: let q <= `max_period` be the smallest period whose misfit rms(F(t+q) - 2F(t) + F(t-q)) / rms(Δ²F)
-      is at most `tolerance`; then p is the smallest of q, 2q, 4q, ... <= `max_period` whose misfit is at most 3
-      times that of the best of them, or 1e-3. The misfit vanishes for every periodic signal whose amplitude and
-      mean drift linearly. Noise adds the same to all of them and a true doubling lowers it, however little its
-      branches differ.
+    * Smooth (period 1): F bends one way over 5 steps, and by much the same, as on every oscillation slower than six
+      steps; or its amplitude \\|Δ⁴F\\|/16 is at most `min_amplitude` or rounding of the dtype that `loss` comes in.
+      (Differences of that order do not see the trend of F; for F = a(-1)^t the amplitude is a.) Smooth pieces that
+      repeat themselves as they are, kinks and all, every p <= `max_period` steps have period p instead.
+    * Period p: let q <= `max_period` be the smallest period whose misfit, the largest
+      \\|F(t+q) - 2F(t) + F(t-q)\\| along max(3q, 2q + 7) steps, is at most `tolerance` of \\|Δ²F\\|; then p is the
+      smallest of q, 2q, 4q, ... <= `max_period` whose misfit is at most 3 times that of the best of them, or 1e-3. The
+      misfit vanishes for every periodic signal whose amplitude and mean drift linearly. Noise adds the same to all of
+      them and a true doubling lowers it, however little its branches differ.
     * Otherwise chaotic (None).
 
     A period above `max_period` reads as its largest part that fits to the tolerance, or as None; so does chaos
     within narrow bands, as their number. A window shorter than `segment` tries the periods up to a third of its
-    length that leave 7 steps to compare; None there may also be a longer period.
+    length that leave 7 steps to compare; None there may also be a longer period, or a kink.
 
     Neighbouring segments of one period are joined.
 
@@ -173,6 +210,8 @@ def detect_periods(
         loss: (S,) loss at each of them.
         start: first step to look at, by default the first recorded.
         stop: last step to look at, by default the last recorded.
+        drive: the oscillation whose Γ(step) weighs the loss. What of F is a combination of the class weights is then
+            taken out of each segment first, so that a fast drive is no period either.
         max_period: largest period tried.
         segment: steps that are classified together, at least 3 `max_period` and 2 `max_period` + 7.
         tolerance: largest relative deviation from periodicity.
@@ -183,7 +222,7 @@ def detect_periods(
         tell an oscillation from chaos.
 
     Raises:
-        ValueError: bad shapes or bounds, or a step that is missing within the window.
+        ValueError: bad shapes or bounds, a step that is missing within the window, or a `drive` that is an ensemble.
         TypeError: values or bounds that are not real numbers, or a `max_period` or `segment` that is no integer.
     """
     epsilon = _epsilon(loss)
@@ -204,10 +243,11 @@ def detect_periods(
         raise ValueError("step: expected every step within the window, got some where one is missing")
     if len(step) < _shortest(2):
         return []
+    parts = np.array_split(np.arange(len(step)), max(1, len(step) // segment))
+    if drive is not None:
+        loss = _without_drive(step, loss, drive, parts)
     segments: list[PeriodSegment] = []
-    count = max(1, len(step) // segment)
-    for part in np.array_split(np.arange(len(step)), count):
-        period = _period(loss[part], epsilon, max_period, tolerance, min_amplitude)
+    for part, period in zip(parts, _periods(loss, parts, epsilon, max_period, tolerance, min_amplitude), strict=True):
         first, last = int(step[part[0]]), int(step[part[-1]])
         if segments and segments[-1].period == period:
             first = segments.pop().start
@@ -272,15 +312,24 @@ def _series(step_name: str, step: Any, value_name: str, value: Any) -> tuple[Arr
     return step, value.astype(np.float64)
 
 
-def _windows(step: Array, value: Array, jump: float, max_gap: int, min_samples: int) -> list[tuple[int, int]]:
-    """(first, last) step of every run of jumps, counting the step each jump leaves and the one it reaches."""
-    with np.errstate(invalid="ignore"):
-        calm = np.abs(np.diff(value)) <= jump  # False for NaN: a diverged run is unstable
-    jumps = np.flatnonzero(~calm)
-    if len(jumps) == 0:
+def _loss_jump(loss: Array, epsilon: float, turn: float) -> float:
+    finite = loss[np.isfinite(loss)]
+    if len(finite) == 0:
+        return 0.0
+    low, high = np.quantile(finite, (0.01, 0.99))
+    rounding = 2 * epsilon * max(abs(low), abs(high))
+    if high - low <= rounding:
+        return float(rounding)
+    return float(10.0 ** np.round(np.log10(high - low)) * min(max(1e-3, 5 / turn), 0.5))
+
+
+def _windows(step: Array, first: Array, last: Array, max_gap: int, min_samples: int) -> list[tuple[int, int]]:
+    """(first, last) step of every run of jumps, each given by the places of the records that it leaves and reaches."""
+    if len(first) == 0:
         return []
-    runs = np.split(jumps, np.flatnonzero(np.diff(step[jumps]) > max_gap) + 1)
-    return [(int(step[run[0]]), int(step[run[-1] + 1])) for run in runs if len(run) >= min_samples]
+    breaks = np.flatnonzero(np.diff(step[first]) > max_gap) + 1
+    runs = zip(np.split(first, breaks), np.split(last, breaks), strict=True)
+    return [(int(step[left[0]]), int(step[right[-1]])) for left, right in runs if len(left) >= min_samples]
 
 
 def _value_at(when: int, step: Array, value: Array) -> float:
@@ -289,32 +338,86 @@ def _value_at(when: int, step: Array, value: Array) -> float:
     return float(value[min(int(np.searchsorted(step, when)), len(step) - 1)])
 
 
-def _period(loss: Array, epsilon: float, max_period: int, tolerance: float, min_amplitude: float) -> int | None:
-    if not np.all(np.isfinite(loss)):
-        return None
-    size = float(np.max(np.abs(loss))) or 1.0
-    loss = loss / size  # whose squares are in range
-    second, fourth = _rms(np.diff(loss, 2)), _rms(np.diff(loss, 4))
-    if fourth < second or fourth / 16 <= max(min_amplitude / size, epsilon):
-        return 1
-    misfit = {
-        period: _rms(loss[2 * period :] - 2 * loss[period:-period] + loss[: -2 * period]) / second
-        for period in range(2, max_period + 1)
-        if _shortest(period) <= len(loss)
-    }
-    fitting = next((period for period in misfit if misfit[period] <= tolerance), None)
+def _without_drive(step: Array, loss: Array, drive: Oscillation, parts: list[Array]) -> Array:
+    """F as it were at Γ = 1: along each segment the class losses that explain most of it are taken to stand still."""
+    if not isinstance(drive, Oscillation):
+        raise TypeError(f"drive: expected an Oscillation or None, got {type(drive).__name__}")
+    if drive.ensemble_size is not None:
+        raise ValueError(f"drive: expected a single oscillation, got an ensemble of {drive.ensemble_size}")
+    weights: Array = drive.weights(torch.from_numpy(step.astype(np.int64))).numpy()
+    plain: Array = loss.copy()
+    for part in parts:
+        if np.all(np.isfinite(loss[part])):
+            class_losses = np.linalg.lstsq(weights[part], loss[part])[0]
+            plain[part] -= (weights[part] - 1) @ class_losses
+    return plain
+
+
+def _periods(
+    loss: Array, parts: list[Array], epsilon: float, max_period: int, tolerance: float, min_amplitude: float
+) -> Iterator[int | None]:
+    """The period of each segment. A stretch may reach into the next: its steps on this side repeat as well."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        jagged = _jagged(loss, epsilon, min_amplitude)
+        deviations = {p: _deviation(loss, p) for p in range(1, max_period + 1) if _shortest(p) <= len(loss)}
+    around = _least_around(jagged, 5)
+    misfits = {p: _misfit(deviation, p) for p, deviation in deviations.items() if p > 1}
+    for part in parts:
+        first, length = part[0], len(part)
+        if not np.all(np.isfinite(loss[part])):
+            yield None
+        elif np.mean(around[part]) <= 1 - CLEAN:
+            exact = {p: float(d[first : first + length - 2 * p].max()) for p, d in deviations.items()}
+            kinked = jagged[first : first + length - 4].any() and np.abs(np.diff(loss[part], 4)).max() >= exact[1]
+            yield (_fitting(exact, exact.pop(1), tolerance) if kinked else None) or 1
+        else:
+            misfit = {p: _clean(values[part]) for p, values in misfits.items()}
+            yield _fitting(misfit, _clean(deviations[1][first : first + length - 2]), tolerance)
+
+
+def _fitting(misfit: dict[int, float], size: float, tolerance: float) -> int | None:
+    """The smallest period that fits, or that of its doublings that fits better than noise would have it."""
+    fitting = next((period for period in misfit if misfit[period] <= tolerance * size), None)
     if fitting is None:
         return None
     doublings = [fitting << times for times in range(len(misfit)) if fitting << times in misfit]
-    bound = max(DOUBLING_GAIN * min(misfit[period] for period in doublings), DOUBLING_FLOOR)
+    bound = max(DOUBLING_GAIN * min(misfit[period] for period in doublings), DOUBLING_FLOOR * size)
     return next(period for period in doublings if misfit[period] <= bound)
+
+
+def _jagged(loss: Array, epsilon: float, min_amplitude: float) -> Array:
+    """Whether each 5 steps are more than a piece of a curve, as a float."""
+    bends, fourth = sliding_window_view(np.diff(loss, 2), 3), np.abs(np.diff(loss, 4))
+    one_way = (bends.min(1) >= 0) | (bends.max(1) <= 0)
+    rounding = epsilon * sliding_window_view(np.abs(loss), 5).max(1)
+    smooth = one_way & (fourth < np.abs(bends).max(1)) | (fourth / 16 <= np.maximum(min_amplitude, rounding))
+    jagged: Array = np.where(smooth, 0.0, 1.0)
+    return jagged
+
+
+def _deviation(loss: Array, period: int) -> Array:
+    deviation: Array = np.abs(loss[2 * period :] - 2 * loss[period:-period] + loss[: -2 * period])
+    return deviation
+
+
+def _misfit(deviation: Array, period: int) -> Array:
+    """At each step, how far the best `_shortest(period)` steps around it are from repeating themselves."""
+    width = _shortest(period)
+    return _least_around(sliding_window_view(deviation, width - 2 * period).max(1), width)
+
+
+def _least_around(values: Array, width: int) -> Array:
+    """For each step the smallest of the values of the stretches of `width` steps that it lies in."""
+    padded = np.pad(np.where(np.isnan(values), np.inf, values), width - 1, constant_values=np.inf)
+    least: Array = sliding_window_view(padded, width).min(1)
+    return least
+
+
+def _clean(values: Array) -> float:
+    return float(np.quantile(values, CLEAN, method="higher"))
 
 
 def _shortest(period: int) -> int:
     """Steps in which a period can be told from chaos, and be it period 2."""
     period = max(period, 2)
     return max(3 * period, 2 * period + MIN_COMPARISONS)
-
-
-def _rms(values: Array) -> float:
-    return float(np.sqrt(np.mean(np.square(values))))

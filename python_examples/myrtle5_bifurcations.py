@@ -106,7 +106,7 @@ def oscillations(metrics: Metrics) -> Analysis:
     loss = metrics["weighted_loss"]
     alternating = np.zeros_like(loss)
     alternating[1:-1] = loss[1:-1] - (loss[:-2] + loss[2:]) / 2
-    return analyse(metrics, signal=alternating, max_gap=10)
+    return analyse(metrics, signal=alternating, loss_jump=1e-3, max_gap=10)
 
 
 def upward_crossings(eig_step: Array, eigenvalues: Array, limit: float, hold: float) -> list[int]:

@@ -71,7 +71,7 @@ class SpiralConfig(BaseConfig):
     tol: float = 1e-3  # their relative residual
     ntk: bool = False  # track the neural tangent kernel's largest eigenvalue too (first 50 points)
     density_every: int = 0  # steps between two spectral densities, a multiple of --eig-every; 0 for none
-    rule: Literal["loss", "lambda"] = "loss"  # what marks an instability
+    rule: Literal["loss", "lambda", "limit"] = "loss"  # what marks an instability
     threads: int = 1  # CPU threads (more do not pay for so small a network)
     graphs: bool = True  # on CUDA: replay whole steps and products as CUDA graphs
     checkpoint_every: int = 10_000  # steps between two checkpoints
@@ -89,8 +89,8 @@ class SpiralConfig(BaseConfig):
             self.require(name, 0 < getattr(self, name) < math.inf, "a positive number")
         multiple = self.density_every % self.eig_every == 0 if self.eig_every else not self.density_every
         self.require("density_every", multiple, f"a multiple of --eig-every {self.eig_every}")
-        needed = self.rule == "lambda" or self.ntk
-        self.require("eig_every", self.eig_every > 0 or not needed, "more than 0 with --rule lambda or --ntk")
+        needed = self.rule != "loss" or self.ntk
+        self.require("eig_every", self.eig_every > 0 or not needed, "more than 0 with --rule lambda or limit, or --ntk")
 
 
 class SpiralRun:
@@ -279,7 +279,7 @@ def finish(run: SpiralRun, folder: RunFolder) -> dict[str, Any]:
     """Analyse what was recorded; write the summary and the figures; print both."""
     config, metrics = run.config, run.metrics()
     limit = stability_limit(torch.optim.SGD(run.params, lr=config.lr))
-    analysis = analyse(metrics, config.rule)
+    analysis = analyse(metrics, rule=config.rule, period=config.period, limit=limit)
     rows, updates = len(metrics["step"]), len(metrics["eig_step"])
     summary = {
         "finished": rows == config.steps,

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 import dynloss_ext
-from dynloss_ext import instability
+from dynloss_ext import Oscillation, instability
 from dynloss_ext.instability import (
     Instability,
     detect_instabilities,
@@ -95,6 +96,52 @@ def test_lambda_rule_marks_jumps_between_neighbouring_eigenvalues():
     (window,) = detect_instabilities(np.arange(4000), np.zeros(4000), lambda_step, lambda_max, rule="lambda")
     assert window == Instability(975, 1075, 1.0, 1.5)
     assert detect_instabilities([], [], lambda_step, lambda_max, rule="lambda", lambda_jump=0.7) == []
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e4])
+def test_the_default_jump_is_relative_to_the_spread_of_the_loss(scale):
+    loss = scale * (7 + jumpy_loss(5000, [(1000, 1100), (3000, 3041)], jump=0.3))
+    assert [(w.start, w.stop) for w in detect_instabilities(np.arange(5000), loss, [], [])] == [
+        (1000, 1100),
+        (3000, 3041),
+    ]
+    calm = np.full(5000, 7 * scale) * (1 + 1e-16 * (-1.0) ** np.arange(5000))
+    assert detect_instabilities(np.arange(5000), calm, [], []) == []
+
+
+@pytest.mark.parametrize(("period", "windows"), [(5000, 1), (1000, 2), (50, 2), (None, 1)])
+def test_the_default_gap_is_relative_to_the_oscillation(period, windows):
+    loss = jumpy_loss(2000, [(500, 600), (950, 1050)])
+    assert len(detect_instabilities(np.arange(2000), loss, [], [], period=period)) == windows
+
+
+@pytest.mark.parametrize("period", [12, 50, 500, 5000])
+def test_a_smooth_swing_of_the_drive_is_no_jump(period):
+    step = np.arange(3 * period)
+    loss = 2 * np.abs(step / period % 1 - 0.5)  # moves by 2/T a step
+    assert detect_instabilities(step, loss, [], [], period=period) == []
+
+
+def test_limit_rule_marks_the_records_above_the_stability_limit():
+    lambda_step = np.arange(0, 4000, 25)
+    lambda_max = np.ones(len(lambda_step))
+    lambda_max[40:50] = [2.1, 1.5] * 5
+    lambda_max[100:103] = [2.5, np.nan, 2.2]
+    found = detect_instabilities([], [], lambda_step, lambda_max, rule="limit", limit=2.0)
+    assert [(w.start, w.stop) for w in found] == [(1000, 1200), (2500, 2550)]
+    assert [(w.lambda_start, w.lambda_stop) for w in found] == [(2.1, 2.1), (2.5, 2.2)]
+    with pytest.raises(TypeError, match=r"limit: expected a number .* got None"):
+        detect_instabilities([], [], lambda_step, lambda_max, rule="limit")
+
+
+def test_one_window_over_the_whole_run_is_warned_of():
+    loss = np.linspace(10, 0, 1000)
+    with pytest.warns(UserWarning, match=r"rule='loss': expected calm stretches .* bound 0.001 or max_gap=500"):
+        detect_instabilities(np.arange(1000), loss, [], [], loss_jump=1e-3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        detect_instabilities(np.arange(1000), loss, [], [])
+        detect_instabilities(np.arange(1000), jumpy_loss(1000, [(0, 850)]), [], [])
 
 
 def test_tensors_are_accepted():
@@ -195,6 +242,74 @@ STEP = np.arange(64)
 )
 def test_a_period_2_that_drifts_stays_2(loss):
     assert [s.period for s in detect_periods(STEP, loss)] == [2]
+
+
+def triangle(period, length=960):
+    return 2 * np.abs(np.arange(length) / period % 1 - 0.5)
+
+
+KINKED = {
+    "triangle": lambda t: 2 * np.abs(t % 1 - 0.5),
+    "saw": lambda t: t % 1,
+    "square": lambda t: (t % 1 < 0.5) * 1.0,
+}
+
+
+@pytest.mark.parametrize("period", [50, 64, 237])
+@pytest.mark.parametrize("wave", KINKED)
+@pytest.mark.parametrize(("growth", "cycle"), [(3.2, 2), (3.5, 4), (3.55, 8), (3.83, 3), (3.7, None), (3.95, None)])
+def test_kinks_and_jumps_neither_hide_a_period_nor_make_chaos_of_it(growth, cycle, wave, period):
+    step = np.arange(960)
+    for size in (0.1, 1.0, 3.0):
+        loss = logistic_map(growth, 960) + size * KINKED[wave](step / period) - 1e-4 * step
+        noise = 1e-4 * np.random.default_rng(0).normal(size=960)
+        assert [s.period for s in detect_periods(step, loss + noise)] == [cycle], size
+
+
+FROZEN_PERIODS = [10, 11, 12.5, 15, 16, 20, 26, 33, 48, 50, 51, 77.5, 100, 500, 5000]
+
+
+@pytest.mark.parametrize("waveform", ["triangle", "sine", "square"])
+@pytest.mark.parametrize("period", FROZEN_PERIODS)
+def test_a_frozen_network_has_no_dynamics(period, waveform):
+    """Fixed class losses while Γ(t) moves: all that F does is the drive's."""
+    step = torch.arange(1500)
+    for classes, amplitude, closed in itertools.product((3, 10), (1.5, 70), (False, True)):
+        class_losses = np.random.default_rng(classes).exponential(size=classes)
+        drive = Oscillation(classes, amplitude, period, waveform=waveform, closed=closed)
+        loss = drive.weights(step).numpy() @ class_losses / classes
+        found = {s.period for s in detect_periods(step, loss)}
+        assert found == {1} if period >= 50 else found <= {1, 16}, (classes, amplitude, closed)
+        assert [s.period for s in detect_periods(step, loss, drive=drive)] == [1]
+
+
+@pytest.mark.parametrize(("period", "classes", "repeat"), [(5, 3, 15), (2, 3, 6), (4, 4, 16), (1, 2, 2)])
+@pytest.mark.parametrize("waveform", ["sine", "square"])
+def test_a_fast_drive_has_its_own_period_unless_it_is_taken_out(period, classes, repeat, waveform):
+    step = torch.arange(640)
+    drive = Oscillation(classes, 70, period, waveform=waveform)
+    frozen = drive.weights(step).numpy() @ np.random.default_rng(0).exponential(size=classes)
+    if period > 1 or waveform == "square":  # at T = 1 a sine weighs every class alike
+        assert [s.period for s in detect_periods(step, frozen)] == [repeat]
+    assert [s.period for s in detect_periods(step, frozen, drive=drive)] == [1]
+
+
+@pytest.mark.parametrize("period", [5, 20, 50, 500])
+@pytest.mark.parametrize(("growth", "cycle"), [(3.2, 2), (3.5, 4), (3.83, 3), (3.7, None)])
+def test_dynamics_upon_a_drive_of_any_speed(growth, cycle, period):
+    """A = 70 has cusps between its turns that no straight pieces are."""
+    drive = Oscillation(3, 70, period)
+    for size in (0.1, 3.0):
+        frozen = size * drive.weights(torch.arange(640)).numpy() @ [0.2, 1.0, 0.7]
+        found = detect_periods(np.arange(640), frozen + logistic_map(growth, 640), drive=drive)
+        assert [s.period for s in found] == [cycle], size
+
+
+def test_a_triangle_wave_repeats_itself_or_is_smooth():
+    for period in (10, 12, 15, 16):
+        assert [s.period for s in detect_periods(np.arange(960), triangle(period))] == [period]
+    for period in (17, 20, 30, 50, 64, 500, 5000):
+        assert [s.period for s in detect_periods(np.arange(960), triangle(period))] == [1]
 
 
 def test_a_period_above_the_largest_reads_as_its_divisor_that_fits_or_as_chaos():
@@ -374,7 +489,7 @@ def test_unknown_limits_are_refused():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rule": "paper"}, "rule: expected 'loss' or 'lambda', got 'paper'"),
+        ({"rule": "paper"}, "rule: expected 'loss', 'lambda' or 'limit', got 'paper'"),
         ({"loss": np.zeros(9)}, "loss: expected 10 values, as many as in step, got 9"),
         ({"loss": np.zeros((10, 1))}, r"loss: expected 1 dimension, got shape \(10, 1\)"),
         ({"lambda_max": np.zeros((2, 3))}, r"lambda_max: expected 1 dimension, got shape \(2, 3\)"),
@@ -386,6 +501,8 @@ def test_unknown_limits_are_refused():
         ({"loss_jump": 0.0}, r"loss_jump: expected a number in \(0, inf\), got 0.0"),
         ({"max_gap": -1}, "max_gap: expected an int >= 1, got -1"),
         ({"min_samples": 0}, "min_samples: expected an int >= 1, got 0"),
+        ({"period": 0}, r"period: expected a number in \(0, inf\), got 0"),
+        ({"rule": "limit", "limit": math.nan}, r"limit: expected a number in \[0, inf\), got nan"),
     ],
 )
 def test_bad_arguments_are_named(change, message):
@@ -401,6 +518,7 @@ def test_bad_arguments_are_named(change, message):
         ("lambda_jump", "a number .*'3'"),
         ("max_gap", "an int, got str"),
         ("min_samples", "an int, got str"),
+        ("period", "a number .*'3'"),
     ],
 )
 def test_bounds_that_are_no_numbers_are_named(name, message):
@@ -420,6 +538,8 @@ def test_bounds_that_are_no_numbers_are_named(name, message):
         ({"segment": "64"}, TypeError, "segment: expected an int, got str"),
         ({"start": "3"}, TypeError, "start: expected a number .* got '3'"),
         ({"stop": "3"}, TypeError, "stop: expected a number .* got '3'"),
+        ({"drive": 5000}, TypeError, "drive: expected an Oscillation or None, got int"),
+        ({"drive": Oscillation(3, torch.ones(2), 5)}, ValueError, "drive: expected a single .*, got an ensemble of 2"),
     ],
 )
 def test_bad_bounds_of_detect_periods_are_named(change, error, message):

@@ -70,22 +70,19 @@ class Analysis:
         return f"threshold {measured}, stability limit of the optimizer {limit:.3f}"
 
 
-def analyse(
-    metrics: Metrics, rule: str = "loss", *, signal: NDArray[Any] | None = None, max_gap: int = 500
-) -> Analysis:
+def analyse(metrics: Metrics, *, signal: NDArray[Any] | None = None, **options: Any) -> Analysis:
     """Detect the instabilities in recorded metrics (`metrics.npz`) and measure their periods.
 
     Args:
         metrics: the arrays of a run folder.
-        rule: what marks an instability, see `detect_instabilities`.
         signal: what is to jump; F itself by default.
-        max_gap: steps without a jump that do not yet end a window.
+        options: those of `detect_instabilities`.
     """
     step, loss = metrics["step"], metrics["weighted_loss"]
     has_eigenvalues = len(metrics["eig_step"]) > 0
     lambda_max = metrics["eigenvalues"][:, 0] if has_eigenvalues else np.empty(0)
     jumping = loss if signal is None else signal
-    found = detect_instabilities(step, jumping, metrics["eig_step"], lambda_max, rule=rule, max_gap=max_gap)
+    found = detect_instabilities(step, jumping, metrics["eig_step"], lambda_max, **options)
     periods = [detect_periods(step, loss, start=window.start, stop=window.stop) for window in found]
     analysis = Analysis(found, periods, instability_threshold(found), np.nan)
     branches = _branch_threshold(analysis.oscillating, metrics["eig_step"], lambda_max)
