@@ -85,10 +85,15 @@ class _Problem:
         label_smoothing: float,
     ) -> None:
         gamma = gamma.to(logits)
-        self.z = _classes_last(logits)
+        z = _classes_last(logits)
+        # Logits relative to a class that attains the maximum: all that follows is a function of these differences,
+        # so that no derivative is the small remainder of numbers that cancel, not even where p is rounded to 1.
+        self.top = torch.zeros_like(z, dtype=torch.bool).scatter(-1, z.detach().argmax(-1, keepdim=True), True)
+        at_top = self.at_top(z)
+        self.z = torch.where(self.top, 0.0 * at_top.detach(), z - at_top)  # NaN for an infinite maximum
         self.soft_target = target.is_floating_point()
         if self.soft_target:
-            label, probabilities = torch.zeros_like(self.z[..., 0]).long(), _classes_last(target).to(logits)
+            label, probabilities = torch.zeros_like(z[..., 0]).long(), _classes_last(target).to(logits)
             self.counted = torch.ones_like(label, dtype=torch.bool)
         else:
             self.counted = target != ignore_index
@@ -105,8 +110,18 @@ class _Problem:
             )
         self.reduce = reduction != "none"
 
+    def at_top(self, x: Tensor) -> Tensor:
+        """The values (..., 1) at the class that attains the maximum."""
+        picked: Tensor = torch.where(self.top, x, 0.0).sum(-1, keepdim=True)
+        return picked
+
+    def rest(self) -> Tensor:
+        """Σ exp(z) over the other classes: one less than the sum."""
+        rest: Tensor = torch.where(self.top, self.z * 0.0, self.z.exp()).sum(-1, keepdim=True)
+        return rest
+
     def loss(self) -> Tensor:
-        log_p = torch.log_softmax(self.z, -1)
+        log_p = self.z - torch.log1p(self.rest())
         # A class without weight and an ignored row contribute nothing, not even 0 · inf; with probabilities, as torch.
         rows = torch.where((self.q != 0) | self.soft_target, -self.q * log_p, 0.0).sum(-1)
         unweighted_nan = self.counted & log_p.isnan().any(-1)
@@ -115,20 +130,26 @@ class _Problem:
 
     def derivative(self, *directions: Tensor) -> Tensor:
         """The gradient, or the Hessian or third derivative contracted with one or two directions."""
-        p = torch.softmax(self.z, -1)
+        p = self.z.exp() / (1 + self.rest())
         total = self.q.sum(-1, keepdim=True)
 
         def mean(x: Tensor) -> Tensor:
             weighted: Tensor = p * x
             return weighted.sum(-1, keepdim=True)
 
+        def relative(x: Tensor) -> Tensor:
+            x = _classes_last(x)
+            return x - self.at_top(x)
+
         if len(directions) == 0:
             rows = total * p - self.q
+            others = torch.where(self.top, 0.0, rows).sum(-1, keepdim=True)
+            rows = torch.where(self.top, -others, rows)  # they add up to 0
         elif len(directions) == 1:
-            v = _classes_last(directions[0])
+            v = relative(directions[0])
             rows = total * p * (v - mean(v))
         else:
-            u, v = (_classes_last(x) for x in directions)
+            u, v = (relative(x) for x in directions)
             rows = total * p * (u * v - mean(u * v) - mean(v) * (u - mean(u)) - mean(u) * (v - mean(v)))
         rows = torch.where(self.counted.unsqueeze(-1), rows / self.normalizer, 0.0)
         return rows.movedim(-1, 0 if rows.dim() == 1 else 1)

@@ -6,6 +6,13 @@
 //   third·u·v  Q p∘(u∘v - Σ p u v - (p·v)(u - p·u) - (p·u)(v - p·v))
 //
 // Class weights and label smoothing only choose q:  q_c = Γ_c ((1 - ε) [c = y] + ε / C).
+//
+// Of a row that the model is sure of, 1 - p is nothing once p has been rounded to 1: a float32 row would have
+// no gradient and a curvature of the wrong size or sign. So nothing is subtracted from 1. With e = exp(z -
+// max) and m a class that attains the maximum,
+//   log Σ e          = log(1 + (Σ_{c≠y} e_c + (e_y - 1)))
+//   gradient at y    = Σ_{c≠y} q_c - Q Σ_{c≠y} p_c
+//   along u, v       as above for u - u_m, v - v_m, which are 0 where p may be 1
 #pragma once
 
 #include <cmath>
@@ -15,7 +22,26 @@
 
 namespace dynloss {
 
-// The loss of a row from log Σ exp(z - max) and linear = Σ q_c (z_c - max).
+// Σ e in two parts, e = exp(z - max).
+template <typename T>
+struct RowSum {
+  T label;   // e_y
+  T others;  // Σ_{c≠y} e_c
+
+  DYNLOSS_HOST_DEVICE DYNLOSS_ALWAYS_INLINE_MEMBER T all() const { return label + others; }
+  // all() - 1. Where e_y < 1 one of the others is 1, and there is no harm in the rounding.
+  DYNLOSS_HOST_DEVICE DYNLOSS_ALWAYS_INLINE_MEMBER T rest() const { return others + (label - 1.0f); }
+};
+
+// log(1 + rest): the logarithm of the rounded sum, and what its rounding has lost where that counts. Takes a
+// third of the time of log1p.
+template <typename T>
+DYNLOSS_HOST_DEVICE DYNLOSS_ALWAYS_INLINE T log_of_sum(T rest) {
+  const T sum = 1 + rest;
+  return std::log(sum) + (rest < 1 ? rest - (sum - 1) : T(0));
+}
+
+// The loss of a row from log Σ e and linear = Σ q_c (z_c - max).
 template <typename T>
 DYNLOSS_HOST_DEVICE DYNLOSS_ALWAYS_INLINE T row_loss(T total, T log_sum, T linear) {
   return total * log_sum - linear;
@@ -24,22 +50,14 @@ DYNLOSS_HOST_DEVICE DYNLOSS_ALWAYS_INLINE T row_loss(T total, T log_sum, T linea
 // q of one row, without storing C numbers: q_c = on_label·[c = y] + spread·Γ_c.
 template <typename T>
 struct TargetWeights {
-  T on_label;  // (1 - ε) Γ_y
-  T spread;    // ε / C
-  T total;     // Q
+  T on_label;   // (1 - ε) Γ_y
+  T spread;     // ε / C
+  T elsewhere;  // Σ_{c≠y} q_c
+  T total;      // Q
 
-  DYNLOSS_HOST_DEVICE TargetWeights(double gamma_label, double gamma_sum, double smoothing,
-                                    int64_t num_classes)
-      : on_label(static_cast<T>((1.0 - smoothing) * gamma_label)),
-        spread(static_cast<T>(smoothing / static_cast<double>(num_classes))),
-        total(static_cast<T>((1.0 - smoothing) * gamma_label +
-                             smoothing / static_cast<double>(num_classes) * gamma_sum)) {}
-
-  DYNLOSS_HOST_DEVICE TargetWeights(T on_label, T spread, T total)
-      : on_label(on_label), spread(spread), total(total) {}
-
-  // Of a row with sum = Σ exp(z - max) and linear = Σ q_c (z_c - max).
-  DYNLOSS_HOST_DEVICE T loss(T sum, T linear) const { return row_loss(total, std::log(sum), linear); }
+  DYNLOSS_HOST_DEVICE DYNLOSS_ALWAYS_INLINE_MEMBER T loss(const RowSum<T>& sum, T linear) const {
+    return row_loss(total, log_of_sum(sum.rest()), linear);
+  }
 };
 
 // What the rows of a block share, so that one row costs no float64 arithmetic.
@@ -54,21 +72,28 @@ struct SharedTargetWeights {
         spread(static_cast<T>(smoothing / static_cast<double>(num_classes))),
         common(static_cast<T>(gamma_sum) * spread) {}
 
-  DYNLOSS_HOST_DEVICE TargetWeights<T> at(T gamma_label) const {
-    return {keep * gamma_label, spread, keep * gamma_label + common};
+  // Of one row in numbers, or of several in vectors of lanes.
+  template <typename G>
+  DYNLOSS_HOST_DEVICE DYNLOSS_ALWAYS_INLINE_MEMBER TargetWeights<G> at(G gamma_label) const {
+    const G on_label = keep * gamma_label;
+    return {on_label, spread + G{}, common - spread * gamma_label, on_label + common};
   }
 };
 
-// scale · (Q p - q), given e = exp(z - max) and its sum: element by element of_softmax(e), less
-// of_smoothing(Γ_c) where labels are smoothed, less scale·(1 - ε) Γ_y at the label. Of one row in numbers, or
-// of several in vectors of lanes; elements may be vectors where the rest is numbers.
+// scale · (Q p - q), given the sums of e: element by element of_softmax(e), less of_smoothing(Γ_c) where
+// labels are smoothed; at the label at_label. Of one row in numbers, or of several in vectors of lanes;
+// elements may be vectors where the rest is numbers.
 template <typename T>
 struct RowGradient {
   T factor;  // scale·Q / Σ e
   T spread;  // scale·ε / C
+  T at_label;
 
-  DYNLOSS_HOST_DEVICE DYNLOSS_ALWAYS_INLINE_MEMBER RowGradient(T scale, T total, T target_spread, T sum)
-      : factor(scale * total / sum), spread(scale * target_spread) {}
+  DYNLOSS_HOST_DEVICE DYNLOSS_ALWAYS_INLINE_MEMBER RowGradient(T scale, const TargetWeights<T>& q,
+                                                               const RowSum<T>& sum)
+      : factor(scale * q.total / sum.all()),
+        spread(scale * q.spread),
+        at_label(scale * q.elsewhere - factor * sum.others) {}
 
   template <typename E>
   DYNLOSS_HOST_DEVICE DYNLOSS_ALWAYS_INLINE_MEMBER E of_softmax(E e) const {
@@ -118,27 +143,31 @@ DYNLOSS_HOST_DEVICE DYNLOSS_ALWAYS_INLINE T third_factor(T u, T v, T pu, T pv, T
   return u * v - puv - pv * (u - pu) - pu * (v - pv);
 }
 
-// Σ p v, Σ p u and Σ p u v, over a part of a row before they are divided by the sum of e. Members by name and
-// not an array: in memory they would cost a tenth of a long row's Hessian·v.
+// Σ p v, Σ p u and Σ p u v, over a part of a row before they are divided by the sum of e, for directions
+// relative to their values at a class that attains the maximum. Members by name and not an array: in memory
+// they would cost a tenth of a long row's Hessian·v.
 template <typename T>
 struct InnerProducts {
+  T v_top = {}, u_top = {};
   T pv = {}, pu = {}, puv = {};
 
-  DYNLOSS_HOST_DEVICE DYNLOSS_ALWAYS_INLINE_MEMBER void add(T e, T v) { pv += e * v; }
+  DYNLOSS_HOST_DEVICE DYNLOSS_ALWAYS_INLINE_MEMBER void add(T e, T v) { pv += e * (v - v_top); }
   DYNLOSS_HOST_DEVICE DYNLOSS_ALWAYS_INLINE_MEMBER void add(T e, T u, T v) {
-    const T weighted = e * v;
+    const T weighted = e * (v - v_top);
     pv += weighted;
-    pu += e * u;
-    puv += weighted * u;
+    pu += e * (u - u_top);
+    puv += weighted * (u - u_top);
   }
   DYNLOSS_HOST_DEVICE DYNLOSS_ALWAYS_INLINE_MEMBER void divide(T sum) {
     pv /= sum;
     pu /= sum;
     puv /= sum;
   }
-  DYNLOSS_HOST_DEVICE DYNLOSS_ALWAYS_INLINE_MEMBER T factor(T v) const { return hessian_factor(v, pv); }
+  DYNLOSS_HOST_DEVICE DYNLOSS_ALWAYS_INLINE_MEMBER T factor(T v) const {
+    return hessian_factor(v - v_top, pv);
+  }
   DYNLOSS_HOST_DEVICE DYNLOSS_ALWAYS_INLINE_MEMBER T factor(T u, T v) const {
-    return third_factor(u, v, pu, pv, puv);
+    return third_factor(u - u_top, v - v_top, pu, pv, puv);
   }
 };
 

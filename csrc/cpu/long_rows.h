@@ -6,14 +6,22 @@ inline S* row_of(const Operand& operand, int64_t row) {
 }
 
 // Calls f(i, k, count) for the vectors of a row; count < width only for the last. Each k = 0, ..., 3 is to
-// have sums of its own: additions to one of them would wait for each other.
-template <typename T, typename F>
-DYNLOSS_ALWAYS_INLINE void for_vectors(int64_t C, F&& f) {
+// have sums of its own: additions to one of them would wait for each other. Calls f_near instead for vectors
+// that may hold element `at`.
+template <typename T, typename F, typename G>
+DYNLOSS_ALWAYS_INLINE void for_vectors(int64_t C, int64_t at, F&& f, G&& f_near) {
   int64_t i = 0;
   for (; i + 4 * width<T> <= C; i += 4 * width<T>)
-    unrolled<4>([&](int k) DYNLOSS_ALWAYS_INLINE_LAMBDA { f(i + k * width<T>, k, width<T>); });
-  for (; i + width<T> <= C; i += width<T>) f(i, 0, width<T>);
-  if (i < C) f(i, 1, static_cast<int>(C - i));
+    if (at - i < 0 || at - i >= 4 * width<T>)
+      unrolled<4>([&](int k) DYNLOSS_ALWAYS_INLINE_LAMBDA { f(i + k * width<T>, k, width<T>); });
+    else
+      unrolled<4>([&](int k) DYNLOSS_ALWAYS_INLINE_LAMBDA { f_near(i + k * width<T>, k, width<T>); });
+  for (; i + width<T> <= C; i += width<T>) f_near(i, 0, width<T>);
+  if (i < C) f_near(i, 1, static_cast<int>(C - i));
+}
+template <typename T, typename F>
+DYNLOSS_ALWAYS_INLINE void for_vectors(int64_t C, F&& f) {
+  for_vectors<T>(C, -1 - C, f, f);
 }
 
 template <typename T>
@@ -65,59 +73,80 @@ struct LongRows {
   explicit LongRows(const Block& block, int64_t exponentials)
       : num_classes(block.num_classes),
         smooth(block.label_smoothing != 0),
+        target(block.weights_sum, block.label_smoothing, block.num_classes),
         weights(smooth ? block.num_classes : 0),
         buffer(exponentials) {
     for (int64_t c = 0; smooth && c < num_classes; ++c) weights.data()[c] = static_cast<T>(block.weights[c]);
   }
   int64_t num_classes;
   bool smooth;
+  SharedTargetWeights<T> target;
   Buffer<T> weights;
   Buffer<T> buffer;  // exp(z - max) of a row, where the output cannot hold it
 };
 
-// Writes e = exp(z - top) where K needs it; returns Σ e and Σ Γ_c (z_c - top).
+// What a pass over a row tells, e = exp(z - max).
+template <typename T>
+struct LongSums {
+  RowSum<T> e;     // along directions, all of it as others
+  T smoothed;      // Σ Γ_c (z_c - max)
+  T v_top, u_top;  // the directions at a class with e = 1
+};
+
+// Writes e where K needs it.
 template <typename T, typename S, Kind K>
-DYNLOSS_ALWAYS_INLINE void exponentials(const LongRows<T>& shared, const S* z, T top, T* e, T& sum,
-                                        T& linear) {
+DYNLOSS_ALWAYS_INLINE LongSums<T> exponentials(const LongRows<T>& shared, const S* z, int64_t label, T top,
+                                               T* e, const S* u, const S* v) {
   const T lowest = -static_cast<T>(INFINITY);
-  Vec<T> sums[4] = {}, linears[4] = {};
-  for_vectors<T>(shared.num_classes, [&](int64_t i, int k, int count) DYNLOSS_ALWAYS_INLINE_LAMBDA {
+  Mask<T> lane{};
+  for (int j = 0; j < width<T>; ++j) lane[j] = j;
+  Vec<T> sums[4] = {}, smoothed[4] = {}, of_label{}, v_top = broadcast(lowest), u_top = broadcast(lowest);
+  const auto exponentials_at = [&](int64_t i, int k, int count) DYNLOSS_ALWAYS_INLINE_LAMBDA {
     const Vec<T> shifted = load_some<T, S>(z + i, count, lowest) - top;
     if (has_loss_v<K> && shared.smooth) {
       const Vec<T> gamma = load_some<T, T>(shared.weights.data() + i, count);
-      linears[k] += count == width<T> ? gamma * shifted : (gamma != T(0) ? gamma * shifted : Vec<T>{});
+      smoothed[k] += count == width<T> ? gamma * shifted : (gamma != T(0) ? gamma * shifted : Vec<T>{});
     }
     const Vec<T> exps = exp_nonpositive(shifted);
-    sums[k] += exps;
+    if constexpr (has_v_v<K>) v_top = exps < 1.0f ? v_top : load_some<T, S>(v + i, count);
+    if constexpr (K == Kind::third) u_top = exps < 1.0f ? u_top : load_some<T, S>(u + i, count);
     if constexpr (has_output_v<K>) store_some<T, T>(e + i, exps, count);
-  });
-  sum = horizontal_sum<T>(sums);
-  linear = horizontal_sum<T>(linears);
+    return exps;
+  };
+  for_vectors<T>(
+      shared.num_classes, has_v_v<K> ? -1 - shared.num_classes : label,
+      [&](int64_t i, int k, int count)
+          DYNLOSS_ALWAYS_INLINE_LAMBDA { sums[k] += exponentials_at(i, k, count); },
+      [&](int64_t i, int k, int count) DYNLOSS_ALWAYS_INLINE_LAMBDA {
+        const Vec<T> exps = exponentials_at(i, k, count);
+        const Mask<T> here = lane == static_cast<Lane<T>>(has_v_v<K> ? -1 : label - i);
+        of_label = here ? exps : of_label;
+        sums[k] = here ? sums[k] : sums[k] + exps;
+      });
+  return {{horizontal_sum<T>(of_label), horizontal_sum<T>(sums)},
+          horizontal_sum<T>(smoothed),
+          horizontal_max<T>(v_top),
+          horizontal_max<T>(u_top)};
 }
 
 template <typename T, typename S>
-DYNLOSS_ALWAYS_INLINE void write_gradient(const LongRows<T>& shared, const TargetWeights<T>& q, T scale,
-                                          T sum, const T* e, int64_t label, S* out) {
-  const RowGradient<T> gradient(scale, q.total, q.spread, sum);
-  const T* weights = shared.weights.data();
+DYNLOSS_ALWAYS_INLINE void write_gradient(const LongRows<T>& shared, const RowGradient<T>& gradient,
+                                          const T* e, int64_t label, S* out) {
   for_vectors<T>(shared.num_classes, [&](int64_t i, int, int count) DYNLOSS_ALWAYS_INLINE_LAMBDA {
     Vec<T> x = gradient.of_softmax(load_some<T, T>(e + i, count));
-    if (shared.smooth) x -= gradient.of_smoothing(load_some<T, T>(weights + i, count));
+    if (shared.smooth) x -= gradient.of_smoothing(load_some<T, T>(shared.weights.data() + i, count));
     store_some<T, S>(out + i, x, count);
   });
-  // Where the exponentials lie in the output the pass has replaced them.
-  constexpr bool in_place = std::is_same_v<T, S>;
-  const T here = in_place ? static_cast<T>(e[label])
-                          : gradient.of_softmax(e[label]) -
-                                (shared.smooth ? gradient.of_smoothing(weights[label]) : T(0));
-  store_part<T, S>(out + label, broadcast(here - scale * q.on_label), 1);
+  store_part<T, S>(out + label, broadcast(gradient.at_label), 1);
 }
 
 // Q p∘f, the derivatives along directions.
 template <typename T, typename S, Kind K>
-DYNLOSS_ALWAYS_INLINE void write_along(int64_t C, T scaled_total, T sum, const T* e, const S* u, const S* v,
-                                       S* out) {
-  InnerProducts<Vec<T>> parts[4];
+DYNLOSS_ALWAYS_INLINE void write_along(int64_t C, T scaled_total, const LongSums<T>& sums, const T* e,
+                                       const S* u, const S* v, S* out) {
+  using Products = InnerProducts<Vec<T>>;
+  const Products none{broadcast(sums.v_top), broadcast(sums.u_top)};
+  Products parts[4] = {none, none, none, none};
   for_vectors<T>(C, [&](int64_t i, int k, int count) DYNLOSS_ALWAYS_INLINE_LAMBDA {
     const Vec<T> some = load_some<T, T>(e + i, count), vi = load_some<T, S>(v + i, count);
     if constexpr (K == Kind::third)
@@ -125,12 +154,12 @@ DYNLOSS_ALWAYS_INLINE void write_along(int64_t C, T scaled_total, T sum, const T
     else
       parts[k].add(some, vi);
   });
-  const auto whole = [&](Vec<T> InnerProducts<Vec<T>>::* part) DYNLOSS_ALWAYS_INLINE_LAMBDA {
+  const auto whole = [&](Vec<T> Products::* part) DYNLOSS_ALWAYS_INLINE_LAMBDA {
     const Vec<T> four[4] = {parts[0].*part, parts[1].*part, parts[2].*part, parts[3].*part};
-    return broadcast(horizontal_sum<T>(four) / sum);
+    return broadcast(horizontal_sum<T>(four) / sums.e.others);
   };
-  using Products = InnerProducts<Vec<T>>;
-  Products products{whole(&Products::pv)};
+  Products products = none;
+  products.pv = whole(&Products::pv);
   if constexpr (K == Kind::third) products.pu = whole(&Products::pu), products.puv = whole(&Products::puv);
   for_vectors<T>(C, [&](int64_t i, int, int count) DYNLOSS_ALWAYS_INLINE_LAMBDA {
     const Vec<T> vi = load_some<T, S>(v + i, count);
@@ -148,8 +177,10 @@ template <typename T, typename S, Kind K>
 DYNLOSS_ALWAYS_INLINE T run_long_row(const Block& block, const LongRows<T>& shared, int64_t row) {
   const int64_t C = shared.num_classes;
   const S* z = row_of<S>(block.logits, row);
+  const S* v = row_of<S>(block.v, row);
+  const S* u = row_of<S>(block.u, row);
   const int64_t label = block.labels[row];
-  const TargetWeights<T> q(block.weights[label], block.weights_sum, block.label_smoothing, C);
+  const TargetWeights<T> q = shared.target.at(static_cast<T>(block.weights[label]));
   const T top = row_max<T, S>(z, C);
   // In the output itself where that has the type of the arithmetic.
   T* e = nullptr;
@@ -161,26 +192,22 @@ DYNLOSS_ALWAYS_INLINE T run_long_row(const Block& block, const LongRows<T>& shar
   }
   // Read before the output is written: it may be the same row.
   const T picked = load_part<T, S>(z + label, 1, T(0))[0] - top;
-  T sum, smoothed, loss = 0;
-  exponentials<T, S, K>(shared, z, top, e, sum, smoothed);
-  if constexpr (has_loss_v<K>) {
-    T linear = q.on_label * picked;
-    if (shared.smooth) linear += q.spread * smoothed;
-    loss = row_loss(q.total, std::log(sum), linear);
-  }
+  const LongSums<T> sums = exponentials<T, S, K>(shared, z, label, top, e, u, v);
   if constexpr (has_output_v<K>) {
     T scale = static_cast<T>(block.scale);
     if (block.row_scale != nullptr) scale *= static_cast<const T*>(block.row_scale)[row];
     S* out = row_of<S>(block.out, row);
-    if constexpr (K == Kind::gradient || K == Kind::loss_and_gradient) {
-      write_gradient<T, S>(shared, q, scale, sum, e, label, out);
-    } else {
-      const S* v = row_of<S>(block.v, row);
-      write_along<T, S, K>(C, scale * q.total / sum, sum, e, K == Kind::third ? row_of<S>(block.u, row) : v,
-                           v, out);
-    }
+    if constexpr (has_v_v<K>)
+      write_along<T, S, K>(C, scale * q.total / sums.e.others, sums, e, u, v, out);
+    else
+      write_gradient<T, S>(shared, {scale, q, sums.e}, e, label, out);
   }
-  return loss;
+  if constexpr (has_loss_v<K>) {
+    T linear = q.on_label * picked;
+    if (shared.smooth) linear += q.spread * sums.smoothed;
+    return q.loss(sums.e, linear);
+  }
+  return T(0);
 }
 
 template <typename T, typename S, Kind K>

@@ -10,6 +10,8 @@ template <Kind K>
 constexpr bool has_output_v = K != Kind::loss;
 template <Kind K>
 constexpr bool has_loss_v = K == Kind::loss || K == Kind::loss_and_gradient;
+template <Kind K>
+constexpr bool has_v_v = K == Kind::hessian || K == Kind::third;
 
 #include "vector.h"
 //

@@ -144,7 +144,7 @@ struct Tile {
 
 template <typename T, typename S, Kind K, int Classes>
 DYNLOSS_ALWAYS_INLINE Vec<T> run_tile(const Shared<T>& shared, const Tile<T, S>& tile) {
-  constexpr bool has_v = K == Kind::hessian || K == Kind::third;
+  constexpr bool has_v = has_v_v<K>;
   constexpr int room = Classes > 0 ? Classes : max_plane_classes;
   const int64_t C = Classes > 0 ? Classes : shared.num_classes;
   Vec<T> z[room];
@@ -158,29 +158,33 @@ DYNLOSS_ALWAYS_INLINE Vec<T> run_tile(const Shared<T>& shared, const Tile<T, S>&
   Vec<T> top = z[0];
   for_classes<Classes>(C, [&](int64_t c) DYNLOSS_ALWAYS_INLINE_LAMBDA { top = maximum(z[c], top); });
 
-  Vec<T> on_label{}, picked{}, smoothed{}, sum{};
+  Vec<T> gamma_label{}, picked{}, smoothed{};
+  RowSum<Vec<T>> sum{};  // along directions, all of it as others
   for_classes<Classes>(C, [&](int64_t c) DYNLOSS_ALWAYS_INLINE_LAMBDA {
     const Mask<T> here = tile.labels.index == static_cast<Lane<T>>(c);
     const Vec<T> shifted = z[c] - top;
-    on_label = here ? broadcast(shared.weights[c]) : on_label;
+    gamma_label = here ? broadcast(shared.weights[c]) : gamma_label;
     if constexpr (has_loss_v<K>) {
       picked = here ? shifted : picked;
       if (shared.smooth) smoothed += shared.weights[c] * shifted;
     }
     z[c] = exp_nonpositive(shifted);
-    sum += z[c];
+    if constexpr (has_v) {
+      sum.others += z[c];
+    } else {
+      sum.label = here ? z[c] : sum.label;
+      sum.others = here ? sum.others : sum.others + z[c];
+    }
   });
-  on_label *= shared.target.keep;
-  const Vec<T> total = on_label + shared.target.common;
+  const TargetWeights<Vec<T>> q = shared.target.at(gamma_label);
 
   if constexpr (has_output_v<K>) {
-    const RowGradient<Vec<T>> gradient(tile.scale, total, broadcast(shared.target.spread), sum);
+    const RowGradient<Vec<T>> gradient(tile.scale, q, sum);
     if constexpr (!has_v) {
-      const Vec<T> at_label = tile.scale * on_label;
       for_classes<Classes>(C, [&](int64_t c) DYNLOSS_ALWAYS_INLINE_LAMBDA {
         Vec<T> x = gradient.of_softmax(z[c]);
         if (shared.smooth) x -= gradient.of_smoothing(shared.weights[c]);
-        z[c] = tile.labels.index == static_cast<Lane<T>>(c) ? x - at_label : x;
+        z[c] = tile.labels.index == static_cast<Lane<T>>(c) ? gradient.at_label : x;
       });
     } else {
       InnerProducts<Vec<T>> products;
@@ -192,12 +196,17 @@ DYNLOSS_ALWAYS_INLINE Vec<T> run_tile(const Shared<T>& shared, const Tile<T, S>&
         drop_ignored(u);
       }
       for_classes<Classes>(C, [&](int64_t c) DYNLOSS_ALWAYS_INLINE_LAMBDA {
+        const Mask<T> below = z[c] < 1.0f;
+        products.v_top = below ? products.v_top : v[c];
+        if constexpr (K == Kind::third) products.u_top = below ? products.u_top : u[c];
+      });
+      for_classes<Classes>(C, [&](int64_t c) DYNLOSS_ALWAYS_INLINE_LAMBDA {
         if constexpr (K == Kind::third)
           products.add(z[c], u[c], v[c]);
         else
           products.add(z[c], v[c]);
       });
-      products.divide(sum);
+      products.divide(sum.others);
       for_classes<Classes>(C, [&](int64_t c) DYNLOSS_ALWAYS_INLINE_LAMBDA {
         if constexpr (K == Kind::third)
           z[c] *= gradient.factor * products.factor(u[c], v[c]);
@@ -209,9 +218,9 @@ DYNLOSS_ALWAYS_INLINE Vec<T> run_tile(const Shared<T>& shared, const Tile<T, S>&
     store_tile<T, S, Classes>(tile.out, C, z, tile.overlap);
   }
   if constexpr (has_loss_v<K>) {
-    Vec<T> linear = on_label * picked;
+    Vec<T> linear = q.on_label * picked;
     if (shared.smooth) linear += shared.target.spread * smoothed;
-    const Vec<T> loss = row_loss(total, log_of_sum(sum), linear);
+    const Vec<T> loss = row_loss(q.total, log_of_sum(sum.rest()), linear);
     return tile.all_counted ? loss : (tile.labels.counted ? loss : Vec<T>{});
   }
   return Vec<T>{};
@@ -235,7 +244,7 @@ template <typename T, typename S, Kind K, int Classes>
 double run_small_rows(const Block& block, int64_t begin, int64_t end) {
   const Shared<T> shared(block);
   const int64_t C = block.num_classes, rows = end - begin;
-  constexpr bool has_v = K == Kind::hessian || K == Kind::third;
+  constexpr bool has_v = has_v_v<K>;
   int64_t whole = whole_tiles<T>(block.logits, rows, C);
   if (has_v) whole = std::min(whole, whole_tiles<T>(block.v, rows, C));
   if (K == Kind::third) whole = std::min(whole, whole_tiles<T>(block.u, rows, C));

@@ -103,6 +103,7 @@ __device__ inline T warp_sum(T x) {
 // A NaN is passed over.
 __device__ inline float larger(float x, float y) { return fmaxf(x, y); }
 __device__ inline double larger(double x, double y) { return fmax(x, y); }
+__device__ inline int larger(int x, int y) { return x > y ? x : y; }
 
 template <typename T>
 __device__ inline T warp_max(T x) {

@@ -40,6 +40,14 @@ __device__ inline void wait_for_part(int part) {
     wait_for_copies<0>();
 }
 
+// x[index] = value, if there is such an element.
+template <int n, typename T>
+__device__ inline void replace(T (&x)[n], int index, T value) {
+  if (static_cast<unsigned>(index) >= n) return;
+#pragma unroll
+  for (int j = 0; j < n; ++j) x[j] = index == j ? value : x[j];
+}
+
 // The elements of a row of one operand. Each thread meets its own pieces only, so that it need not wait for
 // others.
 template <typename S>
@@ -93,10 +101,12 @@ class LongRow {
     return k < cached_ ? load_piece(cache_ + k) : run_.load(k, fill_);
   }
 
-  // The maximum of the row and Σ exp(z - maximum), of a row that is being fetched.
-  __device__ MaxSum<T> max_sum() const {
+  // The maximum of the row and Σ exp(z - maximum) but for the class `without`, of a row that is being
+  // fetched.
+  __device__ MaxSum<T> max_sum(int without) const {
     MaxSum<T> thread = MaxSum<T>::empty();
-    const auto add = [&](const Piece<S>& piece) {
+    const auto add = [&](Piece<S> piece, int k) {
+      replace(piece.values, without - run_.begin(k), narrow<S>(-static_cast<T>(INFINITY)));
       T z[piece_size<S>];
 #pragma unroll
       for (int j = 0; j < piece_size<S>; ++j) z[j] = widen(piece.values[j]);
@@ -105,18 +115,18 @@ class LongRow {
 #pragma unroll 1
     for (int part = 0; part < row_parts; ++part) {
       wait_for_part(part);
-      for_part(part, [&](int k) { add(load_piece(cache_ + k)); });
+      for_part(part, [&](int k) { add(load_piece(cache_ + k), k); });
     }
     const int pieces = run_.pieces(), threads = static_cast<int>(blockDim.x);
 #pragma unroll 1
-    for (int k = cached_ + threadIdx.x; k < pieces; k += loads_in_flight * threads) {
+    for (int k = not_ahead(cached_) + threadIdx.x; k < pieces; k += loads_in_flight * threads) {
       Piece<S> batch[loads_in_flight];
 #pragma unroll
       for (int b = 0; b < loads_in_flight; ++b)
         if (k + b * threads < pieces) batch[b] = run_.load(k + b * threads, fill_);
 #pragma unroll
       for (int b = 0; b < loads_in_flight; ++b)
-        if (k + b * threads < pieces) add(batch[b]);
+        if (k + b * threads < pieces) add(batch[b], k + b * threads);
     }
     return block_merge(thread);
   }
@@ -135,13 +145,25 @@ __device__ LongRow<S> logits_of(const Problem& p, const Grid& grid, int member, 
           place, -static_cast<Arithmetic<S>>(INFINITY)};
 }
 
+// The maximum of a row and the sums of e = exp(z - max).
+template <typename S>
+struct LongSums {
+  using T = Arithmetic<S>;
+
+  T max;
+  RowSum<T> sum;
+
+  __device__ LongSums(T picked, const MaxSum<T>& others)
+      : max(larger(picked, others.max)), sum{exponential<S>(picked - max), others.sum_at(max)} {}
+};
+
 // The gradient of the elements of a piece, those beside the row included.
 template <typename S, bool kSmooth>
 struct LongGradient {
   using T = Arithmetic<S>;
 
   const MemberWeights<T>& weights;
-  LabelledGradient<T> gradient;
+  RowGradient<T> gradient;
   int label;
   int classes;
   T top;
@@ -161,10 +183,7 @@ struct LongGradient {
       for (int j = 0; j < piece_size<S>; ++j)
         if (begin + j >= 0 && begin + j < classes) x[j] -= gradient.of_smoothing(weights.gamma(begin + j));
     }
-    if (static_cast<unsigned>(label - begin) < piece_size<S>) {
-#pragma unroll
-      for (int j = 0; j < piece_size<S>; ++j) x[j] -= label - begin == j ? gradient.on_label : T(0);
-    }
+    replace(x, label - begin, gradient.at_label);
     return narrow_piece<S>(x);
   }
 };
@@ -178,12 +197,15 @@ class HeldRow {
 
   __device__ explicit HeldRow(const LongRow<S>& row) : row_(row) {}
 
-  __device__ MaxSum<T> max_sum() {
+  __device__ MaxSum<T> max_sum(int without) {
     top_ = -static_cast<T>(INFINITY);
     for_pieces([&](int i, int k) {
       const Piece<S> z = k < row_.cached() ? row_[k] : filled_piece<S>(-static_cast<T>(INFINITY));
 #pragma unroll
-      for (int j = 0; j < piece_size<S>; ++j) top_ = larger(e_[i][j] = widen(z.values[j]), top_);
+      for (int j = 0; j < piece_size<S>; ++j) e_[i][j] = widen(z.values[j]);
+      replace(e_[i], without - row_.run().begin(k), -static_cast<T>(INFINITY));
+#pragma unroll
+      for (int j = 0; j < piece_size<S>; ++j) top_ = larger(e_[i][j], top_);
     });
     const T base = top_ == -static_cast<T>(INFINITY) ? T(0) : top_;
     T sum = 0;
@@ -222,10 +244,10 @@ class HeldRow {
   T top_;
 };
 
-// The loss of a row and the gradient's parts, by all threads of the block: `whole` is of the row.
+// The loss of a row, by all threads of the block.
 template <bool kSmooth, typename S, typename T = Arithmetic<S>>
 __device__ T long_row_loss(const Forward& p, const MemberWeights<T>& weights, const TargetWeights<T>& q,
-                           const LongRow<S>& row, const MaxSum<T>& whole, T picked) {
+                           const LongRow<S>& row, const LongSums<S>& whole, T picked) {
   T linear = weighted(q.on_label, picked - whole.max);
   if constexpr (kSmooth) {
     T part[1] = {T(0)};
@@ -276,15 +298,16 @@ __global__ void __launch_bounds__(held_threads, registers_for(held_blocks(sizeof
     wait_for_copies<held_places - 1>();
     T loss = label.fill<T>();
     if (label.usual()) {
-      const TargetWeights<T> q = weights.template at<kSmooth>(label.index);
       // Before the barriers in max_sum(): the gradient may go where the logits are.
       const S picked = row_of<S>(p.logits, p, member, r)[label.index];
       HeldRow<S> held(row);
-      const MaxSum<T> whole = held.max_sum();
-      loss = long_row_loss<kSmooth>(p, weights, q, row, whole, widen(awaited(picked)));
+      const MaxSum<T> others = held.max_sum(label.index);
+      const LongSums<S> whole(widen(awaited(picked)), others);
+      const TargetWeights<T> q = weights.template at<kSmooth>(label.index);
+      loss = long_row_loss<kSmooth>(p, weights, q, row, whole, widen(picked));
       if (p.out.data != nullptr) {
         const LongGradient<S, kSmooth> gradient{
-            weights, {q, block.scale, whole.sum}, label.index, static_cast<int>(p.classes), whole.max};
+            weights, {block.scale, q, whole.sum}, label.index, static_cast<int>(p.classes), whole.max};
         held.for_exponentials(whole.max, [&](int k, T(&e)[piece_size<S>]) {
           out.store(k, gradient.of(e, row.run().begin(k)));
         });
@@ -329,14 +352,15 @@ __global__ void __launch_bounds__(block_bound<S>, 1) forward_block(const Forward
     };
     T loss = label.fill<T>();
     if (label.usual()) {
-      const TargetWeights<T> q = weights.template at<kSmooth>(label.index);
       // Before the barriers in max_sum(): the gradient may go where the logits are.
       const S picked = row_of<S>(p.logits, p, member, r)[label.index];
-      const MaxSum<T> whole = row.max_sum();
-      loss = long_row_loss<kSmooth>(p, weights, q, row, whole, widen(awaited(picked)));
+      const MaxSum<T> others = row.max_sum(label.index);
+      const LongSums<S> whole(widen(awaited(picked)), others);
+      const TargetWeights<T> q = weights.template at<kSmooth>(label.index);
+      loss = long_row_loss<kSmooth>(p, weights, q, row, whole, widen(picked));
       if (p.out.data != nullptr) {
         const LongGradient<S, kSmooth> gradient{
-            weights, {q, block.scale, whole.sum}, label.index, static_cast<int>(p.classes), whole.max};
+            weights, {block.scale, q, whole.sum}, label.index, static_cast<int>(p.classes), whole.max};
         write([&](int k) { return gradient(row[k], row.run().begin(k)); });
       }
     } else if (p.out.data != nullptr) {
@@ -372,10 +396,13 @@ __global__ void __launch_bounds__(block_bound<S>, 1) derivative_block(const Deri
     if (p.order >= 2) v.fetch();
     if (p.order >= 3) u.fetch();
     row.fetch();
-    const MaxSum<T> whole = row.max_sum();
-    const LabelledGradient<T> gradient(
+    const T lowest = -static_cast<T>(INFINITY);
+    const T picked = p.order == 1 ? widen(row_of<S>(p.logits, p, block.member, r)[label.index]) : lowest;
+    const LongSums<S> whole(picked, row.max_sum(p.order == 1 ? label.index : RowLabel::no_class));
+    const RowGradient<T> gradient(
+        block.row_scale(p, r),
         is_smooth(p) ? weights.template at<true>(label.index) : weights.template at<false>(label.index),
-        block.row_scale(p, r), whole.sum);
+        whole.sum);
     if (p.order == 1) {
       const auto write = [&](auto of_row) {
         row.for_pieces([&](int k) { out.store(k, of_row(row[k], row.run().begin(k))); });
@@ -397,12 +424,22 @@ __global__ void __launch_bounds__(block_bound<S>, 1) derivative_block(const Deri
         f(e, widen(us.values[j]), widen(vs.values[j]), j);
       }
     };
-    InnerProducts<T> products;
+    const auto at_top = [&](const LongRow<S>& direction) {
+      T value = lowest;
+      row.for_pieces([&](int k) {
+        const Piece<S> zs = row[k], xs = direction[k];
+#pragma unroll
+        for (int j = 0; j < piece_size<S>; ++j)
+          if (widen(zs.values[j]) == whole.max) value = larger(widen(xs.values[j]), value);
+      });
+      return block_merge(MaxSum<T>{value, T(0)}).max;
+    };
+    InnerProducts<T> products{at_top(v), p.order == 3 ? at_top(u) : T(0)};
     row.for_pieces([&](int k) { elements(k, [&](T e, T ui, T vi, int) { products.add(e, ui, vi); }); });
     T sums[3] = {products.pv, products.pu, products.puv};
     block_sum(sums);
-    products = {sums[0], sums[1], sums[2]};
-    products.divide(whole.sum);
+    products = {products.v_top, products.u_top, sums[0], sums[1], sums[2]};
+    products.divide(whole.sum.all());
     row.for_pieces([&](int k) {
       T x[piece_size<S>];
       elements(k, [&](T e, T ui, T vi, int j) {

@@ -1,5 +1,5 @@
 // What a block of threads knows of its member (a single problem, or one of an ensemble) before and after it
-// goes through the rows: Γ(step), normalizers, the reduction; and the elements of a row's derivatives.
+// goes through the rows: Γ(step), normalizers, the reduction.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -110,7 +110,7 @@ struct MemberWeights {
   __device__ TargetWeights<T> at(int label) const {
     if constexpr (kSmooth) return shared.at(gamma(label));
     const T on_label = gamma(label);
-    return {on_label, T(0), on_label};
+    return {on_label, T(0), T(0), on_label};
   }
 };
 
@@ -247,24 +247,6 @@ struct ForwardBlock {
 };
 
 // ---- derivatives
-
-// The gradient of a row, element by element.
-template <typename T>
-struct LabelledGradient : RowGradient<T> {
-  T on_label;
-
-  __device__ LabelledGradient(const TargetWeights<T>& q, T scale, T sum)
-      : RowGradient<T>(scale, q.total, q.spread, sum), on_label(scale * q.on_label) {}
-
-  // But for the label's.
-  __device__ T of_class(const MemberWeights<T>& weights, int class_index, T e) const {
-    return this->of_softmax(e) - this->of_smoothing(weights.gamma(class_index));
-  }
-  template <bool kSmooth>
-  __device__ T of_label(const MemberWeights<T>& weights, int label, T e) const {
-    return (kSmooth ? of_class(weights, label, e) : this->of_softmax(e)) - on_label;
-  }
-};
 
 template <typename S>
 struct DerivativeBlock {

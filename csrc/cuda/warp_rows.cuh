@@ -276,6 +276,22 @@ struct Lanes {
     for (int offset = (1 << log2) / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(all_lanes, x, offset);
     return x;
   }
+  template <typename X>
+  __device__ X largest(X x) const {
+    for (int offset = (1 << log2) / 2; offset > 0; offset /= 2)
+      x = larger(__shfl_xor_sync(all_lanes, x, offset), x);
+    return x;
+  }
+  // The label's logit. -inf takes its place in the row, for sums over the other classes. `there`: it is
+  // wanted.
+  __device__ T take(S* row, int label, bool there) const {
+    const T lowest = -static_cast<T>(INFINITY);
+    const T picked = there ? widen(row[label]) : lowest;
+    __syncwarp();  // all lanes have read it: no shuffle is a fence
+    if (lane == 0 && there) row[label] = narrow<S>(lowest);
+    __syncwarp();
+    return picked;
+  }
   // The elements that the lane has, -inf beside the row; and the maximum of the row.
   __device__ T load(const S* row, T (&z)[kItems]) const {
     T top = -static_cast<T>(INFINITY);
@@ -286,9 +302,7 @@ struct Lanes {
           top = larger(x, top);
         },
         row);
-    for (int offset = (1 << log2) / 2; offset > 0; offset /= 2)
-      top = larger(__shfl_xor_sync(all_lanes, top, offset), top);
-    return top;
+    return largest(top);
   }
   // z becomes e = exp(z - max), of which the sum is returned.
   __device__ T exponentials(T top, T (&z)[kItems]) const {
@@ -308,9 +322,10 @@ struct Lanes {
 template <bool kSmooth, typename S, int kItems, int kUnit, int kClasses>
 __device__ void write_gradient(const Lanes<S, kItems, kUnit, kClasses>& lanes, S* row,
                                const MemberWeights<Arithmetic<S>>& weights,
-                               const LabelledGradient<Arithmetic<S>>& gradient, Arithmetic<S> (&e)[kItems]) {
+                               const RowGradient<Arithmetic<S>>& gradient, Arithmetic<S> (&e)[kItems]) {
   if constexpr (kSmooth)
-    lanes.for_items([&](int i, int c) { e[i] = gradient.of_class(weights, c, e[i]); });
+    lanes.for_items(
+        [&](int i, int c) { e[i] = gradient.of_softmax(e[i]) - gradient.of_smoothing(weights.gamma(c)); });
   else
     lanes.for_units([&](int i, int, bool) {
 #pragma unroll
@@ -328,28 +343,29 @@ __device__ void forward_row(const Forward& p, ForwardBlock<S>& block,
   const MemberWeights<T>& weights = block.member_weights;
   const bool usual = inside && label.usual();
   T z[kItems];
-  const T top = lanes.load(row, z);
-  const TargetWeights<T> q = weights.template at<kSmooth>(usual ? label.index : 0);
-  const T picked = usual ? widen(row[label.index]) : T(0);
-  T linear = weighted(q.on_label, picked - top);
+  const T picked = lanes.take(row, label.index, usual);
+  const T top = larger(picked, lanes.load(row, z));
+  T smoothed = 0;
   if constexpr (kSmooth) {
-    T part = 0;
-    lanes.for_items([&](int i, int c) { part += weighted(q.spread * weights.gamma(c), z[i] - top); });
-    linear += lanes.sum(part);
+    lanes.for_items([&](int i, int c) {
+      smoothed +=
+          weighted(weights.shared.spread * weights.gamma(c), (c == label.index ? picked : z[i]) - top);
+    });
+    smoothed = lanes.sum(smoothed);
   }
-  const T sum = lanes.exponentials(top, z);
+  const T others = lanes.exponentials(top, z);
+  const RowSum<T> sum{exponential<S>(picked - top), others};
+  const TargetWeights<T> q = weights.template at<kSmooth>(usual ? label.index : 0);
+  const T linear = weighted(q.on_label, picked - top) + smoothed;
   if (lanes.lane == 0 && inside) block.add(p, index, label, usual ? q.loss(sum, linear) : label.fill<T>());
   if (p.out.data == nullptr) return;
-  const LabelledGradient<T> gradient(q, block.scale, sum);
-  __syncwarp();  // all lanes have read the label's element: no shuffle is a fence
+  const RowGradient<T> gradient(block.scale, q, sum);
   if (usual)
     write_gradient<kSmooth>(lanes, row, weights, gradient, z);
   else if (inside)
     lanes.fill(row, label.fill<T>());
   __syncwarp();
-  if (lanes.lane == 0 && usual)
-    row[label.index] =
-        narrow<S>(gradient.template of_label<kSmooth>(weights, label.index, exponential<S>(picked - top)));
+  if (lanes.lane == 0 && usual) row[label.index] = narrow<S>(gradient.at_label);
 }
 
 template <typename S, int kItems, int kUnit, int kClasses, bool kSmooth>
@@ -400,22 +416,31 @@ __device__ void derivative_row(const Derivative& p, const DerivativeBlock<S>& bl
   const MemberWeights<T>& weights = block.member_weights;
   const bool usual = inside && label.usual();
   T z[kItems];
-  const T top = lanes.load(row, z);
-  const T picked = usual ? widen(row[label.index]) : T(0);
-  const T sum = lanes.exponentials(top, z);
-  const LabelledGradient<T> gradient(is_smooth(p) ? weights.template at<true>(usual ? label.index : 0)
-                                                  : weights.template at<false>(usual ? label.index : 0),
-                                     inside ? block.row_scale(p, index) : T(0), sum);
+  const T picked = lanes.take(row, label.index, usual && p.order == 1);
+  const T top = larger(picked, lanes.load(row, z));
+  const RowSum<T> sum{exponential<S>(picked - top), lanes.exponentials(top, z)};
+  const int label_or_0 = usual ? label.index : 0;
+  const RowGradient<T> gradient(
+      inside ? block.row_scale(p, index) : T(0),
+      is_smooth(p) ? weights.template at<true>(label_or_0) : weights.template at<false>(label_or_0), sum);
   InnerProducts<T> products;
+  if (p.order > 1) {
+    int at_top = 0;
+    lanes.for_items([&](int i, int c) { at_top = z[i] < 1 ? at_top : c; });
+    at_top = lanes.largest(at_top);
+    products.v_top = inside ? widen(v[at_top]) : T(0);
+    products.u_top = inside ? widen(u[at_top]) : T(0);
+  }
   if (p.order == 2) {
     lanes.for_elements(T(0), [&](int i, T vi) { products.add(z[i], vi); }, v);
     products.pv = lanes.sum(products.pv);
   } else if (p.order == 3) {
     lanes.for_elements(T(0), [&](int i, T ui, T vi) { products.add(z[i], ui, vi); }, u, v);
-    products = {lanes.sum(products.pv), lanes.sum(products.pu), lanes.sum(products.puv)};
+    products.pv = lanes.sum(products.pv);
+    products.pu = lanes.sum(products.pu);
+    products.puv = lanes.sum(products.puv);
   }
-  products.divide(sum);
-  __syncwarp();  // all lanes have read the label's element: no shuffle is a fence
+  products.divide(sum.all());
   if (!usual) {
     if (inside) lanes.fill(row, label.fill<T>());
   } else if (p.order == 1) {
@@ -433,11 +458,7 @@ __device__ void derivative_row(const Derivative& p, const DerivativeBlock<S>& bl
     lanes.store(row, z);
   }
   __syncwarp();
-  if (p.order == 1 && lanes.lane == 0 && usual) {
-    const T e = exponential<S>(picked - top);
-    row[label.index] = narrow<S>(is_smooth(p) ? gradient.template of_label<true>(weights, label.index, e)
-                                              : gradient.template of_label<false>(weights, label.index, e));
-  }
+  if (p.order == 1 && lanes.lane == 0 && usual) row[label.index] = narrow<S>(gradient.at_label);
 }
 
 template <typename S, int kItems, int kUnit>

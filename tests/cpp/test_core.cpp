@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <numeric>
 #include <random>
 #include <vector>
 
@@ -162,42 +163,57 @@ void test_max_sum(Real epsilon) {
   }
 }
 
-void test_row() {
-  for (int i = 0; i < 2000; ++i) {
+// A row as the kernels go through it, also if it is sure of one class, rightly or wrongly.
+template <typename T>
+void test_row(Real epsilon) {
+  for (int i = 0; i < 4000; ++i) {
     const int64_t classes = integer(1, 40), label = integer(0, classes - 1);
     const double smoothing = i % 2 == 0 ? 0 : uniform(0, 1);
     std::vector<Real> z, gamma, u, v;
-    double gamma_sum = 0;
     for (int64_t c = 0; c < classes; ++c) {
-      z.push_back(uniform(-5, 5));
-      u.push_back(uniform(-1, 1));
-      v.push_back(uniform(-1, 1));
-      gamma.push_back(uniform(0, 3));
-      gamma_sum += static_cast<double>(gamma[c]);
+      z.push_back(static_cast<T>(uniform(-5, 5)));
+      u.push_back(static_cast<T>(uniform(-1, 1)));
+      v.push_back(static_cast<T>(uniform(-1, 1)));
+      gamma.push_back(static_cast<T>(uniform(0, 3)));
     }
-    context = "row of " + std::to_string(classes);
+    const int64_t sure = i % 3 == 0 ? label : integer(0, classes - 1);
+    if (i % 4 > 0) z[sure] = static_cast<T>(uniform(0, 80));
+    if (i % 5 == 0) z[integer(0, classes - 1)] = z[sure];
+    context = "row of " + std::to_string(classes) + ", label " + std::to_string(label) + ", sure of " +
+              std::to_string(sure);
     const twin::Row expected = twin::row(z, gamma, label, smoothing);
-    const TargetWeights<double> q(static_cast<double>(gamma[label]), gamma_sum, smoothing, classes);
-    const auto shared =
-        SharedTargetWeights<double>(gamma_sum, smoothing, classes).at(static_cast<double>(gamma[label]));
-    CHECK(close(q.total, expected.total, 1e-14L * (1 + expected.total)));
-    CHECK(close(shared.total, q.total, 1e-14L) && close(shared.on_label, q.on_label, 1e-15L) &&
-          shared.spread == q.spread);
-    double sum = 0, linear = 0;
+    const Real gamma_sum = std::accumulate(gamma.begin(), gamma.end(), Real(0));
+    const auto q = SharedTargetWeights<T>(static_cast<double>(gamma_sum), smoothing, classes)
+                       .at(static_cast<T>(gamma[label]));
+    const Real tolerance = 200 * epsilon;
+    CHECK(close(q.total, expected.total, tolerance * expected.total));
+    const T top = static_cast<T>(*std::max_element(z.begin(), z.end()));
+    RowSum<T> sum{};
+    InnerProducts<T> products;
+    T linear = 0;
+    std::vector<T> e;
     for (int64_t c = 0; c < classes; ++c) {
-      sum += std::exp(static_cast<double>(z[c]));
-      linear += static_cast<double>((q.spread * gamma[c] + (c == label ? q.on_label : 0)) * z[c]);
-      CHECK(close(q.spread * gamma[c] + (c == label ? q.on_label : 0), expected.q[c], 1e-14L));
+      const T shifted = static_cast<T>(z[c]) - top;
+      e.push_back(std::exp(shifted));
+      (c == label ? sum.label : sum.others) += e[c];
+      linear += (q.spread * static_cast<T>(gamma[c]) + (c == label ? q.on_label : 0)) * shifted;
+      if (e[c] == 1) products.u_top = static_cast<T>(u[c]), products.v_top = static_cast<T>(v[c]);
     }
-    CHECK(close(q.loss(sum, linear), expected.loss, 1e-12L * (1 + expected.size)));
-    const auto hessian = twin::derivative(expected, 2, u, v), third = twin::derivative(expected, 3, u, v);
-    const Real pv = twin::dot(expected.p, v), pu = twin::dot(expected.p, u);
-    Real puv = 0;
-    for (int64_t c = 0; c < classes; ++c) puv += expected.p[c] * u[c] * v[c];
+    CHECK(close(q.loss(sum, linear), expected.loss, tolerance * expected.size));
+    const RowGradient<T> gradient(T(1), q, sum);
+    for (int64_t c = 0; c < classes; ++c) products.add(e[c], static_cast<T>(u[c]), static_cast<T>(v[c]));
+    products.divide(sum.all());
+    const auto first = twin::derivative(expected, 1, u, v), second = twin::derivative(expected, 2, u, v),
+               third = twin::derivative(expected, 3, u, v);
     for (int64_t c = 0; c < classes; ++c) {
-      const Real scale = expected.total * expected.p[c];
-      CHECK(close(scale * hessian_factor(v[c], pv), hessian[c], 1e-17L));
-      CHECK(close(scale * third_factor(u[c], v[c], pu, pv, puv), third[c], 1e-17L));
+      const T of_class = gradient.of_softmax(e[c]) - gradient.of_smoothing(static_cast<T>(gamma[c]));
+      const Real size = (expected.total - expected.q[c]) * expected.p[c] + expected.q[c] * expected.others[c];
+      CHECK(close(c == label ? gradient.at_label : of_class, first[c],
+                  tolerance * (size + expected.smoothed) + 1e-36L));
+      const T p = gradient.factor * e[c];
+      const Real scale = tolerance * expected.total * expected.p[c] * expected.others[c] + 1e-36L;
+      CHECK(close(p * products.factor(static_cast<T>(v[c])), second[c], scale));
+      CHECK(close(p * products.factor(static_cast<T>(u[c]), static_cast<T>(v[c])), third[c], 4 * scale));
     }
   }
 }
@@ -211,6 +227,7 @@ int main() {
   test_endless_turn();
   test_max_sum<float>(6e-8L);
   test_max_sum<double>(1.2e-16L);
-  test_row();
+  test_row<float>(6e-8L);
+  test_row<double>(1.2e-16L);
   return finish("csrc/core");
 }

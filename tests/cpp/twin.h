@@ -41,45 +41,61 @@ inline std::vector<Real> weights(const Oscillation& o, int64_t classes, int64_t 
 
 struct Row {
   std::vector<Real> p, q;
+  std::vector<Real> others;  // 1 - p, with all its digits
   Real total = 0, loss = 0;
-  Real size = 0;  // of the terms that make up the loss: what its rounding error is relative to
+  // Of the terms that make up the loss, and of those of a gradient's element that smoothing adds: what
+  // rounding errors are relative to.
+  Real size = 0, smoothed = 0;
 };
 
 inline Row row(const std::vector<Real>& z, const std::vector<Real>& gamma, int64_t label, Real smoothing) {
   const auto classes = static_cast<int64_t>(z.size());
   Row r;
-  Real top = -INFINITY, sum = 0;
-  for (const Real x : z) top = std::fmax(top, x);
-  for (const Real x : z) sum += std::exp(x - top);
+  int64_t first = 0;
+  for (int64_t c = 0; c < classes; ++c)
+    if (z[c] > z[first] || std::isnan(z[first])) first = c;
+  const Real top = z.empty() ? 0 : z[first];
+  Real rest = 0;  // Σ exp(z - top) but for the first maximum
+  for (int64_t c = 0; c < classes; ++c) rest += c == first ? 0 : std::exp(z[c] - top);
+  if (!std::isfinite(top)) rest = NAN;
   for (int64_t c = 0; c < classes; ++c) {
-    r.p.push_back(std::exp(z[c] - top) / sum);
+    r.p.push_back(std::exp(z[c] - top) / (1 + rest));
+    r.others.push_back((c == first ? rest : rest + 1 - std::exp(z[c] - top)) / (1 + rest));
     r.q.push_back(gamma[c] * ((c == label ? 1 - smoothing : 0) + smoothing / classes));
     r.total += r.q[c];
+    r.smoothed += gamma[c] * smoothing / classes;
     if (r.q[c] == 0) continue;
-    r.loss += r.q[c] * (std::log(sum) - (z[c] - top));
-    r.size += r.q[c] * (1 + std::log(sum) + std::fabs(z[c] - top));
+    r.loss += r.q[c] * (std::log1p(rest) - (z[c] - top));
+    r.size += r.q[c] * (std::log1p(rest) + std::fabs(z[c] - top));
   }
-  if (std::isnan(sum)) r.loss = NAN;
+  if (std::isnan(rest)) r.loss = NAN;
   return r;
 }
 
-inline Real dot(const std::vector<Real>& a, const std::vector<Real>& b) {
-  Real sum = 0;
-  for (size_t i = 0; i < a.size(); ++i) sum += a[i] * b[i];
-  return sum;
-}
-
-// Order 1: Q p - q; 2: the derivative of that along v; 3: and of that along u, from p' = p (u - p·u).
+// Order 1: Q p - q; 2: the derivative of that along v; 3: and of that along u; from the differences to the
+// other classes, p' = p Σ_j p_j (u - u_j).
 inline std::vector<Real> derivative(const Row& r, int order, const std::vector<Real>& u,
                                     const std::vector<Real>& v) {
-  std::vector<Real> x(r.p.size());
-  const Real pv = dot(r.p, v), pu = dot(r.p, u);
-  Real pv_along_u = 0;  // d(p·v)
-  for (size_t c = 0; c < x.size(); ++c) pv_along_u += r.p[c] * (u[c] - pu) * v[c];
-  for (size_t c = 0; c < x.size(); ++c) {
-    if (order == 1) x[c] = r.total * r.p[c] - r.q[c];
-    if (order == 2) x[c] = r.total * r.p[c] * (v[c] - pv);
-    if (order == 3) x[c] = r.total * (r.p[c] * (u[c] - pu) * (v[c] - pv) - r.p[c] * pv_along_u);
+  const size_t classes = r.p.size();
+  std::vector<Real> x(classes);
+  Real pu = 0, pv = 0, covariance = 0;
+  for (size_t c = 0; c < classes; ++c) pu += r.p[c] * u[c], pv += r.p[c] * v[c];
+  for (size_t c = 0; c < classes; ++c) covariance += r.p[c] * (u[c] - pu) * (v[c] - pv);
+  for (size_t c = 0; c < classes; ++c) {
+    // Of a class that outweighs the others, the sums over these.
+    Real du = u[c] - pu, dv = v[c] - pv, of_class = covariance, elsewhere = r.total - r.q[c];
+    if (!(r.p[c] <= 0.5L)) {
+      du = dv = of_class = 0;
+      for (size_t j = 0; j < classes; ++j) {
+        du += r.p[j] * (u[c] - u[j]);
+        dv += r.p[j] * (v[c] - v[j]);
+        of_class += r.p[j] * (u[c] - u[j]) * (v[c] - v[j]);
+      }
+      of_class -= du * dv;
+    }
+    if (order == 1) x[c] = elsewhere * r.p[c] - r.q[c] * r.others[c];
+    if (order == 2) x[c] = r.total * r.p[c] * dv;
+    if (order == 3) x[c] = r.total * r.p[c] * (du * dv - of_class);
   }
   return x;
 }
