@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
+from fractions import Fraction
 from typing import Any, TypeAlias
 
 import torch
@@ -63,7 +64,8 @@ class Oscillation:
     In the turn of class ``i`` its raw weight g(t) runs from 1 to the amplitude A and back within one period T (in
     optimisation steps, not epochs), the others weigh 1, and Γ = C·g / Σg, so that ΣΓ = C (Ruiz-Garcia, Zhang,
     Schoenholz, Liu, "Tilting the playing field: Dynamical loss functions for machine learning", ICML 2021, Eq. 2-3).
-    A = 1 is the plain cross-entropy.
+    A = 1 is the plain cross-entropy. The phase is exact for every int64 step; a period is the rational number that
+    its float64 is.
 
     Args:
         num_classes: Number of classes C.
@@ -353,7 +355,8 @@ class Oscillation:
         Each turn raises another class, and so tilts the landscape another way.
         """
         elapsed = check_step("step", step) - self._start_step
-        return (elapsed / self._clock[..., 2]).floor().to(torch.int64)
+        turns = [min(elapsed // Fraction(turn), 2**63 - 1) for turn in self._clock[..., 2].reshape(-1).tolist()]
+        return torch.tensor(turns, device="cpu").view(self._clock.shape[:-1])
 
     def evaluate_function(self, step: int) -> Tensor:
         """Γ (C,) float64 from the user's function, checked."""

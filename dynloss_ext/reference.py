@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -51,11 +52,11 @@ def weights(oscillation: Oscillation, step: int, member: int | None = None) -> T
         row: Tensor = table[elapsed % len(table)]
         return row
     amplitude, period = float(of_member(config["amplitude"])), float(of_member(config["period"]))
-    turns, t = divmod(elapsed, period + 1 if config["closed"] else period)
-    active = int(turns) % classes
+    turns, t = divmod(elapsed, Fraction(period + 1 if config["closed"] else period))  # exact
+    active = turns % classes
     if config["class_order"] is not None:
         active = int(config["class_order"][active])
-    g[active] = _raw_weight(config["waveform"], amplitude, period, t)
+    g[active] = _raw_weight(config["waveform"], amplitude, period, float(t))
     gamma: Tensor = classes * g / g.sum()
     return gamma
 

@@ -63,6 +63,40 @@ def test_neighbouring_steps_stay_apart_far_beyond_float32(base, period):
             assert loss.item() == pytest.approx(expected[index, 1].item() * math.log(3), rel=1e-12)
 
 
+@pytest.mark.parametrize("closed", [False, True])
+@pytest.mark.parametrize("period", [1, 7, 5000, 12.5, 0.3, 1e-9, 1e6 + 0.1, 2**40 + 1, 2.0**53, 3 * 2.0**60, 1e30])
+def test_phases_are_exact_in_the_whole_range_of_int64(period, closed):
+    """Beyond 2**53 float64 cannot tell neighbouring steps apart; the period is the rational number that it is."""
+    if closed and period != int(period):
+        period = math.ceil(period)
+    for start in (0, 17, 1 - 2**53):
+        oscillation = Oscillation(3, 70, period, closed=closed, start_step=start, class_order=[2, 0, 1])
+        near = [base + d for base in (2**53, 2**54, 2**60, 2**62, 5 * 10**18) for d in range(-3, 4)]
+        steps = [*near, *range(2**63 - 5, 2**63), *range(-(2**63), 3 - 2**63)]
+        weights = oscillation.weights(torch.tensor(steps))
+        close(weights, torch.stack([reference.weights(oscillation, s) for s in steps]))
+        for step, gamma in list(zip(steps, weights, strict=True))[::5]:
+            logits, target = torch.zeros(1, 3, dtype=torch.float64), torch.tensor([1])
+            loss = dynamic_cross_entropy(logits, target, oscillation, torch.tensor(step))
+            assert loss.item() == pytest.approx(gamma[1].item() * math.log(3), rel=1e-12)
+    stopped = Oscillation(3, 70, period, closed=closed, stop_step=2**53 - 1)
+    assert torch.equal(stopped.weights(torch.tensor([2**53 - 1, 2**63 - 1])), torch.ones(2, 3, dtype=torch.float64))
+
+
+def test_the_phase_of_the_last_steps_by_hand():
+    # 2**63 - 1 = 7 · n and n mod 3 = 1: a turn begins there, and four steps before it is class 0's, t = 3.
+    gamma = Oscillation(3, 64, 7).weights(torch.tensor([2**63 - 1, 2**63 - 5]))
+    g = 1 + 2 * 63 * 3 / 7
+    close(gamma, 3 * torch.tensor([[1, 1, 1], [g, 1, 1]], dtype=torch.float64) / torch.tensor([[3.0], [g + 2]]))
+
+
+def test_turns_are_exact_too():
+    oscillation = Oscillation(3, 70, torch.tensor([0.3, 7, 2.0**52]), start_step=1 - 2**53)
+    elapsed = 2**54 - 2
+    turns = [elapsed // Fraction(period) for period in oscillation.period.tolist()]
+    assert oscillation.turn(2**53 - 1).tolist() == turns
+
+
 def test_one_cycle_by_hand():
     weights = Oscillation(2, 3, 4).weights(torch.arange(9))
     raised = [2 * g / (g + 1) for g in (1, 2, 3, 2)]

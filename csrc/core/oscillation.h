@@ -2,7 +2,8 @@
 //
 // One class is raised at a time. The turn of class i lasts `turn` steps; t steps into it the raw weight of
 // that class is g(t), between 1 and the amplitude A, and the others weigh 1. Γ = C·g / Σg, so ΣΓ = C. Phases
-// are taken in float64: float32 cannot tell neighbouring steps apart beyond 2^24.
+// are exact for all steps: of whole numbers, and of the rational number that a float64 turn is. They are
+// rounded where t itself has more than 53 bits.
 #pragma once
 
 #include <cmath>
@@ -77,15 +78,12 @@ DYNLOSS_HOST_DEVICE inline double raw_weight(const Clock& clock, double t) {
   }
 }
 
-// elapsed = turns·turn + t with 0 <= t < turn, t exactly as fmod gives it, which takes a loop: a quotient is
-// one off at most, and then the remainder of the next one is as exact.
+constexpr double whole_numbers_end = 9007199254740992.0;  // 2^53, of a double
+
+// elapsed = turns·turn + t with 0 <= t < turn, t exactly as fmod gives it, which takes a loop: a quotient
+// below 2^53 is one off at most, and then the remainder of the next one is as exact.
 DYNLOSS_HOST_DEVICE inline double split_turns(double elapsed, double turn, double* turns) {
   double quotient = floor(elapsed / turn);
-  if (!(quotient < 9007199254740992.0)) {  // 2^53: whole numbers end here
-    const double t = fmod(elapsed, turn);
-    *turns = nearbyint((elapsed - t) / turn);
-    return t;
-  }
   double t = quotient == 0.0 ? elapsed : fma(-quotient, turn, elapsed);  // a turn may be infinite
   if (t < 0.0 || t >= turn) {
     quotient += t < 0.0 ? -1.0 : 1.0;
@@ -95,26 +93,60 @@ DYNLOSS_HOST_DEVICE inline double split_turns(double elapsed, double turn, doubl
   return t;
 }
 
+// turns·turn + t steps, as far as Γ depends on them.
+struct Phase {
+  int64_t place;  // turns mod C
+  double t;
+};
+
+// Exact: no sum or difference has more bits than `turn`.
+DYNLOSS_HOST_DEVICE inline Phase sum_of_phases(const Phase& a, const Phase& b, double turn, int64_t classes) {
+  const bool next = a.t >= turn - b.t;
+  return {(a.place + b.place + next) % classes, next ? a.t - (turn - b.t) : a.t + b.t};
+}
+
+DYNLOSS_HOST_DEVICE inline Phase phase_of(double elapsed, double turn, int64_t classes) {
+  double turns = 0.0, rounds = 0.0;
+  const double t = split_turns(elapsed, turn, &turns);
+  return {static_cast<int64_t>(split_turns(turns, static_cast<double>(classes), &rounds)), t};
+}
+
+// The same where a double does not hold the steps or the turns.
+DYNLOSS_HOST_DEVICE inline Phase far_phase(uint64_t elapsed, double turn, int64_t classes) {
+  if (turn >= 18446744073709551616.0) return {0, static_cast<double>(elapsed)};  // 2^64
+  if (turn == floor(turn)) {
+    const auto whole = static_cast<uint64_t>(turn);
+    return {static_cast<int64_t>(elapsed / whole % static_cast<uint64_t>(classes)),
+            static_cast<double>(elapsed % whole)};
+  }
+  const Phase one = phase_of(1.0, turn, classes);
+  Phase sum = {0, 0.0};
+  for (int bit = 63; bit >= 0; --bit) {
+    sum = sum_of_phases(sum, sum, turn, classes);
+    if (elapsed >> bit & 1) sum = sum_of_phases(sum, one, turn, classes);
+  }
+  return sum;
+}
+
 DYNLOSS_HOST_DEVICE inline ClassWeights weights_at(const Schedule& schedule, int64_t step) {
   const Clock& clock = *schedule.clock;
-  const double s = static_cast<double>(step);
-  if (!(s >= clock.start_step && s < clock.stop_step)) return {nullptr, 0, 1.0, 1.0};
-  const double elapsed = s - clock.start_step;
+  // As whole numbers, which hold the steps that a double cannot tell apart, and those that are more than
+  // 2^63.
+  const auto start = static_cast<int64_t>(clock.start_step);
+  const bool stopped = clock.stop_step < INFINITY && step >= static_cast<int64_t>(clock.stop_step);
+  if (step < start || stopped) return {nullptr, 0, 1.0, 1.0};
+  const uint64_t elapsed = static_cast<uint64_t>(step) - static_cast<uint64_t>(start);
   if (schedule.table != nullptr) {
-    // As whole numbers, which hold the steps that a double cannot tell apart, and those that are more than
-    // 2^63.
-    const uint64_t elapsed_steps =
-        static_cast<uint64_t>(step) - static_cast<uint64_t>(static_cast<int64_t>(clock.start_step));
-    const uint64_t row = elapsed_steps % static_cast<uint64_t>(schedule.table_rows);
+    const uint64_t row = elapsed % static_cast<uint64_t>(schedule.table_rows);
     return {schedule.table + row * schedule.num_classes, 0, 1.0, 1.0};
   }
-  double turns = 0.0;
-  const double t = split_turns(elapsed, clock.turn, &turns);
-  const double classes = static_cast<double>(schedule.num_classes);
-  double rounds = 0.0;
-  int64_t active = static_cast<int64_t>(split_turns(turns, classes, &rounds));
+  const double steps = static_cast<double>(elapsed), classes = static_cast<double>(schedule.num_classes);
+  const bool near = steps < whole_numbers_end && steps / clock.turn < whole_numbers_end;
+  const Phase phase = near ? phase_of(steps, clock.turn, schedule.num_classes)
+                           : far_phase(elapsed, clock.turn, schedule.num_classes);
+  int64_t active = phase.place;
   if (schedule.class_order != nullptr) active = schedule.class_order[active];
-  const double g = raw_weight(clock, t);
+  const double g = raw_weight(clock, phase.t);
   const double rest = classes / (classes - 1.0 + g);
   return {nullptr, active, g * rest, rest};
 }

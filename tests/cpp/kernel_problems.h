@@ -751,7 +751,8 @@ struct WeightsRun {
   Weights p;
 
   WeightsRun(Problem<float>& problem, int64_t count) : problem(problem) {
-    for (int64_t i = 0; i < count; ++i) steps.push_back(integer(0, 10000));
+    for (int64_t i = 0; i < count; ++i)
+      steps.push_back(i % 3 > 0 ? integer(0, 10000) : INT64_MAX - integer(0, int64_t{1} << integer(1, 62)));
     out.resize(count * problem.shape.members * problem.shape.classes);
     fill_with_poison(out);
     p = {steps.data(),

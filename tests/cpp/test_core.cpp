@@ -86,6 +86,9 @@ void test_weights() {
     compare_weights(x, integer(-10, 200000));
     // Far out, where float32 cannot tell neighbours apart, and at the ends of turns.
     compare_weights(x, (int64_t{1} << 40) + integer(0, 1000));
+    // Where doubles are whole numbers, or every second, or every 1024th.
+    for (const int bits : {52, 53, 60, 62}) compare_weights(x, (int64_t{1} << bits) + integer(-1000, 1000));
+    compare_weights(x, INT64_MAX - integer(0, 1000));
     const auto turn = static_cast<int64_t>(std::ceil(x.clock.turn * static_cast<double>(integer(0, 40))));
     for (int64_t d = -1; d <= 1; ++d) compare_weights(x, static_cast<int64_t>(x.clock.start_step) + turn + d);
   }
@@ -116,14 +119,32 @@ void test_turns() {
                                      : std::pow(10.0, uniform(-300, 18));
     double elapsed = static_cast<double>(integer(0, int64_t(1) << integer(1, 53)));
     if (i % 5 == 0) elapsed = std::floor(elapsed / turn) * turn;
-    if (!std::isfinite(elapsed)) continue;
+    if (!(elapsed / turn < 0x1p53)) continue;
     context = "turns of " + std::to_string(turn) + " in " + std::to_string(elapsed);
     double turns = -1;
     const double t = split_turns(elapsed, turn, &turns);
     const double expected = std::fmod(elapsed, turn);
     CHECK(t == expected);
-    if (elapsed / turn < 0x1p53)  // else no double can tell
-      CHECK(turns == static_cast<double>(std::nearbyint((Real(elapsed) - expected) / turn)));
+    CHECK(turns == static_cast<double>(std::nearbyint((Real(elapsed) - expected) / turn)));
+  }
+}
+
+// The two ways to a phase agree where both are exact, and beyond with long double.
+void test_phases() {
+  for (int i = 0; i < 20000; ++i) {
+    const int64_t classes = integer(1, 300);
+    double turn = i % 3 == 0 ? static_cast<double>(integer(1, 5000)) : std::pow(10.0, uniform(-9, 18));
+    if (i % 3 == 1) turn = static_cast<double>(static_cast<float>(turn));
+    const auto elapsed = static_cast<uint64_t>(random_bits()) >> integer(0, 63);
+    context = std::to_string(elapsed) + " steps in turns of " + std::to_string(turn);
+    const Phase far = far_phase(elapsed, turn, classes);
+    const Real t = std::fmod(Real(elapsed), Real(turn));
+    CHECK(far.t == static_cast<double>(t));
+    CHECK(far.place == std::nearbyint((std::fmod(Real(elapsed), Real(turn) * classes) - t) / turn));
+    const double steps = static_cast<double>(elapsed);
+    if (steps >= 0x1p53 || steps / turn >= 0x1p53) continue;
+    const Phase near = phase_of(steps, turn, classes);
+    CHECK(near.place == far.place && near.t == far.t);
   }
 }
 
@@ -225,6 +246,7 @@ int main() {
   test_tables();
   test_turns();
   test_endless_turn();
+  test_phases();
   test_max_sum<float>(6e-8L);
   test_max_sum<double>(1.2e-16L);
   test_row<float>(6e-8L);

@@ -22,11 +22,13 @@ inline std::vector<Real> weights(const Oscillation& o, int64_t classes, int64_t 
   if (step < o.start || step >= o.stop) return g;
   const Real elapsed = step - o.start;
   if (!o.table.empty()) {
-    const auto& row = o.table[static_cast<size_t>(elapsed) % o.table.size()];
+    const auto& row = o.table[static_cast<uint64_t>(elapsed) % o.table.size()];
     return {row.begin(), row.end()};
   }
-  const Real turns = std::floor(elapsed / o.turn), t = elapsed - turns * o.turn;
-  const auto place = static_cast<int64_t>(turns) % classes;
+  // Remainders are exact, also of numbers with all 64 bits.
+  const Real t = std::isinf(o.turn) ? elapsed : std::fmod(elapsed, o.turn);
+  const Real steps = std::isinf(o.turn) ? 0 : std::fmod(elapsed, o.turn * classes) - t;
+  const auto place = static_cast<int64_t>(std::nearbyint(steps / o.turn));
   const int64_t active = o.class_order.empty() ? place : o.class_order[place];
   Real raised = o.amplitude;
   if (o.waveform == 1) raised = 1 + (o.amplitude - 1) * std::sin(std::acos(Real(-1)) * t / o.period);
