@@ -32,6 +32,12 @@ class SymmetricOperator:
     @property
     def size(self) -> int: ...
     def apply(self, v: Tensor) -> Tensor: ...
+    def apply_noisily(self, v: Tensor) -> Tensor: ...
+    def check_values(self) -> None: ...
+
+class FlatParameters:
+    def __init__(self, parameters: Sequence[Tensor]) -> None: ...
+    def check_values(self) -> None: ...
 
 class GraphOperator(SymmetricOperator):
     def __init__(self, gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> None: ...
@@ -48,7 +54,11 @@ class GaussNewtonOperator(SymmetricOperator):
 
 class PythonOperator(SymmetricOperator):
     def __init__(
-        self, product: Callable[[Tensor], Tensor], size: int, like: Tensor, symmetric: bool = False
+        self,
+        product: Callable[[Tensor], Tensor],
+        size: int,
+        like: Tensor,
+        noisy: Callable[[Tensor], Tensor] | None = None,
     ) -> None: ...
 
 def eigsh(
@@ -62,16 +72,19 @@ def eigsh(
     max_basis: int,
     seed: int,
     audit: bool,
-) -> tuple[Tensor, Tensor, Tensor, int, Tensor, str, float, list[int]]:
-    """values, vectors (k, P), residuals, number of products, converged, status, probability of a miss, origins."""
+) -> tuple[Tensor, Tensor, Tensor, int, Tensor, str, float, list[int], float]:
+    """values, vectors (k, P), residuals, number of products, converged, status, probability of a miss, origins,
+    asymmetry."""
 
-def sample_trace(op: SymmetricOperator, *, range: int, samples: int, generator: Generator) -> tuple[float, list[float]]:
-    """The trace on the range of H on random vectors, and zᵀ H z for random z of ±1 without their part in it."""
+def sample_trace(
+    op: SymmetricOperator, *, range: int, samples: int, generator: Generator
+) -> tuple[float, list[float], float]:
+    """The trace on the range of H on random vectors, zᵀ H z for random z of ±1 without their part in it, asymmetry."""
 
 def gauss_quadrature(
     op: SymmetricOperator, *, steps: int, probes: int, generator: Generator
-) -> list[tuple[list[float], list[float]]]:
-    """Nodes, ascending, and weights of the spectral measure of each of some random vectors of ±1."""
+) -> list[tuple[list[float], list[float], float]]:
+    """Nodes, ascending, and weights of the spectral measure of each of some random vectors of ±1, and asymmetry."""
 
 def take_device_path(on: bool) -> None: ...
 def num_reads() -> int: ...

@@ -20,6 +20,7 @@ from dynloss_ext._evaluation import (
     random_state_kept,
     relative_rounding,
     repeatable,
+    suspects,
     uses_batch_statistics,
     warn_of_unreached,
 )
@@ -70,6 +71,7 @@ class BatchSums:
         record: (params, *parts) -> the recording of one batch.
         parts: the names of what the closure returns before weight_sum; the first is the loss_sum.
         closure, params, batches, process_group: see `HessianOperator.from_batches`.
+        first_record: record for the first batch that depends on params, which checks more.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class BatchSums:
         params: Parameters,
         batches: Iterable[Any],
         process_group: ProcessGroup | None,
+        first_record: Callable[..., Recording] | None = None,
     ) -> None:
         if process_group is not None and not (
             distributed.is_available() and isinstance(process_group, distributed.ProcessGroup)
@@ -88,12 +91,14 @@ class BatchSums:
                 f"process_group: expected a torch.distributed.ProcessGroup or None, got {type(process_group).__name__}"
             )
         self._record, self._parts, self._closure = record, parts, closure
+        self._first_record = first_record or record
         self._batches, self._group = batches, process_group
         self._processes = 1 if process_group is None else distributed.get_world_size(process_group)
         given = _listed(params)
         self._device = _message_device(given, process_group)
         self._params = Params([], [])
         self._reached: list[bool] = []
+        self._suspects: list[str] = []
         self._passes = 0
         self._expected = self._margin = torch.empty(0)
         self._tolerance = 0.0
@@ -123,11 +128,11 @@ class BatchSums:
 
     def operator(self) -> _C.SymmetricOperator:
         """What the driver calls. Not kept: the garbage collector does not see through it to what the closure holds."""
-        return _C.PythonOperator(self._product, self.size, self.like, symmetric=True)
+        return _C.PythonOperator(self._product, self.size, self.like, partial(self._product, noisily=True))
 
-    def _product(self, v: Tensor) -> Tensor:
+    def _product(self, v: Tensor, noisily: bool = False) -> Tensor:
         sums = torch.zeros(3, dtype=torch.float64, device=self._device)
-        total, (changed, *alike) = self._reduce_product(partial(self._pass, v, sums))
+        total, (changed, *alike) = self._reduce_product(partial(self._pass, v, sums, noisily))
         if not all_alike(alike, self._processes):
             raise RuntimeError(
                 "v: expected the same in all processes of process_group, got different values: they make different"
@@ -155,6 +160,10 @@ class BatchSums:
 
         self._reduce_product(refuse)
 
+    def suspects(self) -> list[str]:
+        """Of the first batch."""
+        return self._suspects
+
     def _reduce_product(self, compute: Callable[[], Tensor]) -> tuple[Tensor, list[float]]:
         return self._reduce(compute, self.size + 27, keep=self.size, dtype=self.like.dtype)
 
@@ -164,27 +173,23 @@ class BatchSums:
         same = ((now - before).abs() <= self._margin) | (now == before) | (now.isnan() & before.isnan())
         return ~same.all()
 
-    def _pass(self, v: Tensor, sums: Tensor) -> Tensor:
+    def _pass(self, v: Tensor, sums: Tensor, noisily: bool) -> Tensor:
         """This process's sum of products, whether its losses changed, and the fingerprint of v."""
-        if self._versions() != self._snapshot:
-            raise RuntimeError(
-                "params: expected the values of when this operator was made, got one that was changed in place, so that"
-                " products would mix two states: build a new operator"
-            )
+        self._snapshot.check_values()
         total = torch.zeros_like(v)
         with self._pass_state():
             for batch in self._batches:
-                self._add_product(batch, v, total, sums)
+                self._add_product(batch, v, total, sums, noisily)
         return torch.cat([total, self._changed(sums).to(total).view(1), self._fingerprint([v]).to(total)])
 
-    def _add_product(self, batch: Any, v: Tensor, total: Tensor, sums: Tensor) -> None:
+    def _add_product(self, batch: Any, v: Tensor, total: Tensor, sums: Tensor, noisily: bool) -> None:
         # A function of its own: what it leaves behind must be free before the next batch's graph is built.
         with torch.enable_grad(), buffers_kept():
             graph, weight = self._evaluate(batch)
             _tally(sums, graph[0], weight)
             operator, _ = self._record(self._params, *graph)
             if operator is not None:
-                total += operator.apply(v)
+                total += operator.apply_noisily(v) if noisily else operator.apply(v)
 
     def _survey(self, params: Any) -> Tensor:
         """This process's weight, number of batches, whether one couples its samples, whether one depends on params,
@@ -199,7 +204,7 @@ class BatchSums:
             )
         self._params = check_params(params)
         self._reached = [False] * len(self._params)
-        self._snapshot = self._versions()
+        self._snapshot = _C.FlatParameters(self._params)
         sums = torch.zeros(3, dtype=torch.float64, device=self._device)
         count, statistics = 0, False
         with self._pass_state():
@@ -219,8 +224,11 @@ class BatchSums:
             graph, weight = repeatable(evaluate, lambda answer: answer[0][0], self._device)[0] if twice else evaluate()
             _tally(sums, graph[0], weight)
             self._tolerance = max(self._tolerance, relative_rounding(graph[0].dtype))
+            if twice:
+                self._suspects = suspects(graph[:1])
             if calls.cut or not all(self._reached):
-                _, gradients = self._record(self._params, *graph)
+                record = self._record if any(self._reached) else self._first_record
+                _, gradients = record(self._params, *graph)
                 calls.check_reached(self._params, gradients)
                 self._reached = [a or g is not None for a, g in zip(self._reached, gradients, strict=True)]
             return calls.batch_statistics or uses_batch_statistics(graph[0])
@@ -282,9 +290,6 @@ class BatchSums:
                 " own errors say why"
             )
         return message[:keep], tail
-
-    def _versions(self) -> list[tuple[int, int]]:
-        return [(p._version, p.data_ptr()) for p in self._params]
 
 
 def _tally(sums: Tensor, loss: Tensor, weight: Tensor | float) -> None:

@@ -117,7 +117,7 @@ def custom_functions(loss: Tensor) -> list[type[torch.autograd.Function]]:
     Raises:
         RuntimeError: one can be differentiated once; of `once_differentiable` torch may lose the graph without a word.
     """
-    functions = {function for node in graph_nodes(loss) if (function := getattr(type(node), "_forward_cls", None))}
+    functions = {function for node in graph_nodes([loss]) if (function := getattr(type(node), "_forward_cls", None))}
     for function in functions:
         if function.__name__ in _FUNCTIONS:
             _refuse(*_FUNCTIONS[function.__name__])

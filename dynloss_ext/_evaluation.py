@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
@@ -158,9 +157,20 @@ def repeatable(evaluate: Callable[[], T], loss_of: Callable[[T], Tensor], device
     return answer, calls
 
 
+def graph_nodes(tensors: Iterable[Tensor | None]) -> Iterator[Any]:
+    """The nodes of the graphs of tensors."""
+    seen, waiting = set(), [None if t is None else t.grad_fn for t in tensors]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            waiting.extend(next_node for next_node, _ in node.next_functions)
+
+
 def uses_batch_statistics(loss: Tensor) -> bool:
     """Whether the graph of the loss normalises by statistics of a batch of more than one sample."""
-    for node in graph_nodes(loss):
+    for node in graph_nodes([loss]):
         if "BatchNorm" in node.name() and getattr(node, "_saved_training", False):
             # InstanceNorm has such a node too: every channel of every sample is a channel of its one sample.
             metadata: Any = node._input_metadata
@@ -169,12 +179,15 @@ def uses_batch_statistics(loss: Tensor) -> bool:
     return False
 
 
-def graph_nodes(loss: Tensor) -> Iterator[Node]:
-    """Every node of the graph behind the loss."""
-    seen, waiting = set(), [loss.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            yield node
-            waiting.extend(next_node for next_node, _ in node.next_functions)
+def suspects(tensors: Iterable[Tensor | None]) -> list[str]:
+    """The names of the nodes of some graphs whose second derivative may be wrong: by torch those of `weight_norm` and
+    ``Embedding(scale_grad_by_freq=True)``, by whoever wrote them those of autograd Functions in Python."""
+    return sorted(
+        {
+            node.name()
+            for node in graph_nodes(tensors)
+            if isinstance(node, torch.autograd.function.BackwardCFunction)
+            or node.name().startswith("WeightNormInterfaceBackward")
+            or getattr(node, "_saved_scale_grad_by_freq", False)
+        }
+    )

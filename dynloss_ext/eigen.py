@@ -28,7 +28,7 @@ class Options(NamedTuple):
 
 
 class ConvergenceWarning(UserWarning):
-    """Eigenvalues are returned that did not reach the tolerance asked for."""
+    """Eigenvalues are returned that did not reach the tolerance asked for, or of which some may be missing."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,20 @@ class EigenResult:
             for a gap g to the other eigenvalues the error is at most about residual² / g.
         num_hvp: products spent.
         converged: (k,) bool, whether the residual is within tolerance and the audit, where one was due, was
-            completed.
-        status: "converged", "max_hvp", "noise floor" (the noise of the operator's products, seen in their
-            asymmetry, does not let the residual fall further) or "non-finite product".
+            completed; all False where H is not symmetric.
+        status: why it ended, one of
+
+            ================================= ============================================================
+            "converged"                       all residuals are within tolerance, and an audit is through
+            "converged, not audited"          the same but for the audit: most updates of an `EigenTracker`
+            "converged, audit inconclusive"   ``miss_probability`` is 0.5 or more
+            "max_hvp"                         the products are spent
+            "noise floor"                     the noise of the products, seen in their asymmetry, does not
+                                              let the residuals fall further
+            "not symmetric"                   u · H v and v · H u differ by more than the noise: of a
+                                              Hessian, the second derivative of some layer is wrong
+            "non-finite product"              a product with NaN or infinity
+            ================================= ============================================================
         miss_probability: with which the audit would have overlooked an eigenvector whose value lies beyond the
             returned ones by more than the tolerance, if there is one that the other products did not show. It stops
             below 0.08, or after 24 products (48 for "LM", which looks beyond both ends) where the spectrum is too
@@ -81,6 +92,10 @@ def eigsh(
     complement of the basis is searched from a random vector, since a Krylov space does not show a second
     eigenvector of the same eigenvalue; the result's ``miss_probability`` says how well.
 
+    That H is symmetric is seen in the products. Where u · H v and v · H u differ by more than rounding does, 1 to 4
+    more products find out whether those are noisy or H is not symmetric, as autograd's Hessian is not where the second
+    derivative of a layer is wrong: that of `weight_norm` on the CPU, or of many an autograd Function.
+
     Vectors stay on their device. What a decision needs is read from there at once: in float64 at most one small matrix
     per product and two besides.
 
@@ -104,15 +119,16 @@ def eigsh(
 
     Raises:
         TypeError, ValueError: an argument is wrong, or a callable H turns out not to be symmetric.
+        RuntimeError: a parameter has changed since the operator was made.
 
     Warns:
-        ConvergenceWarning: not every pair converged; ``status`` says why.
+        ConvergenceWarning: not every pair converged, or the audit was inconclusive; ``status`` says why.
     """
     op, size, options = _resolve(H, n, dtype, device, v0)
     settings = _check_settings(k, which, tol, max_hvp, max_basis, size)
     start = None if v0 is None else _check_start(v0, size, options, max_basis)
-    result, _ = _solve(op, **settings, v0=start, seed=check_seed(seed), audit=True)
-    _warn_unless_converged(result, "eigsh")
+    result, _, asymmetry = _solve(H, op, **settings, v0=start, seed=check_seed(seed), audit=True)
+    _warn_unless_converged("eigsh", H, result, asymmetry)
     return result
 
 
@@ -186,10 +202,12 @@ class EigenTracker:
         """The eigenpairs of H; ``n``, ``dtype`` and ``device`` are those of `eigsh`, for a callable.
 
         Raises:
-            TypeError, ValueError: H is not an operator of the size, dtype and device of the last update's.
+            TypeError, ValueError: H is not an operator of the size, dtype and device of the last update's, or a
+                callable that turns out not to be symmetric.
+            RuntimeError: a parameter has changed since the operator was made.
 
         Warns:
-            ConvergenceWarning: not every pair converged; the result says which and why.
+            ConvergenceWarning: not every pair converged, or the audit was inconclusive; the result says which and why.
         """
         old = self._start
         op, size, options = _resolve(H, n, dtype, device, old if n is None else None)
@@ -200,7 +218,8 @@ class EigenTracker:
                 f" got {size}, {options.dtype} on {options.device}: use a new tracker"
             )
         audited = bool(audit) or old is None or self._since_audit + 1 >= self._schedule["audit_every"]
-        result, origins = _solve(
+        result, origins, asymmetry = _solve(
+            H,
             op,
             **self._settings,
             v0=None if old is None else old.T.contiguous(),
@@ -218,7 +237,7 @@ class EigenTracker:
         self.num_updates += 1
         self.num_hvp += result.num_hvp
         self.result = result
-        _warn_unless_converged(result, "EigenTracker.update")
+        _warn_unless_converged("EigenTracker.update", H, result, asymmetry)
         return result
 
     def due(self, steps_since_update: int) -> bool:
@@ -309,23 +328,41 @@ def _check_settings(k: int, which: str, tol: float, max_hvp: int, max_basis: int
     }
 
 
-def _solve(op: _C.SymmetricOperator, **settings: Any) -> tuple[EigenResult, list[int]]:
-    """The result, and the column of v0 that each eigenvector overlaps with, or -1."""
+def _solve(H: Operator, op: _C.SymmetricOperator, **settings: Any) -> tuple[EigenResult, list[int], float]:
+    """The result, the column of v0 that each eigenvector overlaps with, or -1, and the asymmetry if it is too large."""
     with double_backward():
-        values, rows, residuals, num_hvp, converged, status, miss_probability, origins = _C.eigsh(op, **settings)
-    return EigenResult(values, rows.T, residuals, num_hvp, converged, status, miss_probability), origins
+        values, rows, residuals, num_hvp, converged, status, miss, origins, asymmetry = _C.eigsh(op, **settings)
+    if not isinstance(H, CurvatureOperator):
+        check_symmetric(H, asymmetry)
+    return EigenResult(values, rows.T, residuals, num_hvp, converged, status, miss), origins, asymmetry
 
 
-def _warn_unless_converged(result: EigenResult, name: str) -> None:
-    if result.status == "converged":
-        return
+def check_symmetric(H: Operator, asymmetry: float) -> None:
+    """Refuses an operator with an asymmetry that noise does not explain."""
+    if asymmetry:
+        raise ValueError(
+            f"H: expected a symmetric operator, got one that is not symmetric: {_about_asymmetry(H, asymmetry)}"
+        )
+
+
+def _about_asymmetry(H: Operator, asymmetry: float) -> str:
+    if not isinstance(H, CurvatureOperator):
+        return f"u · H v and v · H u differ by {asymmetry:.1g} of the norm of H"
+    suspects = H._source.suspects()
+    layers = f", perhaps that of {' or '.join(suspects)}" if suspects else ", e.g. of a custom autograd Function"
+    return f"asymmetry of at least {asymmetry:.1g} of the norm: the second derivative of some layer is wrong{layers}"
+
+
+def _warn_unless_converged(name: str, H: Operator, result: EigenResult, asymmetry: float) -> None:
     # The same words every time: Python shows a warning once for each place and text.
-    warnings.warn(
-        f"{name} stopped by {result.status} before all of its {len(result.values)} eigenpairs converged;"
-        " see residuals and converged of the result",
-        ConvergenceWarning,
-        stacklevel=3,
-    )
+    if result.status in ("converged", "converged, not audited"):
+        return
+    if result.status == "converged, audit inconclusive":
+        about = "converged, but its audit was inconclusive: eigenpairs may be missing; see miss_probability"
+    else:
+        about = f"stopped by {result.status} before all of its {len(result.values)} eigenpairs converged; "
+        about += _about_asymmetry(H, asymmetry) if asymmetry else "see residuals and converged of the result"
+    warnings.warn(f"{name} {about}", ConvergenceWarning, stacklevel=3)
 
 
 def _resolve(

@@ -297,10 +297,14 @@ class _Replayed:
 
     def operator(self) -> _C.SymmetricOperator:
         """What the driver calls."""
-        return _C.PythonOperator(self._product, self.size, self._v, symmetric=True)
+        return _C.PythonOperator(self._product, self.size, self._v, self._product)
 
     def fail(self, error: Exception) -> None:
         """Nobody else waits for a product that this process cannot ask for."""
+
+    def suspects(self) -> list[str]:
+        """The graph is not there any more."""
+        return []
 
     def _product(self, v: Tensor) -> Tensor:
         self._v.copy_(v)

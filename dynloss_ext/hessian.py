@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
@@ -13,7 +15,7 @@ from dynloss_ext import _C
 from dynloss_ext._batches import BatchSums, Recording
 from dynloss_ext._checks import Parameters, Params, check_loss, check_params, check_tensor, check_vector
 from dynloss_ext._double_backward import custom_functions, double_backward
-from dynloss_ext._evaluation import Calls, repeatable, warn_of_unreached
+from dynloss_ext._evaluation import Calls, repeatable, suspects, warn_of_unreached
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -34,12 +36,15 @@ class Source(Protocol):
     def fail(self, error: Exception) -> None:
         """A product cannot be asked for, by this error: tells whoever waits for it."""
 
+    def suspects(self) -> list[str]:
+        """Names of nodes of the graph whose second derivative may be wrong."""
+
 
 class _Recorded:
     """A matrix behind a recorded graph."""
 
-    def __init__(self, op: _C.SymmetricOperator) -> None:
-        self._op, self.size = op, op.size
+    def __init__(self, op: _C.SymmetricOperator, roots: Sequence[Tensor | None]) -> None:
+        self._op, self.size, self._roots = op, op.size, roots
 
     def operator(self) -> _C.SymmetricOperator:
         """What the driver calls."""
@@ -47,6 +52,10 @@ class _Recorded:
 
     def fail(self, error: Exception) -> None:
         """Nobody else waits for a product that this process cannot ask for."""
+
+    def suspects(self) -> list[str]:
+        """Those of the recorded graph."""
+        return suspects(self._roots)
 
 
 class CurvatureOperator:
@@ -85,6 +94,8 @@ class CurvatureOperator:
             self._source.fail(error)
             raise
         op, v = self._op, v.detach()
+        if self.device.type == "cpu":  # elsewhere each product would wait for the device, and could not be captured
+            op.check_values()
         with double_backward():
             if v.dim() == 1:
                 return op.apply(v.contiguous())
@@ -145,8 +156,11 @@ class HessianOperator(CurvatureOperator):
             warning says so, but at least one must be reached. For a closure, also a parameter without a gradient whose
             module ran without grad, and a call of DistributedDataParallel.
         RuntimeError: torch cannot differentiate the loss twice: here or by the first product.
-        RuntimeError: by a product, if a parameter was changed in place since the loss was computed. (A change
-            through ``p.data`` escapes PyTorch's version counter and this check.)
+        RuntimeError: by a product, if a parameter was changed in place since the loss was computed, by its version
+            counter. Fused optimizers and changes of ``p.data`` leave that alone: the sum of the parameters' bits,
+            taken when the operator is made, is compared at the start of `eigsh`, `EigenTracker.update`,
+            `spectral_density` and `trace`, and on the CPU of every ``H @ v``. A fused step between the computation
+            of a loss and that of its operator cannot be seen.
 
     Attributes:
         gradients: the recorded gradient of each parameter (None where the loss does not depend on it). A training
@@ -159,7 +173,7 @@ class HessianOperator(CurvatureOperator):
     def __init__(self, loss: Tensor | Callable[[], Tensor], params: Parameters) -> None:
         checked = check_params(params)
         self.gradients = _record_loss(loss, checked, "params")
-        super().__init__(_Recorded(_C.GraphOperator(self.gradients, checked)), checked[0])
+        super().__init__(_Recorded(_C.GraphOperator(self.gradients, checked), self.gradients), checked[0])
 
     @classmethod
     def layers(
@@ -181,7 +195,7 @@ class HessianOperator(CurvatureOperator):
         blocks = {}
         for name, params in checked.items():
             own = tuple(next(gradients) for _ in params)
-            blocks[name] = cls._of(_Recorded(_C.GraphOperator(own, params)), params[0])
+            blocks[name] = cls._of(_Recorded(_C.GraphOperator(own, params), own), params[0])
             blocks[name].gradients = own
         return blocks
 
@@ -232,16 +246,20 @@ class GaussNewtonOperator(CurvatureOperator):
         loss: 0-d tensor computed from ``outputs``, which must be all through which it depends on ``params``.
         outputs: z, such as the logits; any shape.
         params: as in `HessianOperator`.
+
+    Raises:
+        TypeError, ValueError: as `HessianOperator`; the loss's gradient is not the one that passes through outputs, as
+            with a penalty on the parameters. RuntimeError: as there.
     """
 
     def __init__(self, loss: Tensor, outputs: Tensor, params: Parameters) -> None:
         checked = check_params(params)
         _warn_of_one_process()
-        op, pullback = _gauss_newton(checked, check_loss(loss), outputs)
+        op, pullback = _checked_gauss_newton(checked, check_loss(loss), outputs)
         if op is None:
             raise ValueError("outputs: expected a tensor that depends on params, got one that depends on none")
         warn_of_unreached(checked, [g is not None for g in pullback], stacklevel=2)
-        super().__init__(_Recorded(op), checked[0])
+        super().__init__(_Recorded(op, [loss]), checked[0])
 
     @classmethod
     def from_batches(
@@ -259,7 +277,8 @@ class GaussNewtonOperator(CurvatureOperator):
                 from which this loss_sum is computed.
             params, batches, process_group: as there, and so are the errors.
         """
-        sums = BatchSums(_gauss_newton, ("loss_sum", "outputs"), closure, params, batches, process_group)
+        parts = ("loss_sum", "outputs")
+        sums = BatchSums(_gauss_newton, parts, closure, params, batches, process_group, _checked_gauss_newton)
         return cls._of(sums, sums.like)
 
 
@@ -289,6 +308,38 @@ def _record_loss(loss: Tensor | Callable[[], Tensor], params: Params, called: st
     calls.check_reached(params, gradients)
     warn_of_unreached(params, [g is not None for g in gradients], stacklevel=3)
     return gradients
+
+
+def _checked_gauss_newton(params: Sequence[Tensor], loss: Tensor, outputs: Tensor) -> Recording:
+    """The same for a loss that depends on params through outputs alone."""
+    made = _gauss_newton(params, loss, outputs)
+    with double_backward():
+        _check_passes_through(outputs, params, loss)
+    return made
+
+
+def _check_passes_through(outputs: Tensor, params: Sequence[Tensor], loss: Tensor) -> None:
+    gradient = partial(torch.autograd.grad, retain_graph=True, allow_unused=True)
+    through = gradient(outputs, params, *gradient(loss, [outputs]))
+
+    def apart(ours: Sequence[Tensor | None], theirs: Sequence[Tensor | None]) -> float:
+        pairs = zip(ours, theirs, params, strict=True)
+        return math.hypot(*(float((_or_zero(a, p) - _or_zero(b, p)).norm()) for a, b, p in pairs))
+
+    direct = gradient(loss, params)
+    difference, size = apart(direct, through), apart(direct, [None] * len(params))
+    # The two add up the same numbers in the same order; where a device does not, a second time shows by how much.
+    margin = 100 * torch.finfo(params[0].dtype).eps * size
+    if difference > margin and difference > margin + 10 * apart(direct, gradient(loss, params)):
+        raise ValueError(
+            "loss: expected one that depends on params through outputs alone, got one whose gradient differs from what"
+            f" passes through outputs by {difference / size:.2g} of it: leave penalties on params out, or add their"
+            " Hessian to the products"
+        )
+
+
+def _or_zero(gradient: Tensor | None, p: Tensor) -> Tensor:
+    return torch.zeros_like(p) if gradient is None else gradient.detach()
 
 
 def _record_gradients(of: Tensor, params: Sequence[Tensor], seed: Tensor | None = None) -> tuple[Tensor | None, ...]:

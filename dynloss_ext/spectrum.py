@@ -11,7 +11,7 @@ from torch import Tensor
 from dynloss_ext import _C
 from dynloss_ext._checks import check_choice, check_count, check_number, check_seed
 from dynloss_ext._double_backward import double_backward
-from dynloss_ext.eigen import Operator, _resolve
+from dynloss_ext.eigen import Operator, _resolve, check_symmetric
 
 __all__ = ["Estimate", "SpectralDensity", "spectral_density", "trace"]
 
@@ -38,7 +38,7 @@ class SpectralDensity:
             rest has weight 0.
         weights: (num_probes, m) their quadrature weights, each row summing to 1.
         bandwidth: standard deviation of the Gaussian.
-        num_hvp: products used.
+        num_hvp: products used, but for up to 4 of a probe that tell noise from an H that is not symmetric.
     """
 
     grid: Tensor
@@ -102,7 +102,8 @@ def spectral_density(
         seed: Of the probes. The global random state is left alone.
 
     Raises:
-        TypeError, ValueError: naming the argument. RuntimeError: a product is not finite.
+        TypeError, ValueError: naming the argument; H is not symmetric beyond the noise of its products, as in `eigsh`.
+        RuntimeError: a product is not finite, or a parameter has changed since the operator was made.
     """
     op, size, options = _resolve(H, n, dtype, device, None)
     num_steps = check_count("num_steps", num_steps, 1)
@@ -113,8 +114,9 @@ def spectral_density(
     length = min(num_steps, size)
     with double_backward():
         probes = _C.gauss_quadrature(op, steps=length, probes=num_probes, generator=_generator(seed))
+    check_symmetric(H, max(asymmetry for _, _, asymmetry in probes))
     # Where the Krylov space of a probe ends early, its last node fills up the row, with weight 0.
-    rows = [(x + x[-1:] * (length - len(x)), w + [0.0] * (length - len(w))) for x, w in probes]
+    rows = [(x + x[-1:] * (length - len(x)), w + [0.0] * (length - len(w))) for x, w, _ in probes]
     nodes, weights = torch.tensor(rows, dtype=torch.float64, device="cpu").unbind(1)
     low, high = float(nodes.min()), float(nodes.max())
     if bandwidth is None:
@@ -128,7 +130,7 @@ def spectral_density(
         nodes=nodes,
         weights=weights,
         bandwidth=bandwidth,
-        num_hvp=sum(len(nodes) for nodes, _ in probes),
+        num_hvp=sum(len(nodes) for nodes, _, _ in probes),
     )
 
 
@@ -152,7 +154,8 @@ def trace(
     Args:
         H: As for :func:`spectral_density`.
         method: ``"hutch++"`` or ``"hutchinson"``.
-        num_probes: Products with H in all; at least 2, and 6 for Hutch++.
+        num_probes: Products with H in all, besides a few that tell noise from an H that is not symmetric; at least 2,
+            and 6 for Hutch++.
         seed: Of the probes. The global random state is left alone.
 
     Returns:
@@ -160,7 +163,8 @@ def trace(
         these are few (a third of num_probes); 0 where the range is everything.
 
     Raises:
-        TypeError, ValueError: naming the argument. RuntimeError: a product is not finite.
+        TypeError, ValueError: naming the argument; H is not symmetric beyond the noise of its products, as in `eigsh`.
+        RuntimeError: a product is not finite, or a parameter has changed since the operator was made.
     """
     check_choice("method", method, ("hutch++", "hutchinson"))
     op, size, _ = _resolve(H, n, dtype, device, None)
@@ -168,7 +172,8 @@ def trace(
     third = min(num_probes // 3, size) if method == "hutch++" else 0
     samples = num_probes - 2 * third
     with double_backward():
-        on_range, beside = _C.sample_trace(op, range=third, samples=samples, generator=_generator(seed))
+        on_range, beside, asymmetry = _C.sample_trace(op, range=third, samples=samples, generator=_generator(seed))
+    check_symmetric(H, asymmetry)
     if not beside:
         return Estimate(on_range, 0.0)
     per_probe = torch.tensor(beside, dtype=torch.float64, device="cpu")

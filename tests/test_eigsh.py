@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import warnings
 
 import numpy as np
 import pytest
@@ -176,7 +177,9 @@ def test_what_is_not_symmetric_is_noticed_before_the_budget_is_spent(tol):
     generator = torch.Generator().manual_seed(0)
     A = torch.randn(100, 100, generator=generator, dtype=torch.float64)
     calls = []
-    with pytest.raises(ValueError, match="H: expected a symmetric operator, got one where u · H v and v · H u"):
+    with pytest.raises(
+        ValueError, match="H: expected a symmetric operator, got one that is not symmetric: u · H v and v · H u"
+    ):
         eigsh(lambda v: (calls.append(1), (A + A.T + 0.3 * (A - A.T)) @ v)[1], 3, n=100, dtype=torch.float64, tol=tol)
     assert len(calls) <= 50
 
@@ -385,7 +388,8 @@ def test_the_number_of_threads_changes_nothing():
     results = []
     for count in (1, 2, 5):
         torch.set_num_threads(count)
-        results.append(eigsh(lambda v: diagonal * v, 3, n=len(diagonal), tol=1e-2, max_basis=12))
+        with pytest.warns(ConvergenceWarning, match="audit was inconclusive"):
+            results.append(eigsh(lambda v: diagonal * v, 3, n=len(diagonal), tol=1e-2, max_basis=12))
     torch.set_num_threads(threads)
     for result in results[1:]:
         assert torch.equal(result.values, results[0].values)
@@ -425,9 +429,11 @@ def test_the_driver_runs_the_instruction_set_that_is_asked_for():
 @pytest.mark.parametrize("n", [600, 20_000, 100_000])
 def test_autocast_does_not_reach_the_driver(n):
     diagonal = torch.linspace(-1, 1, n) ** 5
-    plain = eigsh(lambda v: diagonal * v, 2, n=n, dtype=torch.float32)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = eigsh(lambda v: diagonal * v, 2, n=n, dtype=torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # audits of so crowded a spectrum are inconclusive
+        plain = eigsh(lambda v: diagonal * v, 2, n=n, dtype=torch.float32)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            inside = eigsh(lambda v: diagonal * v, 2, n=n, dtype=torch.float32)
     assert torch.equal(inside.values, plain.values)
     assert inside.vectors.dtype == torch.float32
 
@@ -469,6 +475,7 @@ def test_a_hessian_below_its_rounding_ends_at_the_noise_floor(factor, dtype, whi
 def test_no_floor_is_seen_where_convergence_is_slow():
     """Eight products without much progress, in float32, far above what rounding explains."""
     diagonal = torch.cat([torch.tensor([100.0, 1.0, 0.99]), torch.linspace(-0.5, 0.98, 199_997)])
-    result = eigsh(lambda v: diagonal * v, 3, n=200_000, tol=1e-4)
-    assert result.status == "converged"
+    with pytest.warns(ConvergenceWarning, match="audit was inconclusive"):
+        result = eigsh(lambda v: diagonal * v, 3, n=200_000, tol=1e-4)
+    assert result.converged.all()
     assert result.values[2].item() == pytest.approx(0.99, abs=1e-3)

@@ -9,7 +9,15 @@ import torch.nn.functional as F
 from curvature_problems import X, Y, dense_hessian, loss_of, mlp
 from torch import nn
 
-from dynloss_ext import ConvergenceWarning, HessianOperator, eigsh
+from dynloss_ext import (
+    ConvergenceWarning,
+    EigenTracker,
+    GaussNewtonOperator,
+    HessianOperator,
+    eigsh,
+    spectral_density,
+    trace,
+)
 
 
 @pytest.mark.parametrize("as_closure", [False, True])
@@ -78,6 +86,51 @@ def test_stale_graph_is_refused(how):
         H @ torch.ones(H.shape[0], dtype=torch.float64)
     with pytest.raises(RuntimeError, match=r"params.*: expected .* got .* changed in place"):
         eigsh(H)
+
+
+def fused(optimizer):
+    def step(params):
+        for p in params:
+            p.grad = torch.full_like(p, 1e-3)
+        optimizer(params, lr=1e-3, fused=True).step()
+
+    return step
+
+
+BEHIND_THE_COUNTER = {
+    "SGD": fused(torch.optim.SGD),
+    "Adam": fused(torch.optim.Adam),
+    "data": lambda params: params[0].data.mul_(1 + 1e-6),
+    "to NaN": lambda params: params[0].data.fill_(float("nan")),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("how", BEHIND_THE_COUNTER)
+def test_a_step_that_no_version_counter_sees_is_refused_by_every_solve(how, dtype):
+    params = [*mlp(dtype), torch.tensor([3.0], dtype=dtype).requires_grad_()]  # the last has no full word in float32
+    params[2] = params[2].detach()[:, ::2].requires_grad_()  # with gaps in between
+    params[3] = params[3].detach()[:2].clone().requires_grad_()
+
+    def loss():
+        hidden = torch.tanh(X.to(dtype) @ params[0] + params[1])
+        return F.cross_entropy(params[4] * (hidden @ params[2] + params[3]), Y % 2)
+
+    z = params[0] * 2
+    made = [
+        HessianOperator(loss(), params),
+        GaussNewtonOperator(z.square().sum(), z, params[:1]),
+        HessianOperator.from_batches(lambda _: (loss(), 1.0), params, [0]),
+    ]
+    versions = [p._version for p in params]
+    for H in made:
+        assert eigsh(H, 1).converged.all()
+    BEHIND_THE_COUNTER[how](params)
+    assert [p._version for p in params] == versions
+    for H in made:
+        for use in (eigsh, EigenTracker(1).update, spectral_density, trace, HessianOperator.to_dense):
+            with pytest.raises(RuntimeError, match=r"params.*: expected .* got .* changed in place"):
+                use(H)
 
 
 def test_random_closure_is_refused_and_rng_state_kept():

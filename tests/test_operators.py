@@ -478,6 +478,12 @@ def test_gauss_newton_bad_input():
         GaussNewtonOperator(lambda: z.sum(), z, params)
     with pytest.raises(ValueError, match="loss: expected one that depends on outputs, got one that does not"):
         GaussNewtonOperator(params[0].sum(), z, params)
+    with pytest.raises(ValueError, match="loss: expected one that depends on params through outputs alone, got one"):
+        GaussNewtonOperator(F.cross_entropy(z, Y) + 1e-4 * params[0].square().sum(), z, params)
+    with pytest.raises(ValueError, match="loss: expected one that depends on params through outputs alone, got one"):
+        GaussNewtonOperator.from_batches(
+            lambda rows: (F.cross_entropy(z[rows], Y[rows]) + params[2].abs().sum(), z, 1.0), params, [slice(20)]
+        )
     with pytest.raises(ValueError, match="outputs: expected a tensor that depends on params, got one"):
         GaussNewtonOperator(z.sum(), z, mlp())
 
@@ -542,3 +548,25 @@ def test_threads_share_an_operator_and_the_random_state():
         for values in pool.map(work, range(12)):
             assert torch.allclose(values, exact, rtol=1e-10)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("low", [False, True])
+@pytest.mark.parametrize("fit", [False, True])
+def test_rounding_passes_through_outputs(low, fit):
+    """Layers whose recorded backward pass is another than the plain one; a loss whose gradient is next to nothing."""
+    for seed in range(5):
+        torch.manual_seed(seed)
+        layers = (
+            nn.Linear(2, 8),
+            nn.LayerNorm(8),
+            nn.GELU(),
+            nn.BatchNorm1d(8),
+            nn.SiLU(),
+            nn.GroupNorm(2, 8),
+            nn.Mish(),
+        )
+        model = nn.Sequential(*layers, nn.Linear(8, 3))
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            z = model(X.float())
+            loss = (z - z.detach()).square().mean() + 1e-9 * z.sum() if fit else F.cross_entropy(z, Y)
+        assert GaussNewtonOperator(loss, z, model.parameters()).shape[0] > 0

@@ -14,6 +14,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -75,33 +76,41 @@ py::tuple run_eigsh(SymmetricOperator& op, int64_t k, const std::string& which, 
                              .seed = seed,
                              .audit = audit,
                              .poll = SignalCheck()};
-  EigshResult result = without_gil([&] { return eigsh(op, options, v0.value_or(at::Tensor())); });
+  EigshResult result = without_gil([&] {
+    op.check_values();
+    return eigsh(op, options, v0.value_or(at::Tensor()));
+  });
   const at::AutoDispatchBelowADInplaceOrView below;
   const at::Tensor converged = at::empty({k}, at::kBool);
   std::copy(result.converged.begin(), result.converged.end(), converged.mutable_data_ptr<bool>());
   return py::make_tuple(at::tensor(result.values, at::kDouble), std::move(result.vectors),
                         at::tensor(result.residuals, at::kDouble), result.num_products, converged,
-                        std::move(result.status), result.miss_probability, std::move(result.origins));
+                        std::move(result.status), result.miss_probability, std::move(result.origins),
+                        result.asymmetry);
 }
 
-std::vector<std::pair<std::vector<double>, std::vector<double>>> run_gauss_quadrature(
+std::vector<std::tuple<std::vector<double>, std::vector<double>, double>> run_gauss_quadrature(
     SymmetricOperator& op, int64_t steps, int64_t probes, const at::Generator& generator) {
-  std::vector<std::pair<std::vector<double>, std::vector<double>>> out;
+  std::vector<std::tuple<std::vector<double>, std::vector<double>, double>> out;
   without_gil([&] {
     SignalCheck poll;
-    for (int64_t i = 0; i < probes; ++i) {
+    op.check_values();
+    for (int64_t i = 0; i < probes && (i == 0 || std::get<2>(out.back()) == 0.0); ++i) {
       Quadrature probe = gauss_quadrature(op, random_signs(op, generator), steps, std::ref(poll));
-      out.emplace_back(std::move(probe.nodes), std::move(probe.weights));
+      out.emplace_back(std::move(probe.nodes), std::move(probe.weights), probe.asymmetry);
     }
   });
   return out;
 }
 
-std::pair<double, std::vector<double>> run_sample_trace(SymmetricOperator& op, int64_t range, int64_t samples,
-                                                        const at::Generator& generator) {
-  TraceSamples result =
-      without_gil([&] { return sample_trace(op, range, samples, generator, SignalCheck()); });
-  return {result.on_range, std::move(result.beside_it)};
+std::tuple<double, std::vector<double>, double> run_sample_trace(SymmetricOperator& op, int64_t range,
+                                                                 int64_t samples,
+                                                                 const at::Generator& generator) {
+  TraceSamples result = without_gil([&] {
+    op.check_values();
+    return sample_trace(op, range, samples, generator, SignalCheck());
+  });
+  return {result.on_range, std::move(result.beside_it), result.asymmetry};
 }
 
 }  // namespace
@@ -109,9 +118,16 @@ std::pair<double, std::vector<double>> run_sample_trace(SymmetricOperator& op, i
 void bind_lanczos(py::module_& module) {
   py::class_<SymmetricOperator, std::shared_ptr<SymmetricOperator>>(module, "SymmetricOperator")
       .def_property_readonly("size", &SymmetricOperator::size)
-      .def("apply", [](SymmetricOperator& op, const at::Tensor& v) {
-        return without_gil([&] { return op.apply(v); });
-      });
+      .def("apply", [](SymmetricOperator& op,
+                       const at::Tensor& v) { return without_gil([&] { return op.apply(v); }); })
+      .def("apply_noisily",
+           [](SymmetricOperator& op, const at::Tensor& v) {
+             return without_gil([&] { return op.apply_noisily(v); });
+           })
+      .def("check_values", &SymmetricOperator::check_values);
+  py::class_<FlatParameters>(module, "FlatParameters")
+      .def(py::init<std::vector<at::Tensor>>(), py::arg("parameters"))
+      .def("check_values", &FlatParameters::check_values);
   py::class_<GraphOperator, SymmetricOperator, std::shared_ptr<GraphOperator>>(module, "GraphOperator")
       .def(py::init<const std::vector<std::optional<at::Tensor>>&, std::vector<at::Tensor>>(),
            py::arg("gradients"), py::arg("parameters"));
@@ -122,8 +138,8 @@ void bind_lanczos(py::module_& module) {
            py::arg("outputs"), py::arg("output_gradient"), py::arg("dummy"), py::arg("pullback"),
            py::arg("parameters"));
   py::class_<PythonOperator, SymmetricOperator, std::shared_ptr<PythonOperator>>(module, "PythonOperator")
-      .def(py::init<py::function, int64_t, const at::Tensor&, bool>(), py::arg("product"), py::arg("size"),
-           py::arg("like"), py::arg("symmetric") = false);
+      .def(py::init<py::function, int64_t, const at::Tensor&, std::optional<py::function>>(),
+           py::arg("product"), py::arg("size"), py::arg("like"), py::arg("noisy") = py::none());
   module.def("eigsh", &run_eigsh, py::arg("op"), py::kw_only(), py::arg("k"), py::arg("which"),
              py::arg("tol"), py::arg("v0"), py::arg("max_hvp"), py::arg("max_basis"), py::arg("seed"),
              py::arg("audit"));

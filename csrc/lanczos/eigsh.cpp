@@ -3,20 +3,19 @@
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/zeros.h>
-#include <c10/util/Exception.h>
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
 #include <numeric>
 #include <optional>
-#include <stdexcept>
 
 #include "complement_probe.h"
 #include "ritz_basis.h"
 #include "row_algebra.h"
 #include "small_eigen.h"
 #include "start_vectors.h"
+#include "symmetry.h"
 
 namespace dynloss {
 namespace {
@@ -36,15 +35,20 @@ constexpr double kNoisePerProduct = 0.25;
 // A residual that has not fallen below this share of the best one stands still.
 constexpr double kProgress = 0.7;
 
-// Products of a symmetric operator may be as inexact as the tolerance, but not more than this.
-constexpr double kMaxAsymmetry = 0.01;
-
 // Residuals so many times what is allowed are looked at after two more products: one gains a factor of 2
 // to 5.
 constexpr double kExcessOfTwoProducts = 10.0;
 
+// From this probability on an audit says nothing.
+constexpr double kInconclusive = 0.5;
+
+constexpr const char* kConverged = "converged";
+constexpr const char* kNotAudited = "converged, not audited";
+constexpr const char* kAuditInconclusive = "converged, audit inconclusive";
 constexpr const char* kBudgetSpent = "max_hvp";
+constexpr const char* kNoiseFloor = "noise floor";
 constexpr const char* kNotFinite = "non-finite product";
+constexpr const char* kNotSymmetric = "not symmetric";
 
 // Ends a search from anywhere in it: what it has found until then is its result.
 struct Stop {
@@ -60,7 +64,8 @@ class Solver {
         capacity_(std::min(options.max_basis, length_)),
         epsilon_(rounding_of(op.options())),
         basis_(capacity_, length_, op.options()),
-        start_(start) {}
+        start_(start),
+        symmetry_(op, options.tolerance) {}
 
   EigshResult run() {
     std::string status;
@@ -72,7 +77,6 @@ class Solver {
       project();
       audited_ = false;
     }
-    if (basis_.size() > 0) check_symmetric();
     return result(std::move(status));
   }
 
@@ -85,6 +89,7 @@ class Solver {
         continue;
       }
       project();
+      check_symmetric();
       if (basis_.size() < options_.count) continue;
       if (!all_converged() && !at_noise_floor()) {
         const bool far = worst_excess() > kExcessOfTwoProducts;
@@ -96,7 +101,9 @@ class Solver {
       } else if (options_.audit && !audited_) {
         audit();
       } else {
-        return all_converged() ? "converged" : "noise floor";
+        if (!all_converged()) return kNoiseFloor;
+        if (!options_.audit) return kNotAudited;
+        return miss_probability_ < kInconclusive ? kConverged : kAuditInconclusive;
       }
     }
   }
@@ -110,11 +117,11 @@ class Solver {
     settle();  // this product says in what unit to go on
   }
 
-  at::Tensor multiply(const at::Tensor& v) {
+  at::Tensor multiply(const at::Tensor& v, bool noisily = false) {
     if (num_products_ >= options_.max_products) throw Stop{kBudgetSpent};
     if (options_.poll) options_.poll();
     ++num_products_;
-    return op_.apply(v);
+    return noisily ? op_.apply_noisily(v) : op_.apply(v);
   }
 
   // One product with what is new in a proposal; with a random direction where nothing is.
@@ -146,7 +153,6 @@ class Solver {
     project();
     const int64_t keep = std::min({options_.count + kExtraKept, basis_.size(), capacity_ - columns});
     ritz_.values.resize(keep);
-    check_symmetric();  // a full basis knows, and the budget may be large
     basis_.restart(leading(keep), ritz_.values);
     start_.forget_overlaps();
     ritz_.vectors.assign(keep * keep, 0.0);  // the basis is of these vectors now
@@ -243,7 +249,6 @@ class Solver {
     audited_ = true;
     miss_probability_ = deceived_ < kMaxDeceptions ? 0.0 : 1.0;
     if (deceived_ >= kMaxDeceptions) return;
-    check_symmetric();
     if (capacity_ < length_) make_room(ComplementProbe::kColumns);
     const double last = ritz_.values[options_.count - 1];
     const double edge = options_.which == Which::kMagnitude ? std::abs(last) : last;
@@ -279,7 +284,10 @@ class Solver {
     double missed;
     do {
       if (!advance_probe()) return;
-      const double hidden = shifted_minres_residual(probe_.diagonal(), probe_.off_diagonal(), bound);
+      // Where the space of the vector ends, all that it has a component of is known, also next to the bound.
+      const bool ended = probe_.off_diagonal().back() == 0.0;
+      const double hidden =
+          ended ? 0.0 : shifted_minres_residual(probe_.diagonal(), probe_.off_diagonal(), bound);
       missed = std::erf(hidden * std::sqrt(0.5 * static_cast<double>(complement)));
     } while (missed >= kMissProbability && probe_.steps() < std::min(kMaxAuditProducts, complement));
     miss_probability_ = std::max(miss_probability_, missed);
@@ -339,15 +347,14 @@ class Solver {
            height <= kNoisePerProduct * static_cast<double>(stalled) * basis_.noise();
   }
 
-  // What is symmetric by construction differs from that by rounding, which for the Hessian of a loss near
-  // zero may be larger than the Hessian.
-  void check_symmetric() const {
-    const double noise = std::max(std::min(options_.tolerance, kMaxAsymmetry), 100.0 * std::sqrt(epsilon_));
-    const double allowed = noise * scale_;
-    if (op_.symmetric_by_construction() || basis_.asymmetry() <= allowed) return;
-    throw std::invalid_argument(c10::str(
-        "H: expected a symmetric operator, got one where u · H v and v · H u differ by ",
-        basis_.asymmetry() / basis_.unit(), " for unit vectors, and |H| is about ", scale_ / basis_.unit()));
+  // Before the basis forgets what it knows, and as soon as it does: the budget may be large.
+  void check_symmetric() {
+    const int64_t before = num_products_;
+    const bool fails =
+        symmetry_.fails(basis_.asymmetry(), scale_, {basis_.vectors(), basis_.projection(), basis_.unit()},
+                        [this](const at::Tensor& v) { return multiply(v, /*noisily=*/true); });
+    if (fails) throw Stop{kNotSymmetric};
+    best_at_ += num_products_ - before;
   }
 
   EigshResult result(std::string status) {
@@ -366,7 +373,7 @@ class Solver {
       const int64_t pair = order[i];
       out.values[i] = ritz_.values[pair] / basis_.unit();
       out.residuals[i] = residual_norms_[pair] / basis_.unit();
-      out.converged[i] = excess(pair) == 0.0 && (!options_.audit || audited_);
+      out.converged[i] = excess(pair) == 0.0 && (!options_.audit || audited_) && status != kNotSymmetric;
       const double* begin = &ritz_.vectors[pair * basis_.size()];
       coefficients.insert(coefficients.end(), begin, begin + basis_.size());
     }
@@ -379,6 +386,7 @@ class Solver {
     }
     out.num_products = num_products_;
     out.miss_probability = audited_ ? miss_probability_ : nan;
+    if (status == kNotSymmetric) out.asymmetry = basis_.asymmetry() / scale_;
     out.status = std::move(status);
     return out;
   }
@@ -390,6 +398,7 @@ class Solver {
   const double epsilon_;
   RitzBasis basis_;
   StartVectors start_;
+  SymmetryCheck symmetry_;
   ComplementProbe probe_{basis_};
   std::optional<at::Generator> generator_;  // made when needed: seeding takes microseconds
 

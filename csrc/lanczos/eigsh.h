@@ -35,15 +35,14 @@ struct EigshResult {
   // With which an eigenvector beyond the returned ones, if there is one, would have gone unnoticed by the
   // audit; NaN without one.
   double miss_probability = 0.0;
-  // "converged", "max_hvp", "non-finite product" or "noise floor"
-  std::string status;
+  std::string status;  // EigenResult in eigen.py says which there are
+  // Where that is "not symmetric": max |u · H v - v · H u| of unit vectors, in units of ‖H‖.
+  double asymmetry = 0.0;
 };
 
 // The wanted eigenpairs of a symmetric operator by Rayleigh-Ritz on a basis grown by residuals: thick-restart
 // Lanczos (Wu & Simon 2000) when it starts from one vector, and as good from a block of old eigenvectors.
 // start: (m, P) rows, whose Krylov space is searched, or undefined for a random vector.
-// Throws std::invalid_argument where the products show that the operator is not symmetric, unless it is so by
-// construction.
 EigshResult eigsh(SymmetricOperator& op, const EigshOptions& options, const at::Tensor& start);
 
 }  // namespace dynloss

@@ -1,15 +1,35 @@
 #include "graph_operator.h"
 
+#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/abs.h>
+#include <ATen/ops/addcmul.h>
 #include <ATen/ops/cat.h>
+#include <ATen/ops/equal.h>
+#include <ATen/ops/maximum.h>
+#include <ATen/ops/randint.h>
+#include <ATen/ops/scalar_tensor.h>
+#include <ATen/ops/stack.h>
 #include <ATen/ops/zeros.h>
 #include <c10/util/Exception.h>
 #include <torch/csrc/autograd/autograd.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/function_hook.h>
 
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <unordered_set>
 #include <utility>
+
+#include "row_algebra.h"
 
 namespace dynloss {
 namespace {
+
+using torch::autograd::Node;
+using torch::autograd::variable_list;
 
 // A backward pass through a graph that is kept.
 std::vector<at::Tensor> pull_back(const std::vector<at::Tensor>& outputs,
@@ -18,6 +38,92 @@ std::vector<at::Tensor> pull_back(const std::vector<at::Tensor>& outputs,
   return torch::autograd::grad(outputs, inputs, seeds, /*retain_graph=*/true, /*create_graph=*/false,
                                /*allow_unused=*/true);
 }
+
+constexpr const char* kChanged =
+    ": expected the values that this operator recorded, got others: a tensor was changed in place, so that "
+    "products would mix two states: compute the loss again and build a new operator";
+
+// The bits of dense numbers on the host as an integer, faster than at::sum, which converts every one.
+int64_t sum_of_dense_bits(const at::Tensor& x) {
+  const auto* bytes = static_cast<const char*>(x.const_data_ptr());
+  const size_t size = x.nbytes();
+  uint64_t sum = 0, word = 0;
+  size_t i = 0;
+  for (; i + sizeof(word) <= size; i += sizeof(word)) {
+    std::memcpy(&word, bytes + i, sizeof(word));
+    sum += word;
+  }
+  word = 0;
+  std::copy_n(bytes + i, size - i, reinterpret_cast<char*>(&word));
+  return static_cast<int64_t>(sum + word);
+}
+
+// The bits of each tensor added up as integers, which know no order, no rounding and no NaN: (tensors,) on
+// their device.
+at::Tensor sums_of_bits(const std::vector<at::Tensor>& tensors) {
+  const at::AutoDispatchBelowADInplaceOrView below;
+  std::vector<at::Tensor> sums;
+  for (const at::Tensor& x : tensors) {
+    const bool dense_on_host = x.is_cpu() && x.is_non_overlapping_and_dense();
+    sums.push_back(dense_on_host ? at::scalar_tensor(sum_of_dense_bits(x), at::kLong)
+                                 : x.view(x.element_size() == 8 ? at::kLong : at::kInt).sum());
+  }
+  return at::stack(sums);
+}
+
+// What leaves a node of a graph, each number times 1 + ε or 1 - ε: Monte Carlo arithmetic (Parker 1997).
+class RandomRoundingHook final : public torch::autograd::FunctionPostHook {
+ public:
+  RandomRoundingHook(bool cancels, const at::Generator& generator)
+      : cancels_(cancels), generator_(generator) {}
+
+  variable_list operator()(const variable_list& outputs, const variable_list& inputs) override {
+    variable_list rounded = outputs;
+    for (at::Tensor& x : rounded) {
+      if (!x.defined() || !x.is_floating_point() || x.layout() != at::kStrided) continue;
+      at::Tensor size = x.abs();
+      for (const at::Tensor& input : inputs) {
+        if (cancels_ && input.defined() && input.sizes() == x.sizes())
+          size = size.maximum(input.abs().to(size));
+      }
+      const at::Tensor signs = at::randint(2, x.sizes(), generator_, at::kChar).mul_(2).sub_(1);
+      x = x.addcmul(size, signs.to(x.options()), rounding_of(x.options()));
+    }
+    return rounded;
+  }
+
+ private:
+  bool cancels_;
+  at::Generator generator_;
+};
+
+// As long as it lives, and no longer than the roots, the nodes of their graphs round at random.
+class RandomRounding {
+ public:
+  explicit RandomRounding(const std::vector<at::Tensor>& roots) {
+    const at::Generator generator = at::detail::createCPUGenerator(0);
+    std::vector<Node*> waiting;
+    for (const at::Tensor& root : roots) waiting.push_back(root.grad_fn().get());
+    std::unordered_set<Node*> seen;
+    while (!waiting.empty()) {
+      Node* node = waiting.back();
+      waiting.pop_back();
+      if (node == nullptr || !seen.insert(node).second) continue;
+      // u_i - p_i Σ u_j, where nothing may be left of u_i.
+      const bool cancels = node->name().find("SoftmaxBackward0") != std::string::npos;
+      const auto key = node->add_post_hook(std::make_unique<RandomRoundingHook>(cancels, generator));
+      hooks_.emplace_back(node, key);
+      for (const auto& edge : node->next_edges()) waiting.push_back(edge.function.get());
+    }
+  }
+  ~RandomRounding() {
+    for (const auto& [node, key] : hooks_) node->del_post_hook(key);
+  }
+  RandomRounding(const RandomRounding&) = delete;
+
+ private:
+  std::vector<std::pair<Node*, uintptr_t>> hooks_;
+};
 
 }  // namespace
 
@@ -28,18 +134,20 @@ FlatParameters::FlatParameters(std::vector<at::Tensor> parameters) : parameters_
     offsets_.push_back(size_);
     size_ += parameter.numel();
   }
+  bits_ = sums_of_bits(parameters_);
 }
 
 void FlatParameters::check_unchanged() const {
   for (size_t i = 0; i < parameters_.size(); ++i) {
     const bool same = static_cast<uint32_t>(parameters_[i]._version()) == snapshots_[i].version &&
                       parameters_[i].const_data_ptr() == snapshots_[i].data;
-    TORCH_CHECK(same, "params[", i,
-                "]: expected the values that this operator recorded, got a tensor of shape ",
-                parameters_[i].sizes(),
-                " that was changed in place, so that products would mix two states: "
-                "compute the loss again and build a new operator");
+    TORCH_CHECK(same, "params[", i, kChanged);
   }
+}
+
+void FlatParameters::check_values() const {
+  check_unchanged();
+  TORCH_CHECK(at::equal(sums_of_bits(parameters_), bits_), "params", kChanged);
 }
 
 std::vector<at::Tensor> FlatParameters::parts(const at::Tensor& v,
@@ -72,6 +180,11 @@ Recorded::Recorded(const std::vector<std::optional<at::Tensor>>& of_each) {
   }
 }
 
+at::Tensor ParameterOperator::apply_noisily(const at::Tensor& v) {
+  const RandomRounding rounding(roots());
+  return apply(v);
+}
+
 GraphOperator::GraphOperator(const std::vector<std::optional<at::Tensor>>& gradients,
                              std::vector<at::Tensor> parameters)
     : ParameterOperator(std::move(parameters)), gradients_(gradients) {}
@@ -93,6 +206,12 @@ GaussNewtonOperator::GaussNewtonOperator(const at::Tensor& outputs, const at::Te
       output_gradient_(output_gradient),
       dummy_(dummy),
       pullback_(pullback) {}
+
+std::vector<at::Tensor> GaussNewtonOperator::roots() const {
+  std::vector<at::Tensor> roots = pullback_.tensors;
+  roots.insert(roots.end(), {outputs_, output_gradient_});
+  return roots;
+}
 
 at::Tensor GaussNewtonOperator::apply(const at::Tensor& v) {
   parameters_.check_unchanged();

@@ -20,8 +20,11 @@ class FlatParameters {
   int64_t size() const { return size_; }
   at::TensorOptions options() const { return parameters_.front().options(); }
 
-  // Throws where a parameter was changed in place, or given other storage, since then.
+  // Throws where a parameter was changed in place, or given other storage, since then, as far as their
+  // version counters know. Costs nothing.
   void check_unchanged() const;
+  // The same by their values, which fused optimizers change behind the counters' back. Waits for the device.
+  void check_values() const;
 
   // The parts of a flat vector that belong to the given parameters, in their shapes.
   std::vector<at::Tensor> parts(const at::Tensor& v, const std::vector<size_t>& parameters) const;
@@ -37,6 +40,7 @@ class FlatParameters {
 
   std::vector<at::Tensor> parameters_;
   std::vector<Snapshot> snapshots_;
+  at::Tensor bits_;
   std::vector<int64_t> offsets_;
   int64_t size_ = 0;
 };
@@ -57,9 +61,14 @@ class ParameterOperator : public SymmetricOperator {
 
   int64_t size() const override { return parameters_.size(); }
   at::TensorOptions options() const override { return parameters_.options(); }
-  bool symmetric_by_construction() const override { return true; }
+  at::Tensor apply_noisily(const at::Tensor& v) override;
+  bool is_differentiated() const override { return true; }
+  void check_values() const override { parameters_.check_values(); }
 
  protected:
+  // Tensors whose graphs a product goes through.
+  virtual std::vector<at::Tensor> roots() const = 0;
+
   FlatParameters parameters_;
 };
 
@@ -72,6 +81,9 @@ class GraphOperator final : public ParameterOperator {
   GraphOperator(const std::vector<std::optional<at::Tensor>>& gradients, std::vector<at::Tensor> parameters);
 
   at::Tensor apply(const at::Tensor& v) override;
+
+ protected:
+  std::vector<at::Tensor> roots() const override { return gradients_.tensors; }
 
  private:
   Recorded gradients_;
@@ -89,6 +101,9 @@ class GaussNewtonOperator final : public ParameterOperator {
                       std::vector<at::Tensor> parameters);
 
   at::Tensor apply(const at::Tensor& v) override;
+
+ protected:
+  std::vector<at::Tensor> roots() const override;
 
  private:
   at::Tensor outputs_, output_gradient_, dummy_;

@@ -19,8 +19,15 @@ class SymmetricOperator {
   // H v for a contiguous v of shape (size(),). The result may alias nothing that the operator keeps.
   virtual at::Tensor apply(const at::Tensor& v) = 0;
 
-  // Whether u · H v and v · H u can differ by nothing but rounding.
-  virtual bool symmetric_by_construction() const { return false; }
+  // The same with every rounding inside it at random, where the operator knows how: what differs is noise.
+  virtual at::Tensor apply_noisily(const at::Tensor& v) { return apply(v); }
+
+  // Whether products are second derivatives by autograd, which nothing but rounding makes inexact, unless
+  // that of a layer is wrong.
+  virtual bool is_differentiated() const { return false; }
+
+  // Throws where H has changed since it was made. One reading of the device, before products, not for each.
+  virtual void check_values() const {}
 };
 
 // Random vectors for an operator, of normal numbers and of 1 and -1. The generator is on the CPU whatever the

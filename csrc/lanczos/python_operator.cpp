@@ -12,17 +12,22 @@ namespace py = pybind11;
 
 namespace dynloss {
 
-PythonOperator::PythonOperator(py::function product, int64_t size, const at::Tensor& like, bool symmetric)
+PythonOperator::PythonOperator(py::function product, int64_t size, const at::Tensor& like,
+                               std::optional<py::function> noisy)
     : product_(std::move(product)),
+      noisy_(std::move(noisy)),
       size_(size),
       options_(like.options()),
-      grad_mode_(at::GradMode::is_enabled()),
-      symmetric_(symmetric) {}
+      grad_mode_(at::GradMode::is_enabled()) {}
 
-at::Tensor PythonOperator::apply(const at::Tensor& v) {
+at::Tensor PythonOperator::apply(const at::Tensor& v) { return call(product_, v); }
+
+at::Tensor PythonOperator::apply_noisily(const at::Tensor& v) { return call(noisy_.value_or(product_), v); }
+
+at::Tensor PythonOperator::call(const py::function& product_of, const at::Tensor& v) const {
   const py::gil_scoped_acquire gil;
   const at::AutoGradMode grad_mode(grad_mode_);
-  const py::object answer = product_(v.clone());  // its own: what it does to v must not reach the driver
+  const py::object answer = product_of(v.clone());  // its own: what it does to v must not reach the driver
   py::detail::make_caster<at::Tensor> tensor;
   if (!tensor.load(answer, /*convert=*/false)) {
     throw py::type_error("H(v): expected a torch.Tensor, got " +

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <optional>
 
 #include "operator.h"
 
@@ -12,20 +13,25 @@ namespace dynloss {
 // operator; what it raises passes through unchanged.
 class PythonOperator final : public SymmetricOperator {
  public:
-  // like: a tensor with the dtype and on the device of the vectors.
-  PythonOperator(pybind11::function product, int64_t size, const at::Tensor& like, bool symmetric);
+  // like: a tensor with the dtype and on the device of the vectors. noisy: apply_noisily, of an operator that
+  // is differentiated.
+  PythonOperator(pybind11::function product, int64_t size, const at::Tensor& like,
+                 std::optional<pybind11::function> noisy);
 
   int64_t size() const override { return size_; }
   at::TensorOptions options() const override { return options_; }
   at::Tensor apply(const at::Tensor& v) override;
-  bool symmetric_by_construction() const override { return symmetric_; }
+  at::Tensor apply_noisily(const at::Tensor& v) override;
+  bool is_differentiated() const override { return noisy_.has_value(); }
 
  private:
+  at::Tensor call(const pybind11::function& product, const at::Tensor& v) const;
+
   pybind11::function product_;
+  std::optional<pybind11::function> noisy_;
   int64_t size_;
   at::TensorOptions options_;
   bool grad_mode_;
-  bool symmetric_;
 };
 
 }  // namespace dynloss

@@ -18,6 +18,7 @@ namespace dynloss {
 struct Quadrature {
   std::vector<double> nodes;    // (m,), ascending, m <= steps: less where the Krylov space ends before
   std::vector<double> weights;  // (m,), of sum 1
+  double asymmetry = 0.0;       // of H beyond noise, in units of ‖H‖
 };
 
 // By Lanczos with full reorthogonalisation, at one small read per step. start: (P,), not zero.
@@ -29,6 +30,8 @@ Quadrature gauss_quadrature(SymmetricOperator& op, const at::Tensor& start, int6
 struct TraceSamples {
   double on_range = 0.0;
   std::vector<double> beside_it;
+  double asymmetry =
+      0.0;  // of H beyond noise, in units of its Frobenius norm: the others are worth nothing then
 };
 
 // range: random vectors that span Q, none for Hutchinson's estimator; at most op.size(), where nothing is
