@@ -171,3 +171,11 @@ def test_nothing_has_converged_before_its_audit():
     assert cut_short.residuals.max() < 1e-2 * 5
     assert not cut_short.converged.any()
     assert math.isnan(cut_short.miss_probability)
+
+
+def test_what_an_audit_finds_costs_no_second_run():
+    """The basis has room for the audit's vectors here: 142 products where they are computed again."""
+    diagonal = torch.cat([torch.tensor([9.0, 4.0, 4.0, 1.0]), torch.linspace(-1, 0.5, 300)]).double()
+    results = [eigsh(lambda v: diagonal * v, 3, n=304, dtype=torch.float64, seed=seed) for seed in range(5)]
+    assert all(torch.allclose(result.values, diagonal[:3], rtol=1e-5) for result in results)
+    assert sum(result.num_hvp for result in results) < 125

@@ -14,6 +14,7 @@ namespace dynloss {
 void ComplementProbe::start(const at::Tensor& x, std::vector<double> coupling) {
   for (double& entry : coupling) entry = -entry;  // as it is subtracted
   minus_coupling_ = to_device(coupling, basis_.size(), at::empty({0}, x.options().dtype(at::kDouble)));
+  window_ = basis_.num_spare_rows() - 2;
   orthogonalise(start_row(), x, basis_.vectors());
   basis_.make_unit(start_row(), 0.0);
   restart();
@@ -28,11 +29,11 @@ void ComplementProbe::restart() {
 
 bool ComplementProbe::advance(const at::Tensor& product) {
   const Rows v = basis_.vectors(), now = row_of(steps()),
-             next = row_of(steps() + 1);  // where the last one is
+             next = row_of(steps() + 1);  // where the last one may be
   if (steps() == 0) {
     assign(next, product, basis_.unit());
   } else {
-    assign(next, next, -off_diagonal_.back());
+    assign(next, row_of(steps() - 1), -off_diagonal_.back());
     subtract_combination(next, next, factor(-basis_.unit()), product);
   }
   subtract_combination(next, next, at::mv(minus_coupling_, inner_products(v, next)), basis_.products());
@@ -51,11 +52,11 @@ bool ComplementProbe::advance(const at::Tensor& product) {
   return true;
 }
 
-void ComplementProbe::collect(double coefficient) {
-  if (steps() == 0) {
+void ComplementProbe::collect(int64_t step, double coefficient) {
+  if (step == 0) {
     assign(collected(), row_of(0), coefficient);
   } else {
-    subtract_combination(collected(), collected(), factor(-coefficient), row_of(steps()));
+    subtract_combination(collected(), collected(), factor(-coefficient), row_of(step));
   }
 }
 

@@ -9,8 +9,8 @@
 
 namespace dynloss {
 
-// The Lanczos process with H + W S Wᵀ in the complement of a basis, by its three-term recurrence: it keeps no
-// vectors, so that its length is not bound by the basis, which has to stay as it is meanwhile.
+// The Lanczos process with H + W S Wᵀ in the complement of a basis, by its three-term recurrence: it keeps
+// the vectors that the basis has room for, which has to stay as it is meanwhile, and may be longer.
 class ComplementProbe {
  public:
   // Columns of the basis that have to be free, where the process works.
@@ -32,17 +32,20 @@ class ComplementProbe {
   const std::vector<double>& off_diagonal() const { return off_diagonal_; }
   int64_t steps() const { return static_cast<int64_t>(diagonal_.size()); }
 
-  // Goes back to the start for a second run, in which a combination of the vectors is collected.
+  // A combination of the vectors is collected from those that are kept or, where that are not all, the last
+  // one during a second run from the start.
+  bool keeps_all() const { return steps() < window_; }
   void restart();
-  void collect(double coefficient);
-  Rows collected() const { return basis_.spare_row(3); }
+  void collect(int64_t step, double coefficient);
+  Rows collected() const { return basis_.spare_row(window_ + 1); }
 
  private:
-  Rows start_row() const { return basis_.spare_row(2); }
-  Rows row_of(int64_t step) const { return basis_.spare_row(step % 2); }
+  Rows start_row() const { return basis_.spare_row(window_); }
+  Rows row_of(int64_t step) const { return basis_.spare_row(step % window_); }
   at::Tensor factor(double value) const;  // as subtract_combination takes it
 
   const RitzBasis& basis_;
+  int64_t window_ = 2;  // vectors kept
   at::Tensor minus_coupling_;
   std::vector<double> diagonal_, off_diagonal_;
   double largest_ = 0.0;  // of both

@@ -317,13 +317,14 @@ class Solver {
     return false;
   }
 
-  // The Ritz vector with the given coefficients, for which the process runs a second time: it keeps no
-  // vectors.
+  // The Ritz vector with the given coefficients, for which the process runs a second time where it was too
+  // long for the basis to keep all vectors.
   void take_in(const double* coefficients, int64_t steps) {
-    probe_.restart();
+    const bool again = !probe_.keeps_all();
+    if (again) probe_.restart();
     for (int64_t j = 0; j < steps; ++j) {
-      probe_.collect(coefficients[j]);
-      if (j + 1 < steps && !advance_probe()) return;
+      probe_.collect(j, coefficients[j]);
+      if (again && j + 1 < steps && !advance_probe()) return;
     }
     audited_ = false;
     best_ = std::numeric_limits<double>::infinity();
