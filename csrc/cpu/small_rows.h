@@ -220,7 +220,7 @@ DYNLOSS_ALWAYS_INLINE Vec<T> run_tile(const Shared<T>& shared, const Tile<T, S>&
   if constexpr (has_loss_v<K>) {
     Vec<T> linear = q.on_label * picked;
     if (shared.smooth) linear += shared.target.spread * smoothed;
-    const Vec<T> loss = row_loss(q.total, log_of_sum(sum.rest()), linear);
+    const Vec<T> loss = row_loss(q.total, log_of_sum(sum.all(), sum.rest()), linear);
     return tile.all_counted ? loss : (tile.labels.counted ? loss : Vec<T>{});
   }
   return Vec<T>{};

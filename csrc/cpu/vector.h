@@ -224,11 +224,10 @@ DYNLOSS_ALWAYS_INLINE Vec<double> exp_nonpositive(Vec<double> x) {
   return x < -708.0 ? Vec<double>{} : p * power;
 }
 
-// log(1 + rest) for finite rest >= 0: exponent · log 2 + log of the mantissa m of x = 1 + rest in [√½, √2) as
-// 2 artanh((m - 1) / (m + 1)), where m - 1 is rest itself if the exponent is 0. Anything else comes back as
+// log(x) for finite x >= 1: exponent · log 2 + log of the mantissa m in [√½, √2) as 2 artanh((m - 1) / (m +
+// 1)). rest: x - 1 with all its digits, which m - 1 is where the exponent is 0. Anything else comes back as
 // NaN through x - x.
-DYNLOSS_ALWAYS_INLINE Vec<float> log_of_sum(Vec<float> rest) {
-  const Vec<float> x = rest + 1.0f;
+DYNLOSS_ALWAYS_INLINE Vec<float> log_of_sum(Vec<float> x, Vec<float> rest) {
   Mask<float> exponent = ((Mask<float>)x >> 23) - 127;
   Vec<float> m = (Vec<float>)(((Mask<float>)x & 0x007fffff) | 0x3f800000);
   const Mask<float> large = m > 1.41421356f;
@@ -243,8 +242,7 @@ DYNLOSS_ALWAYS_INLINE Vec<float> log_of_sum(Vec<float> rest) {
   return __builtin_convertvector(exponent, Vec<float>) * 0.693147180559945309f + p + (x - x);
 }
 
-DYNLOSS_ALWAYS_INLINE Vec<double> log_of_sum(Vec<double> rest) {
-  const Vec<double> x = rest + 1.0;
+DYNLOSS_ALWAYS_INLINE Vec<double> log_of_sum(Vec<double> x, Vec<double> rest) {
   Mask<double> exponent = ((Mask<double>)x >> 52) - 1023;
   Vec<double> m = (Vec<double>)(((Mask<double>)x & 0x000fffffffffffffLL) | 0x3ff0000000000000LL);
   const Mask<double> large = m > 1.4142135623730951;
