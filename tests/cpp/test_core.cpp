@@ -135,7 +135,11 @@ void test_phases() {
     const int64_t classes = integer(1, 300);
     double turn = i % 3 == 0 ? static_cast<double>(integer(1, 5000)) : std::pow(10.0, uniform(-9, 18));
     if (i % 3 == 1) turn = static_cast<double>(static_cast<float>(turn));
-    const auto elapsed = static_cast<uint64_t>(random_bits()) >> integer(0, 63);
+    auto elapsed = static_cast<uint64_t>(random_bits()) >> integer(0, 63);
+    if (i % 4 == 0) {  // a step that a turn begins with
+      turn = static_cast<double>(integer(1, 40000)) / 8;
+      elapsed -= elapsed % static_cast<uint64_t>(8 * turn);
+    }
     context = std::to_string(elapsed) + " steps in turns of " + std::to_string(turn);
     const Phase far = far_phase(elapsed, turn, classes);
     const Real t = std::fmod(Real(elapsed), Real(turn));
