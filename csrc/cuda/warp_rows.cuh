@@ -353,10 +353,11 @@ __device__ void forward_row(const Forward& p, ForwardBlock<S>& block,
     });
     smoothed = lanes.sum(smoothed);
   }
+  const T below_top = kept(picked - top);
   const T others = lanes.exponentials(top, z);
-  const RowSum<T> sum{exponential<S>(picked - top), others};
+  const RowSum<T> sum{exponential<S>(below_top), others};
   const TargetWeights<T> q = weights.template at<kSmooth>(usual ? label.index : 0);
-  const T linear = weighted(q.on_label, picked - top) + smoothed;
+  const T linear = weighted(q.on_label, below_top) + smoothed;
   if (lanes.lane == 0 && inside) block.add(p, index, label, usual ? q.loss(sum, linear) : label.fill<T>());
   if (p.out.data == nullptr) return;
   const RowGradient<T> gradient(block.scale, q, sum);
