@@ -185,8 +185,9 @@ def detect_periods(
     """Measure the period of F(t) along a window: a bifurcation cascade reads 1, 2, 4, 8, ..., chaos.
 
     The window is cut into segments of `segment` steps. What is asked of a step is asked of the best stretch of steps
-    around it, and what holds for three quarters of its steps holds for a segment: so the kinks and jumps of Γ(t), which
-    are no dynamics, spoil only steps that lie between two of them and have no stretch of their own.
+    around it, which may reach beyond segment and window, and what holds for three quarters of its steps holds for a
+    segment: so the kinks and jumps of Γ(t), which are no dynamics, spoil only steps that lie between two of them and
+    have no stretch of their own.
 
     * Smooth (period 1): F bends one way over 5 steps, and by much the same, as on every oscillation slower than six
       steps; or its amplitude \\|Δ⁴F\\|/16 is at most `min_amplitude` or rounding of the dtype that `loss` comes in.
@@ -201,7 +202,7 @@ def detect_periods(
 
     A period above `max_period` reads as its largest part that fits to the tolerance, or as None; so does chaos
     within narrow bands, as their number. A window shorter than `segment` tries the periods up to a third of its
-    length that leave 7 steps to compare; None there may also be a longer period, or a kink.
+    length that leave 7 steps to compare; None there may also be a longer period.
 
     Neighbouring segments of one period are joined.
 
@@ -238,12 +239,15 @@ def detect_periods(
         inside &= step >= check_number("start", start, -math.inf)
     if stop is not None:
         inside &= step <= check_number("stop", stop, -math.inf)
-    step, loss = step[inside], loss[inside]
-    if np.any(np.diff(step) != 1):
+    window = np.flatnonzero(inside)
+    if np.any(np.diff(step[window]) != 1):
         raise ValueError("step: expected every step within the window, got some where one is missing")
-    if len(step) < _shortest(2):
+    if len(window) < _shortest(2):
         return []
-    parts = np.array_split(np.arange(len(step)), max(1, len(step) // segment))
+    near = (step >= step[window[0]] - segment) & (step <= step[window[-1]] + segment)
+    near &= step - step[window[0]] == np.arange(len(step)) - window[0]  # no step missing in between
+    step, loss, window = step[near], loss[near], window - np.flatnonzero(near)[0]
+    parts = np.array_split(window, max(1, len(window) // segment))
     if drive is not None:
         loss = _without_drive(step, loss, drive, parts)
     segments: list[PeriodSegment] = []
@@ -356,10 +360,10 @@ def _without_drive(step: Array, loss: Array, drive: Oscillation, parts: list[Arr
 def _periods(
     loss: Array, parts: list[Array], epsilon: float, max_period: int, tolerance: float, min_amplitude: float
 ) -> Iterator[int | None]:
-    """The period of each segment. A stretch may reach into the next: its steps on this side repeat as well."""
+    """The period of each segment. A stretch may reach beyond: its steps on this side repeat as well."""
     with np.errstate(invalid="ignore", over="ignore"):
         jagged = _jagged(loss, epsilon, min_amplitude)
-        deviations = {p: _deviation(loss, p) for p in range(1, max_period + 1) if _shortest(p) <= len(loss)}
+        deviations = {p: _deviation(loss, p) for p in range(1, max_period + 1) if _shortest(p) <= len(parts[0])}
     around = _least_around(jagged, 5)
     misfits = {p: _misfit(deviation, p) for p, deviation in deviations.items() if p > 1}
     for part in parts:

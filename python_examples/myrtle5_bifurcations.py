@@ -28,7 +28,7 @@ from common.config import TrainingConfig, parse_options
 from common.data import CLASS_NAMES
 from common.distributed import is_main_process
 from common.report import Analysis, analyse, trajectory
-from common.run import Metrics, RunFolder
+from common.run import Metrics, RunFolder, in_one_line
 from common.training import Record, train
 
 Array = NDArray[Any]
@@ -73,6 +73,7 @@ PRESETS = {
 }
 
 
+@in_one_line
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     config = parse_options(PAPER, __doc__, argv, PRESETS)
     (record,) = train(config)

@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from common.config import TrainingConfig, parse_options
 from common.distributed import World, join_world
 from common.report import training_curves
-from common.run import Metrics, RunFolder, open_run, resolve_device
+from common.run import Metrics, RunFolder, in_one_line, open_run, resolve_device
 from common.training import Record, train
 
 
@@ -124,21 +124,20 @@ PRESETS = {
 }
 
 
+@in_one_line
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     config = parse_options(PAPER, __doc__, argv, PRESETS)
     with join_world(resolve_device(config.device)) as world:
-        records = train(config, config.runs()) if config.ensemble else _train_each(config, world)
+        folder = open_run(config) if world.is_main and not config.ensemble else RunFolder(config.out)
+        world.barrier()
+        records = train(config, config.runs()) if config.ensemble else _train_each(config.runs(), world)
         if not all(record.summary["finished"] for record in records):
             return {"finished": False}
-        return report(config, records) if world.is_main else {"finished": True}
+        return report(folder, config, records) if world.is_main else {"finished": True}
 
 
-def _train_each(config: SeedsConfig, world: World) -> list[Record]:
+def _train_each(runs: Sequence[TrainingConfig], world: World) -> list[Record]:
     """One after the other, up to one that is interrupted; what is finished already is read."""
-    runs = config.runs()
-    if world.is_main:
-        open_run(config)
-    world.barrier()
     records: list[Record] = []
     for run in runs:
         folder = RunFolder(run.out)
@@ -151,9 +150,9 @@ def _train_each(config: SeedsConfig, world: World) -> list[Record]:
     return records
 
 
-def report(config: SeedsConfig, records: Sequence[Record]) -> dict[str, Any]:
+def report(folder: RunFolder, config: SeedsConfig, records: Sequence[Record]) -> dict[str, Any]:
     """Gathers the runs into one metrics.npz, one summary and one figure; diverged ones are counted apart."""
-    folder, first = RunFolder(config.out), records[0].summary
+    first = records[0].summary
     curves: dict[str, Sequence[Metrics]] = {}
     arrays: dict[str, NDArray[Any]] = {}
     accuracy: dict[str, dict[str, Any]] = {}

@@ -25,7 +25,19 @@ from tqdm import tqdm
 
 from common.config import parse_options
 from common.report import Analysis, analyse, trajectory
-from common.run import BaseConfig, GracefulStop, RunFolder, Table, load_state, open_run, resolve_device, state_of
+from common.run import (
+    BaseConfig,
+    GracefulStop,
+    RunFolder,
+    Stopped,
+    Table,
+    in_one_line,
+    interruptible,
+    load_state,
+    open_run,
+    resolve_device,
+    state_of,
+)
 from common.spiral import INITIALISATIONS, SpiralMLP, load_initial_values, spiral_data
 from common.tracking import CurvatureTracker
 from dynloss_ext import (
@@ -186,11 +198,11 @@ class SpiralRun:
         loss, gradient = loss_and_gradient(logits, self.target, self.oscillation, self.step)
         row = self.step - 1  # rows are taken after an update, with the weights of the next step
         if row == len(self.rows) + len(self._loss):  # not so at step 0, nor when a finished run is extended
-            self._loss.append(loss)
-            self._logits.append(logits.detach())
-            if self._eigenvalues_due(row):
+            if self._eigenvalues_due(row):  # a stop may end it: then there is no such row yet
                 hessian = self._track_curvature(row, partial(self._hessian_of, logits))
                 gradients = cast(Gradients, hessian.gradients)  # none is None: the loss uses every parameter
+            self._loss.append(loss)
+            self._logits.append(logits.detach())
         return logits, gradient, gradients
 
     def _advance_on_device(self) -> None:
@@ -238,9 +250,12 @@ class SpiralRun:
         config, began = self.config, time.perf_counter()
         hessian = make()
         also = {"ntk": ntk_eigenvalues(self.model, self.inputs[:50], k=1)[0]} if config.ntk else {}
-        self.curvature.update(row, hessian, **also)
+        spectrum = None
         if config.density_every and row % config.density_every == 0:
-            spectrum = spectral_density(hessian)
+            with interruptible():
+                spectrum = spectral_density(hessian)
+        self.curvature.update(row, hessian, **also)
+        if spectrum is not None:
             self.density_rows.append(
                 density_step=row,
                 density_grid=spectrum.grid,
@@ -252,17 +267,21 @@ class SpiralRun:
 
 
 def train(run: SpiralRun, folder: RunFolder) -> None:
-    """Run to the last step, or to a Ctrl-C; the folder is left with a checkpoint either way."""
+    """Run to the last step, or to a Ctrl-C or SIGTERM; the folder is left with a checkpoint either way."""
     config = run.config
     with GracefulStop() as stop, tqdm(total=config.steps, initial=len(run.rows), unit="step") as bar:
-        while run.step < config.steps and not stop.requested:
+        while len(run.rows) < config.steps and not stop.requested:
             began = time.perf_counter()
             end = min(run.step - run.step % BLOCK + BLOCK, config.steps)
-            while run.step < end and not stop.requested:
-                run.advance()
+            try:
+                while run.step < end and not stop.requested:
+                    run.advance()
+                run.collect()
+                if run.step == config.steps:
+                    run.measure_last_row()
+            except Stopped:
+                bar.write("stopped in an eigenvalue update, which --resume repeats", file=sys.stderr)
             run.collect()
-            if run.step == config.steps:
-                run.measure_last_row()
             run.seconds += time.perf_counter() - began
             if run.step % config.checkpoint_every < BLOCK:
                 save(run, folder)
@@ -313,13 +332,15 @@ def finish(run: SpiralRun, folder: RunFolder) -> dict[str, Any]:
     return summary
 
 
+@in_one_line
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     config = parse_options(SpiralConfig(), __doc__, argv)
     torch.set_num_threads(config.threads)
     try:
         run = SpiralRun(config)
-        if config.resume and (checkpoint := RunFolder(config.out).read_checkpoint(resolve_device(config.device))):
-            load_state(run, checkpoint)
+        folder = RunFolder(config.out).claim() if config.resume else None
+        if folder:
+            folder.restore(lambda state: load_state(run, state, run.STATE), resolve_device(config.device))
         if run.step > config.steps:
             raise ValueError(
                 f"--steps: expected at least the {run.step} of the run in {config.out}, got {config.steps}"
@@ -348,6 +369,8 @@ def _second_oscillation(analysis: Analysis, rows: int) -> tuple[int, int] | None
 
 
 def _show_progress(bar: tqdm[Any], run: SpiralRun) -> None:
+    if len(run.rows) == 0:  # stopped in the very first eigenvalue update
+        return
     rows = run.rows.arrays()
     bar.update(len(run.rows) - bar.n)
     shown = {"F": f"{rows['weighted_loss'][-1]:.3f}", "accuracy": f"{rows['accuracy'][-1]:.3f}"}

@@ -23,7 +23,7 @@ from typing import Any
 from common.config import TrainingConfig, parse_options
 from common.distributed import is_main_process
 from common.report import training_curves
-from common.run import RunFolder
+from common.run import RunFolder, in_one_line
 from common.training import Record, train
 
 PAPER = TrainingConfig(
@@ -51,6 +51,7 @@ PRESETS = {
 }
 
 
+@in_one_line
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     config = parse_options(PAPER, __doc__, argv, PRESETS)
     (record,) = train(config)

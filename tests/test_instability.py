@@ -13,6 +13,7 @@ import dynloss_ext
 from dynloss_ext import Oscillation, instability
 from dynloss_ext.instability import (
     Instability,
+    PeriodSegment,
     detect_instabilities,
     detect_periods,
     instability_threshold,
@@ -281,6 +282,25 @@ def test_a_frozen_network_has_no_dynamics(period, waveform):
         found = {s.period for s in detect_periods(step, loss)}
         assert found == {1} if period >= 50 else found <= {1, 16}, (classes, amplitude, closed)
         assert [s.period for s in detect_periods(step, loss, drive=drive)] == [1]
+
+
+@pytest.mark.parametrize("waveform", ["triangle", "sine", "square"])
+@pytest.mark.parametrize("period", [20, 50, 200])
+def test_a_short_window_around_a_kink_is_no_chaos(period, waveform):
+    """As `detect_instabilities` finds them where one turn of a fast drive ends."""
+    step = torch.arange(1000)
+    loss = Oscillation(3, 70, period, waveform=waveform).weights(step).numpy() @ [0.2, 1.0, 0.7]
+    for width, offset in itertools.product((11, 14, 20), (0, 3, 7)):
+        start = 2 * period - offset
+        (found,) = detect_periods(step, loss, start=start, stop=start + width - 1)
+        assert found == PeriodSegment(start, start + width - 1, 1)
+
+
+def test_steps_beyond_a_gap_are_no_neighbours():
+    step = np.concatenate([np.arange(100, 150), np.arange(160, 200), np.arange(210, 300)])
+    loss = np.concatenate([np.zeros(50), 0.1 * (-1.0) ** np.arange(40), np.zeros(90)])
+    assert detect_periods(step, loss, start=160, stop=199) == [PeriodSegment(160, 199, 2)]
+    assert detect_periods(step, loss, start=180, stop=199) == [PeriodSegment(180, 199, 2)]
 
 
 @pytest.mark.parametrize(("period", "classes", "repeat"), [(5, 3, 15), (2, 3, 6), (4, 4, 16), (1, 2, 2)])

@@ -3,8 +3,11 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import stat
+import subprocess
+import time
 from typing import Literal
 
 import numpy as np
@@ -13,7 +16,20 @@ import torch
 from matplotlib.figure import Figure
 
 from common.config import parse_options
-from common.run import BaseConfig, GracefulStop, RunFolder, Table, atomic_write, open_run, resolve_device
+from common.run import (
+    BaseConfig,
+    GracefulStop,
+    RunError,
+    RunFolder,
+    Stopped,
+    Table,
+    atomic_write,
+    interruptible,
+    load_state,
+    open_run,
+    resolve_device,
+    state_of,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,6 +111,251 @@ def test_a_file_in_the_folders_place_is_an_error(tmp_path):
     (tmp_path / "run").write_text("")
     with pytest.raises(ValueError, match=r"--out: expected a folder or a new name, got .*/run, which is a file"):
         RunFolder(tmp_path / "run")
+
+
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in folder.path.iterdir()}
+
+
+# ---- one process in a folder ------------------------------------------------------------------------------
+
+
+def start_child(work):
+    """The id of a forked process that does `work`, ends with code 1 on a RunError, and after a minute anyway."""
+    child = os.fork()
+    if child == 0:
+        code = 3
+        try:
+            signal.alarm(60)
+            work()
+            code = 0
+        except RunError:
+            code = 1
+        finally:
+            os._exit(code)
+    return child
+
+
+def another_process_may_claim(path):
+    _, status = os.waitpid(start_child(lambda: RunFolder(path).claim()), 0)
+    code = os.waitstatus_to_exitcode(status)
+    assert code in (0, 1)
+    return code == 0
+
+
+def test_a_second_process_is_refused_until_the_first_lets_go(tmp_path):
+    folder = open_run(Config(out=tmp_path / "run"))
+    again = open_run(Config(out=tmp_path / "run"))  # the same process may
+    assert not another_process_may_claim(tmp_path / "run")
+    assert another_process_may_claim(tmp_path / "other")
+    del folder
+    assert not another_process_may_claim(tmp_path / "run")
+    del again
+    assert another_process_may_claim(tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.json"]
+
+
+def test_a_killed_process_leaves_no_lock_and_its_children_keep_none(tmp_path):
+    ready, tell = os.pipe()
+
+    def inherit():
+        os.write(tell, f"{os.getpid():10d}".encode())
+        time.sleep(30)
+
+    def work():
+        folder = RunFolder(tmp_path).claim()
+        os.waitpid(start_child(inherit), 0)
+        del folder
+
+    child = start_child(work)
+    grandchild = int(os.read(ready, 10))
+    try:
+        with pytest.raises(RunError, match=r"--out: expected a folder in which no other process works, got .*; wait"):
+            RunFolder(tmp_path).claim()
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.kill(grandchild, 0)  # is there yet
+        RunFolder(tmp_path).claim()
+    finally:
+        os.kill(grandchild, signal.SIGKILL)
+
+
+def test_what_a_kill_left_half_written_is_removed(tmp_path):
+    folder = open_run(Config(out=tmp_path / "run"))
+    kept = folder / ".notes"
+    for path in (kept, folder / ".checkpoint.pt.abcdefgh", folder / ".metrics.npz.a_cdef0h"):
+        path.write_bytes(b"half")
+    assert RunFolder(folder.path).path.joinpath(".checkpoint.pt.abcdefgh").exists()  # a reader leaves it alone
+    open_run(Config(out=tmp_path / "run", resume=True))
+    assert set(files_of(folder)) == {"config.json", ".notes"}
+
+
+# ---- files that are not what they should be ----------------------------------------------------------------
+
+
+def saved_run(path):
+    folder = open_run(Config(out=path))
+    folder.write_checkpoint({"weight": torch.arange(300.0), "step": 3})
+    folder.write_metrics({"step": np.arange(300)})
+    folder.write_summary({"finished": False})
+    return folder
+
+
+@pytest.mark.parametrize("where", [0, 10, 0.2, 0.5, 0.8, -100, -72, -71, -65, -30, -1])
+def test_a_flipped_byte_in_a_checkpoint_is_noticed(tmp_path, where):
+    folder = saved_run(tmp_path / "run")
+    content = bytearray((folder / "checkpoint.pt").read_bytes())
+    content[int(where * len(content)) if isinstance(where, float) else where] ^= 4
+    (folder / "checkpoint.pt").write_bytes(content)
+    with pytest.raises(
+        RunError, match=r"checkpoint\.pt: expected the checkpoint of a run, got .* differ .*; put a good"
+    ):
+        folder.read_checkpoint()
+
+
+@pytest.mark.parametrize("keep", [0, 1, 22, 70, 71, 72, 500, 0.9, -1])
+def test_a_truncated_checkpoint_is_noticed(tmp_path, keep):
+    folder = saved_run(tmp_path / "run")
+    content = (folder / "checkpoint.pt").read_bytes()
+    (folder / "checkpoint.pt").write_bytes(content[: int(keep * len(content)) if isinstance(keep, float) else keep])
+    with pytest.raises(RunError, match=r"checkpoint\.pt: expected the checkpoint of a run, got .*; put a good copy"):
+        folder.read_checkpoint()
+
+
+def test_a_checkpoint_without_checksum_is_read_and_checked_by_the_crcs_of_its_zip(tmp_path):
+    folder = saved_run(tmp_path / "run")
+    torch.save({"weight": torch.arange(300.0)}, folder / "checkpoint.pt")
+    assert torch.equal(folder.read_checkpoint()["weight"], torch.arange(300.0))
+    content = (folder / "checkpoint.pt").read_bytes()
+    at = content.index(np.arange(100, 300, dtype=np.float32).tobytes())
+    (folder / "checkpoint.pt").write_bytes(content[:at] + b"\x01" + content[at + 1 :])
+    with pytest.raises(RunError, match=r"checkpoint\.pt: .* got ValueError: bytes in .*/data/0 that differ"):
+        folder.read_checkpoint()
+
+
+def test_a_checkpoint_is_a_file_for_torch_load(tmp_path):
+    folder = saved_run(tmp_path / "run")
+    assert torch.load(folder / "checkpoint.pt", weights_only=True)["step"] == 3
+
+
+class Owner:
+    def __init__(self):
+        self.step, self.layer = 0, torch.nn.Linear(2, 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"step": None}, "KeyError: 'step'"),
+        ({"step": "many"}, "TypeError: step of type str"),
+        ({"layer": torch.nn.Linear(3, 2).state_dict()}, "RuntimeError: .*size mismatch"),
+        ({"layer": 5}, "TypeError"),
+    ],
+)
+def test_the_checkpoint_of_something_else_is_refused(tmp_path, change, reason):
+    folder = RunFolder(tmp_path)
+    state = state_of(Owner(), ("step", "layer")) | change
+    folder.write_checkpoint({name: value for name, value in state.items() if value is not None})
+    with pytest.raises(RunError, match=rf"checkpoint\.pt: expected the state of this run, got {reason}") as error:
+        folder.restore(lambda state: load_state(Owner(), state, ("step", "layer")))
+    assert "\n" not in str(error.value)
+    torch.save([1, 2], folder / "checkpoint.pt")
+    with pytest.raises(RunError, match=r"checkpoint\.pt: expected the checkpoint of a run, got TypeError: a list"):
+        folder.restore(pytest.fail)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "config.json: expected a JSON object, got JSONDecodeError"),
+        ('{"lr": 0.', "config.json: expected a JSON object, got JSONDecodeError"),
+        ("[1]", "config.json: expected a JSON object, got TypeError: a list"),
+        ("\udc80", "config.json: expected a JSON object, got UnicodeDecodeError"),
+        ('{"lr": "fast"}', "config.json: expected a value for --lr, got 'fast'"),
+        ('{"steps": 1.5}', "config.json: expected a value for --steps, got 1.5"),
+        ('{"closed": 1}', "config.json: expected a value for --closed, got 1"),
+        ('{"mode": "c"}', "config.json: expected a value for --mode, got 'c'"),
+        ('{"stop_step": [3]}', "config.json: expected a value for --stop-step, got [3]"),
+    ],
+)
+def test_a_configuration_that_cannot_be_read_is_told_in_one_line(tmp_path, text, message, capsys):
+    folder = saved_run(tmp_path / "run")
+    (folder / "config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    before = files_of(folder)
+    with pytest.raises(SystemExit):
+        parse("--out", folder.path, "--resume")
+    told = capsys.readouterr().err
+    assert message in told
+    assert told.count("\n") == 1
+    assert files_of(folder) == before
+
+
+def test_values_of_every_kind_are_read_back(tmp_path):
+    config = Config(out=tmp_path / "run", stop_step=None, lr=2, mode="b", ntk=True)
+    open_run(config)
+    assert parse("--out", config.out, "--resume") == dataclasses.replace(config, resume=True)
+
+
+def test_damaged_metrics_and_summaries_are_told_by_name(tmp_path):
+    folder = saved_run(tmp_path / "run")
+    for name, read in (("metrics.npz", folder.read_metrics), ("summary.json", folder.read_summary)):
+        path = folder / name
+        path.write_bytes(path.read_bytes()[:-9])
+        with pytest.raises(RunError, match=rf"{name}: expected .*, got "):
+            read()
+        path.unlink()
+        with pytest.raises(RunError, match=rf"{name}: expected .*, got No such file"):
+            read()
+
+
+# ---- places that cannot be written to ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = shutil.which("mount")
+    if mount is None or os.geteuid() != 0:
+        pytest.skip("a small file system: only root can mount one")
+    made = subprocess.run([mount, "-t", "tmpfs", "-o", "size=128k", "tmpfs", place], capture_output=True, text=True)
+    if made.returncode:
+        pytest.skip(f"a small file system: {made.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", "-l", place], check=True)
+
+
+def test_a_full_disk_leaves_every_file_as_it_was(small_disk):
+    folder = saved_run(small_disk / "run")
+    before = files_of(folder)
+    for write in (
+        lambda: folder.write_checkpoint({"weight": torch.zeros(100_000)}),
+        lambda: folder.write_metrics({"step": np.arange(100_000)}),
+        lambda: folder.write_summary({"names": ["long"] * 100_000}),
+    ):
+        with pytest.raises(
+            RunError, match=r"/run/\w+\.\w+: expected .*, got No space left on device; nothing was"
+        ) as e:
+            write()
+        assert "\n" not in str(e.value)
+        assert files_of(folder) == before
+
+
+def test_a_read_only_folder_is_told_and_left_alone(small_disk):
+    folder = saved_run(small_disk / "run")
+    before = files_of(folder)
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    with pytest.raises(
+        RunError, match=r"checkpoint\.pt: expected a place to write to, got Read-only file system; nothing"
+    ):
+        folder.write_checkpoint({})
+    with pytest.raises(RunError, match=r"config\.json: expected a place to write to, got Read-only file system"):
+        open_run(Config(out=folder.path, resume=True))
+    with pytest.raises(
+        RunError, match=r"/new: expected a folder that can be made, got Read-only .*; take another --out"
+    ):
+        RunFolder(small_disk / "new")
+    assert files_of(folder) == before
 
 
 # ---- table -----------------------------------------------------------------------------------------------
@@ -256,3 +517,23 @@ def test_first_signal_asks_and_second_interrupts():
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_ends_what_is_interruptible_and_nothing_else(number):
+    with GracefulStop() as stop:
+        with pytest.raises(Stopped), interruptible():
+            signal.raise_signal(number)
+            pytest.fail("went on")
+        assert stop.requested
+        with pytest.raises(Stopped), interruptible():  # asked for before it began
+            pytest.fail("began")
+    with GracefulStop() as stop:
+        with interruptible():
+            pass
+        signal.raise_signal(number)
+    assert stop.requested
+    with GracefulStop(interrupts=False), interruptible():
+        signal.raise_signal(number)
+    with interruptible():  # no stop to wait for
+        pass

@@ -1,5 +1,6 @@
 """The spiral experiment: against the authors' trajectory, and as a program that stops and continues."""
 
+import itertools
 import json
 import os
 import signal
@@ -13,7 +14,9 @@ import pytest
 import torch
 
 import spiral_mlp
+from common.run import RunFolder
 from common.spiral import SpiralMLP, load_initial_values, spiral_data
+from dynloss_ext import EigenTracker
 
 ROOT = Path(__file__).parent.parent
 CUT = ROOT / "tests" / "data" / "spiral_reference_5000.npz"
@@ -298,6 +301,10 @@ def test_ctrl_c_leaves_a_run_that_continues_exactly(tmp_path):
     deadline = time.monotonic() + 120
     while not (out / "checkpoint.pt").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
+    with pytest.raises(
+        SystemExit, match=r"spiral_mlp.py: --out: expected a folder in which no other process works, got"
+    ):
+        run(out, "--resume")
     process.send_signal(signal.SIGINT)
     printed, _ = process.communicate(timeout=120)
     assert process.returncode == 130
@@ -309,6 +316,61 @@ def test_ctrl_c_leaves_a_run_that_continues_exactly(tmp_path):
     parts, _ = run(out, "--resume", "--steps", done + 300, "--checkpoint-every", 10_000)
     whole, _ = run(tmp_path / "whole", *SMALL, "--steps", done + 300)
     assert_same_metrics(parts, whole)
+
+
+@pytest.mark.parametrize("number", [1, 5, 16])  # 16: that of the last row
+def test_a_stop_in_an_eigenvalue_update_leaves_a_run_that_continues_exactly(tmp_path, monkeypatch, capsys, number):
+    options = (*SMALL, "--steps", 376, "--density-every", 100)
+    whole, _ = run(tmp_path / "whole", *options)
+    update, count = EigenTracker.update, itertools.count(1)
+
+    def stopped(self, *arguments, **keywords):
+        result = update(self, *arguments, **keywords)
+        if next(count) == number:
+            signal.raise_signal(signal.SIGTERM)  # when all that the update changes is changed
+        return result
+
+    monkeypatch.setattr(EigenTracker, "update", stopped)
+    parts, summary = run(tmp_path / "parts", *options)
+    assert not summary["finished"]
+    assert len(parts["eig_step"]) == number - 1
+    assert "stopped in an eigenvalue update, which --resume repeats" in capsys.readouterr().err
+    parts, summary = run(tmp_path / "parts", "--resume")
+    assert summary["finished"]
+    assert_same_metrics(parts, whole)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("checkpoint.pt", b"PK", "expected the checkpoint of a run, got"),
+        ("config.json", b"{", "expected a JSON object, got"),
+        ("checkpoint.pt", None, "expected the state of this run, got KeyError"),
+    ],
+)
+def test_damaged_files_end_the_program_with_their_name_and_stay(tmp_path, capsys, name, content, message):
+    out = tmp_path / "run"
+    run(out, *SMALL, "--steps", 100)
+    if content is None:
+        RunFolder(out).write_checkpoint({"step": 3})
+    else:
+        (out / name).write_bytes(content)
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    with pytest.raises(SystemExit) as exit_info:
+        run(out, "--resume", "--steps", 200)
+    told = f"{exit_info.value}\n{capsys.readouterr().err}"
+    assert f"{out / name}: {message}" in told
+    assert "Traceback" not in told
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_program_in_one_line(tmp_path, monkeypatch):
+    def full(self, state):
+        self._write("no/such/place", b"")
+
+    monkeypatch.setattr(RunFolder, "write_checkpoint", full)
+    with pytest.raises(SystemExit, match=r"no/such/place: expected a place to write to, got No such file or directory"):
+        run(tmp_path / "run", *SMALL, "--steps", 10)
 
 
 def test_another_run_in_the_folder_is_refused(tmp_path):

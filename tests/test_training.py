@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import os
 import random
@@ -28,7 +29,7 @@ from common.data import Batches, load_data
 from common.distributed import World
 from common.run import RunFolder, changed_options
 from common.training import Training, build_model, learning_rate, train
-from dynloss_ext import graphs
+from dynloss_ext import EigenTracker, graphs
 
 EXAMPLES = Path(__file__).parent.parent / "python_examples"
 PACKAGES = Path(dynloss_ext.__file__).parent.parent  # first in the path: the working folder could hide the package
@@ -472,6 +473,56 @@ def test_sigterm_leaves_a_checkpoint_of_the_last_whole_step(tmp_path: Path) -> N
     state = RunFolder(config.out).read_checkpoint()
     assert state["step"] > 0
     assert len(state["rows"]["metrics"]) == state["step"] - 1
+
+
+@pytest.mark.parametrize("number", [1, 3, 5])
+def test_a_stop_in_an_eigenvalue_update_is_resumed_bit_for_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """The update of the last step among them, and one that ends where a checkpoint and a validation are due."""
+    options: dict[str, Any] = {
+        "batchnorm": True, "momentum": 0.9, "eig_every": 3, "validate_every": 2, "checkpoint_every": 4, "epochs": 12,
+    }  # fmt: skip
+    straight = run(small(tmp_path / "straight", **options))
+    update, calls = EigenTracker.update, itertools.count(1)
+
+    def stopped(self: EigenTracker, *arguments: Any, **keywords: Any) -> Any:
+        result = update(self, *arguments, **keywords)
+        if next(calls) == number:
+            signal.raise_signal(signal.SIGTERM)  # when all that the update changes is changed
+        return result
+
+    monkeypatch.setattr(EigenTracker, "update", stopped)
+    config = small(tmp_path / "stopped", **options)
+    ((summary, metrics),) = train(config)
+    assert summary == {"finished": False}
+    assert len(metrics["eig_step"]) == number - 1
+    resumed = run(replace(config, resume=True))
+    for name in straight:
+        np.testing.assert_array_equal(resumed[name], straight[name], err_msg=name)
+    states = [RunFolder(tmp_path / name).read_checkpoint()["model"] for name in ("straight", "stopped")]
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+def test_sigterm_ends_a_long_eigenvalue_update_between_two_products(tmp_path: Path) -> None:
+    config = small(tmp_path / "run", width=24, eig_every=1, eig_images=60, num_eigenvalues=40, eig_tol=1e-14)
+    process = subprocess.Popen(command(config), stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 100
+        while not _checkpoint_time(config.out):
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.05)
+        time.sleep(2.0)  # of the minute that the first update would take
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 0
+    assert "stopped after step 1 in an eigenvalue update, which will be repeated; --resume continues" in errors
+    state = RunFolder(config.out).read_checkpoint()
+    assert state["step"] == 1
+    assert state["curvature"]["tracker"]["num_updates"] == 0
 
 
 # --- several processes ----------------------------------------------------------------------------

@@ -7,21 +7,30 @@
     checkpoint.pt   all that `--resume` needs
 
 Each file is written next to its final place and moved there in one step, so a reader never meets half a
-file and a crash leaves the previous one.
+file and a crash or a full disk leaves the previous one. One process at a time writes into a folder. What is wrong with
+a file is told in one line that names it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
+import functools
+import hashlib
+import io
 import json
 import os
 import signal
+import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -32,6 +41,42 @@ if TYPE_CHECKING:
 
 Config = TypeVar("Config", bound="BaseConfig")
 Metrics = Mapping[str, NDArray[Any]]
+Main = TypeVar("Main", bound=Callable[..., Any])
+
+
+# --- what is told to the user ---------------------------------------------------------------------------------
+
+
+class RunError(ValueError):
+    """What the user can mend, in one line that names the option or the file."""
+
+
+def in_one_line(main: Main) -> Main:
+    """Lets a script end with a `RunError`'s line instead of a traceback."""
+
+    @functools.wraps(main)
+    def told(*arguments: Any) -> Any:
+        try:
+            return main(*arguments)
+        except RunError as error:
+            raise SystemExit(f"{Path(sys.argv[0]).name}: {error}") from None
+
+    return cast(Main, told)
+
+
+@contextmanager
+def _told(
+    path: Path, expected: str, remedy: str = "put a good copy in its place or take another --out"
+) -> Iterator[None]:
+    """Makes a `RunError` about a file of whatever a block stumbles over."""
+    try:
+        yield
+    except RunError:
+        raise
+    except Exception as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else f"{type(error).__name__}: {error}"
+        line = " ".join(reason.split())[:200]
+        raise RunError(f"{path}: expected {expected}, got {line}; {remedy}") from None
 
 
 # --- options and resuming -------------------------------------------------------------------------------------
@@ -84,12 +129,12 @@ def open_run(config: BaseConfig) -> RunFolder:
     A folder that holds another run, or an unfinished one, is refused unless `resume` is set, so that no work
     is lost by a forgotten option. A finished run of the same configuration is computed anew.
     """
-    folder = RunFolder(config.out)
+    folder = RunFolder(config.out).claim()
     if folder.holds_work() and not config.resume:
         other = ", ".join(map(flag, changed_options(config, folder.read_config())))
         found = f"a run with other options ({other})" if other else "an unfinished run; --resume continues it"
         if other or not folder.is_finished():
-            raise ValueError(
+            raise RunError(
                 f"--out: expected a new name or a finished run of these options, got {config.out} with {found}"
             )
     folder.write_config(config.as_dict())
@@ -103,13 +148,30 @@ def resumed(default: Config, out: Path) -> Config:
         ValueError: no run was begun there.
     """
     if not (out / "config.json").is_file():
-        raise ValueError(f"--resume: expected a run in {out}, got a folder that holds no run to continue")
+        raise RunError(f"--resume: expected a run in {out}, got a folder that holds no run to continue")
     saved = RunFolder(out).read_config()
-    known = {field.name for field in dataclasses.fields(default)} - {"out", "resume"}
-    values = {name: value for name, value in saved.items() if name in known}
-    if values.get("data") is not None:
-        values["data"] = Path(values["data"])
+    hints, values = get_type_hints(type(default)), dict[str, Any]()
+    for name in {field.name for field in dataclasses.fields(default)} & saved.keys() - {"out", "resume"}:
+        if not _fits(saved[name], hints[name]):
+            raise RunError(
+                f"{out / 'config.json'}: expected a value for {flag(name)}, got {saved[name]!r}; correct it or start a "
+                "new run"
+            )
+        values[name] = Path(saved[name]) if name == "data" and saved[name] is not None else saved[name]
     return dataclasses.replace(default, **values)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether JSON's `value` stands for one of the annotated type."""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    kinds = get_args(kind) or (kind,)
+    return (
+        type(value) in kinds
+        or (type(value) is int and float in kinds)
+        or (type(value) is str and Path in kinds)
+        or (value is None and type(None) in kinds)
+    )
 
 
 def refuse_changes(config: BaseConfig) -> None:
@@ -128,30 +190,65 @@ def changed_options(config: BaseConfig, saved: Mapping[str, Any]) -> list[str]:
     return [name for name in given if name not in config.MAY_CHANGE and given[name] != saved.get(name)]
 
 
+class Stopped(BaseException):
+    """The first Ctrl-C or SIGTERM within `interruptible()`."""
+
+
 class GracefulStop:
     """Turns the first Ctrl-C or SIGTERM inside the block into `requested`; a second Ctrl-C interrupts.
 
     A KeyboardInterrupt could strike half-way through a parameter update; a flag that the loop reads between
-    two steps leaves a state that `--resume` continues exactly.
+    two steps leaves a state that `--resume` continues exactly. Eigenvalue updates are long: see `interruptible`.
+
+    Args:
+        interrupts: whether `interruptible` may end. One of several processes must not, as the others wait for it.
     """
 
-    def __init__(self) -> None:
+    _current: ClassVar[GracefulStop | None] = None
+
+    def __init__(self, interrupts: bool = True) -> None:
         self.requested = False
+        self._interrupts, self._raises = interrupts, False
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> GracefulStop:
+        GracefulStop._current = self
         for number in (signal.SIGINT, signal.SIGTERM):
             self._previous[number] = signal.signal(number, self._request)
         return self
 
     def __exit__(self, *exception: object) -> None:
+        GracefulStop._current = None
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
     def _request(self, number: int, frame: FrameType | None) -> None:
-        if self.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
+        if self.requested:
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            return
         self.requested = True
+        if self._raises:
+            raise Stopped
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """A block that a stop ends at once, by `Stopped`: in an eigenvalue update, between two products.
+
+    Whatever the block has begun to change has to be put back by the caller.
+    """
+    stop = GracefulStop._current
+    if stop is None or not stop._interrupts:
+        yield
+        return
+    stop._raises = True
+    try:
+        if stop.requested:
+            raise Stopped
+        yield
+    finally:
+        stop._raises = False
 
 
 # --- files ----------------------------------------------------------------------------------------------------
@@ -179,14 +276,72 @@ def _umask() -> int:
     return mask
 
 
+class _Lock:
+    """The right to write into a folder: of one process, until it ends or drops the last `RunFolder` that claimed it.
+
+    An flock on the folder itself: no file is left, and a killed process leaves no lock.
+    """
+
+    held: ClassVar[WeakValueDictionary[tuple[int, int], _Lock]] = WeakValueDictionary()
+
+    def __init__(self, handle: int) -> None:
+        self.handle: int | None = handle
+
+    def __del__(self) -> None:
+        if self.handle is not None:
+            os.close(self.handle)
+
+    @classmethod
+    def of(cls, folder: Path) -> _Lock:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        place = os.stat(handle)
+        lock, key = cls(handle), (place.st_dev, place.st_ino)
+        if key in cls.held:
+            return cls.held[key]
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(
+                f"--out: expected a folder in which no other process works, got {folder}; wait for its end or take "
+                "another name"
+            ) from None
+        except OSError:
+            pass  # a file system without such locks
+        cls.held[key] = lock
+        return lock
+
+    @classmethod
+    def drop_in_child(cls) -> None:
+        """A forked child would keep the lock of a process that has ended."""
+        for lock in list(cls.held.values()):
+            if lock.handle is not None:
+                os.close(lock.handle)
+            lock.handle = None
+        cls.held.clear()
+
+
+os.register_at_fork(after_in_child=_Lock.drop_in_child)
+
+
 class RunFolder:
     """Reads and writes the files of one run; `path` is created when missing."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
+        self._lock: _Lock | None = None
         if self.path.exists() and not self.path.is_dir():
-            raise ValueError(f"--out: expected a folder or a new name, got {self.path}, which is a file")
-        self.path.mkdir(parents=True, exist_ok=True)
+            raise RunError(f"--out: expected a folder or a new name, got {self.path}, which is a file")
+        with _told(self.path, "a folder that can be made", "take another --out"):
+            self.path.mkdir(parents=True, exist_ok=True)
+
+    def claim(self) -> RunFolder:
+        """Keeps other processes from writing here while this object lives; removes what a killed one had half done."""
+        self._lock = _Lock.of(self.path)
+        for suffix in ("json", "npz", "png", "pt"):
+            for left in self.path.glob(f".*.{suffix}.????????"):  # as `atomic_write` names them
+                with contextlib.suppress(OSError):
+                    left.unlink()
+        return self
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
@@ -199,16 +354,20 @@ class RunFolder:
         return self._write_json("summary.json", summary)
 
     def write_metrics(self, arrays: Mapping[str, NDArray[Any]]) -> None:
-        with atomic_write(self / "metrics.npz") as file:
-            np.savez(file, **dict(arrays))  # type: ignore[arg-type]  # numpy types **arrays as its flags
+        content = io.BytesIO()
+        np.savez(content, **dict(arrays))  # type: ignore[arg-type]  # numpy types **arrays as its flags
+        self._write("metrics.npz", content.getvalue())
 
     def write_figure(self, figure: Figure, name: str = "figure.png", dpi: int = 150) -> None:
-        with atomic_write(self / name) as file:
-            figure.savefig(file, format=Path(name).suffix[1:], dpi=dpi)
+        content = io.BytesIO()
+        figure.savefig(content, format=Path(name).suffix[1:], dpi=dpi)
+        self._write(name, content.getvalue())
 
     def write_checkpoint(self, state: Mapping[str, Any]) -> None:
-        with atomic_write(self / "checkpoint.pt") as file:
-            torch.save(dict(state), file)
+        """A file for `torch.load` with its checksum behind."""
+        content = io.BytesIO()
+        torch.save(dict(state), content)
+        self._write("checkpoint.pt", content.getvalue() + _checksum(content.getvalue()))
 
     def read_config(self) -> dict[str, Any]:
         return self._read_json("config.json")
@@ -217,15 +376,27 @@ class RunFolder:
         return self._read_json("summary.json")
 
     def read_metrics(self) -> dict[str, NDArray[Any]]:
-        with np.load(self / "metrics.npz", allow_pickle=False) as arrays:
+        path = self / "metrics.npz"
+        with _told(path, "the metrics of a run"), np.load(path, allow_pickle=False) as arrays:
             return dict(arrays)
 
     def read_checkpoint(self, device: torch.device | str = "cpu") -> dict[str, Any]:
         """The saved state, empty before the first; only tensors and plain containers are unpickled, never code."""
         if not self.has_checkpoint():
             return {}
-        state: dict[str, Any] = torch.load(self / "checkpoint.pt", map_location=device, weights_only=True)
-        return state
+        with _told(self / "checkpoint.pt", "the checkpoint of a run"):
+            content = io.BytesIO(_checked((self / "checkpoint.pt").read_bytes()))
+            state = torch.load(content, map_location=device, weights_only=True)
+            if not isinstance(state, dict):
+                raise TypeError(f"a {type(state).__name__}")
+            return state
+
+    def restore(self, load: Callable[[dict[str, Any]], None], device: torch.device | str = "cpu") -> None:
+        """Hands `load` the checkpoint, if there is one."""
+        if self.has_checkpoint():
+            state = self.read_checkpoint(device)
+            with _told(self / "checkpoint.pt", "the state of this run"):
+                load(state)
 
     def has_checkpoint(self) -> bool:
         return (self / "checkpoint.pt").exists()
@@ -241,13 +412,37 @@ class RunFolder:
     def _write_json(self, name: str, content: Mapping[str, Any]) -> dict[str, Any]:
         plain: dict[str, Any] = _plain(content)
         text = json.dumps(plain, indent=2, allow_nan=False) + "\n"
-        with atomic_write(self / name) as file:
-            file.write(text.encode())
+        self._write(name, text.encode())
         return plain
 
     def _read_json(self, name: str) -> dict[str, Any]:
-        content: dict[str, Any] = json.loads((self / name).read_text())
+        with _told(self / name, "a JSON object"):
+            content = json.loads((self / name).read_text())
+            if not isinstance(content, dict):
+                raise TypeError(f"a {type(content).__name__}")
+            return content
+
+    def _write(self, name: str, content: bytes) -> None:
+        remedy = "nothing was changed: make room or take another --out; --resume continues after the last checkpoint"
+        with _told(self / name, "a place to write to", remedy), atomic_write(self / name) as file:
+            file.write(content)
+
+
+def _checksum(content: bytes) -> bytes:
+    return b"sha256:" + hashlib.sha256(content).hexdigest().encode()
+
+
+def _checked(content: bytes) -> bytes:
+    """What was saved, without its checksum. Files from before there was one have those of the zip format."""
+    if content[-22:-18] == b"PK\x05\x06":  # the end of a zip file
+        with zipfile.ZipFile(io.BytesIO(content)) as parts:
+            if part := parts.testzip():
+                raise ValueError(f"bytes in {part} that differ from those saved")
         return content
+    size = len(content) - len(_checksum(b""))
+    if size <= 0 or content[size:] != _checksum(content[:size]):
+        raise ValueError("bytes that differ from those saved")
+    return content[:size]
 
 
 def _plain(value: Any) -> Any:
@@ -344,13 +539,16 @@ def state_of(owner: Any, names: Iterable[str]) -> dict[str, Any]:
     return {name: part.state_dict() if hasattr(part, "state_dict") else part for name, part in parts.items()}
 
 
-def load_state(owner: Any, state: Mapping[str, Any]) -> None:
-    """Gives the attributes back what `state_of` took."""
-    for name, value in state.items():
-        if hasattr(getattr(owner, name), "load_state_dict"):
-            getattr(owner, name).load_state_dict(value)
+def load_state(owner: Any, state: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Gives the named attributes back what `state_of` took."""
+    for name in names:
+        part = getattr(owner, name)
+        if hasattr(part, "load_state_dict"):
+            part.load_state_dict(state[name])
+        elif isinstance(state[name], type(part)):
+            setattr(owner, name, state[name])
         else:
-            setattr(owner, name, value)
+            raise TypeError(f"{name} of type {type(state[name]).__name__}")
 
 
 class EventLog:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from common.data import Batch
-from common.run import Table
+from common.run import Stopped, Table, interruptible
 from dynloss_ext import CapturedHessian, EigenTracker, HessianOperator, Oscillation, dynamic_cross_entropy
 
 
@@ -33,13 +33,18 @@ class CurvatureTracker:
         self.tracker = EigenTracker(k, tol=tol, max_basis=max(24, 2 * k), max_hvp=max(1000, 20 * k))
         self.rows = Table("eig_step", "eigenvalues", "residuals", "num_hvp", "converged", *also)
         self.latest = math.nan  # λ_max of the newest row
-        self._step = 0  # of the last update
+        self.step = 0  # of the last update
 
     def update(self, row: int, hessian: HessianOperator | CapturedHessian, **also: Any) -> None:
-        """Records the eigenvalues after update `row`, with the weights of step row + 1."""
-        step = row + 1
-        new_turn = not torch.equal(self.oscillation.turn(step), self.oscillation.turn(self._step))
-        result = self.tracker.update(hessian, audit=new_turn)
+        """Records the eigenvalues after update `row`, with the weights of step row + 1; nothing if it is stopped."""
+        step, before = row + 1, self.tracker.state_dict()
+        new_turn = not torch.equal(self.oscillation.turn(step), self.oscillation.turn(self.step))
+        try:
+            with interruptible():
+                result = self.tracker.update(hessian, audit=new_turn)
+        except Stopped:
+            self.tracker.load_state_dict(before)
+            raise
         self.rows.append(
             eig_step=row,
             eigenvalues=result.values,
@@ -48,7 +53,7 @@ class CurvatureTracker:
             converged=result.converged,
             **also,
         )
-        self._step, self.latest = step, float(result.values[0])
+        self.step, self.latest = step, float(result.values[0])
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """The columns of metrics.npz, with their types and shapes even before the first row."""
@@ -69,7 +74,7 @@ class CurvatureTracker:
         self.rows.load_state_dict(state["rows"])
         if len(self.rows):
             arrays = self.rows.arrays()
-            self._step, self.latest = int(arrays["eig_step"][-1]) + 1, float(arrays["eigenvalues"][-1, 0])
+            self.step, self.latest = int(arrays["eig_step"][-1]) + 1, float(arrays["eigenvalues"][-1, 0])
 
 
 def hessian_of_batches(

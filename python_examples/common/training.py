@@ -30,7 +30,17 @@ from common.config import TrainingConfig
 from common.data import IMAGE_BYTES, Batch, Batches, Dataset, copy_to_device_, load_data
 from common.distributed import World, join_world
 from common.models import Ensemble, mlp, myrtle5, num_parameters, wide_resnet
-from common.run import EventLog, GracefulStop, RunFolder, Table, load_state, open_run, resolve_device, state_of
+from common.run import (
+    EventLog,
+    GracefulStop,
+    RunFolder,
+    Stopped,
+    Table,
+    load_state,
+    open_run,
+    resolve_device,
+    state_of,
+)
 from common.tracking import CurvatureTracker, full_precision, hessian_of_batches
 from dynloss_ext import CapturedStep, DeviceRecords, Oscillation, dynamic_cross_entropy
 from dynloss_ext.instability import stability_limit
@@ -66,29 +76,36 @@ def train(config: TrainingConfig, members: Sequence[TrainingConfig] = ()) -> lis
     """
     with join_world(resolve_device(config.device)) as world:
         training = Training(config, _load_data(config, world), world, members)
-        if config.resume and (checkpoint := RunFolder(config.out).read_checkpoint(world.device)):
-            training.load_state_dict(checkpoint)
+        if config.resume:
+            folder = RunFolder(config.out)
+            if world.is_main:
+                folder.claim()
+            folder.restore(training.load_state_dict, world.device)
         output = _Output(config, members, len(training.rows)) if world.is_main else None
         _tell(world, training.description())
-        with GracefulStop() as stop, _progress_bar(training) as bar:
+        with GracefulStop(interrupts=world.size == 1) as stop, _progress_bar(training) as bar:
             if training.step == 0:
                 _save(training, output)  # from here on --resume has something to continue
-            while training.step < training.num_steps and not training.diverged:
+            measured = training.measure()  # what a stop may have cut off
+            stopped = False
+            while measured and not stopped and training.step < training.num_steps and not training.diverged:
                 training.update()
                 if reason := training.new_fallback():
                     _tell(world, f"steps are plain calls, not CUDA graphs: {reason}")
-                training.measure()
+                measured = training.measure()
                 at_checkpoint = training.step % config.checkpoint_every == 0
-                if at_checkpoint:
+                if at_checkpoint and measured:
                     training.diverged = not training.newest()[..., 0].isfinite().any()  # not one network is left
                     _save(training, output)
                 if bar.update() and training.step > 1:
                     bar.set_postfix(training.newest_figures(), refresh=False)
                 # Several processes vote at checkpoints only, as a vote costs a synchronisation.
-                if (world.size == 1 or at_checkpoint) and world.any(stop.requested):
-                    _save(training, output)
-                    _tell(world, f"stopped after step {training.step}; --resume continues")
-                    return [Record({"finished": False}, metrics) for metrics in training.metrics()]
+                stopped = (world.size == 1 or at_checkpoint) and world.any(stop.requested)
+            if stopped or not measured:
+                _save(training, output)
+                where = "" if measured else " in an eigenvalue update, which will be repeated"
+                _tell(world, f"stopped after step {training.step}{where}; --resume continues")
+                return [Record({"finished": False}, metrics) for metrics in training.metrics()]
         training.measure_last_row()
         _save(training, output)
         records = [Record(training.summary(metrics), metrics) for metrics in training.metrics()]
@@ -113,7 +130,7 @@ class _Output:
 
     def __init__(self, config: TrainingConfig, members: Sequence[TrainingConfig], next_step: int) -> None:
         self.folder = open_run(config)
-        self.results = [RunFolder(member.out) for member in members] or [self.folder]
+        self.results = [RunFolder(member.out).claim() for member in members] or [self.folder]
         for member, result in zip(members, self.results, strict=False):
             result.write_config(member.as_dict())
         self.events = EventLog(self.folder.path, next_step) if config.tensorboard else None
@@ -379,13 +396,21 @@ class Training:
 
     # --- what is measured ---------------------------------------------------------------------------------------
 
-    def measure(self) -> None:
-        """What is due after an update."""
+    def measure(self) -> bool:
+        """What is due after an update and not measured yet; False where a stop has cut the eigenvalues off."""
         last, validate_every = self.step == self.num_steps, self.config.validate_every * self.batches.per_epoch
-        if self.hessian_batches and ((self.step - 1) % self.config.eig_every == 0 or last):
-            self.measure_eigenvalues()
-        if validate_every and (self.step % validate_every == 0 or last):
+        if self.step == 0:
+            return True
+        due = (self.step - 1) % self.config.eig_every == 0 or last if self.hessian_batches else False
+        if due and self.curvature.step != self.step:
+            try:
+                self.measure_eigenvalues()
+            except Stopped:
+                return False
+        validated = self.validation_rows.arrays()["step"][-1:].tolist() if validate_every else []
+        if validate_every and (self.step % validate_every == 0 or last) and validated != [self.step - 1]:
             self.validate()
+        return True
 
     def measure_eigenvalues(self) -> None:
         """Those of the Hessian of F with the weights of the next update; without autocast or TF32."""
@@ -527,7 +552,7 @@ class Training:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         kernels = {name: self.optimizer.param_groups[0][name] for name in ("fused", "foreach")}
-        load_state(self, {name: state[name] for name in self.STATE})
+        load_state(self, state, self.STATE)
         self.optimizer.param_groups[0].update(kernels)  # those of this device, not of the checkpoint's
         self.clock.fill_(self.step)
         self.records.read()  # of the steps that are forgotten now
