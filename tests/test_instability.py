@@ -161,6 +161,11 @@ def test_reference_trajectory_has_ten_windows_at_two(max_gap):
     assert instability_threshold(found) == pytest.approx(2.02, abs=5e-3)
     assert found[1].start == 4223
     assert found[-1].stop < 46_000
+    if max_gap == 500:
+        assert found == detect_instabilities(np.arange(len(loss)), loss, lambda_step, lambda_max, period=5000)
+        steps = np.arange(len(loss))
+        cascades = [[s.period for s in detect_periods(steps, loss, start=w.start, stop=w.stop)] for w in found]
+        assert cascades[:4] == [[1], [2, 1], [2, 1], [2, 4, 8, None, 2]]
 
 
 def test_first_instability_of_the_shipped_cut():

@@ -94,7 +94,7 @@ def train(config: TrainingConfig, members: Sequence[TrainingConfig] = ()) -> lis
                     _tell(world, f"steps are plain calls, not CUDA graphs: {reason}")
                 measured = training.measure()
                 at_checkpoint = training.step % config.checkpoint_every == 0
-                if at_checkpoint and measured:
+                if at_checkpoint:
                     training.diverged = not training.newest()[..., 0].isfinite().any()  # not one network is left
                     _save(training, output)
                 if bar.update() and training.step > 1:
