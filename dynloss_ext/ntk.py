@@ -52,9 +52,7 @@ def ntk_eigenvalues(model: nn.Module, inputs: Tensor, k: int = 1, *, outputs: st
     if not params:
         raise ValueError("model: expected a parameter that requires grad, got none")
     if isinstance(model, torch.jit.ScriptModule):
-        raise TypeError(
-            "model: expected a plain module, got a torch.jit.ScriptModule, which computes with its own alone"
-        )
+        raise TypeError("model: expected one that can be called with other parameters, got a torch.jit.ScriptModule")
     for name, value in params.items():
         if is_sharded(value):
             raise ValueError(f"{name}: expected a tensor that is whole in this process, got a DTensor")

@@ -82,7 +82,7 @@ def test_stale_graph_is_refused(how):
             params[2].copy_(params[2] + 1)
     else:
         params[2].data = params[2].data.clone()
-    with pytest.raises(RuntimeError, match=r"params.*: expected .* got .* changed in place"):
+    with pytest.raises(RuntimeError, match=r"params\[[02]\]: expected .* got .* changed in place"):
         H @ torch.ones(H.shape[0], dtype=torch.float64)
     with pytest.raises(RuntimeError, match=r"params.*: expected .* got .* changed in place"):
         eigsh(H)

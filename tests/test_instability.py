@@ -280,7 +280,8 @@ FROZEN_PERIODS = [10, 11, 12.5, 15, 16, 20, 26, 33, 48, 50, 51, 77.5, 100, 500, 
 def test_a_frozen_network_has_no_dynamics(period, waveform):
     """Fixed class losses while Γ(t) moves: all that F does is the drive's."""
     step = torch.arange(1500)
-    for classes, amplitude, closed in itertools.product((3, 10), (1.5, 70), (False, True)):
+    turns = (False, True) if period == int(period) else (False,)  # closed ones have whole periods
+    for classes, amplitude, closed in itertools.product((3, 10), (1.5, 70), turns):
         class_losses = np.random.default_rng(classes).exponential(size=classes)
         drive = Oscillation(classes, amplitude, period, waveform=waveform, closed=closed)
         loss = drive.weights(step).numpy() @ class_losses / classes

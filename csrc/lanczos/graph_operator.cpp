@@ -141,7 +141,7 @@ void FlatParameters::check_unchanged() const {
   for (size_t i = 0; i < parameters_.size(); ++i) {
     const bool same = static_cast<uint32_t>(parameters_[i]._version()) == snapshots_[i].version &&
                       parameters_[i].const_data_ptr() == snapshots_[i].data;
-    TORCH_CHECK(same, "params[", i, kChanged);
+    TORCH_CHECK(same, "params[", i, "]", kChanged);
   }
 }
 

@@ -65,7 +65,9 @@ class Reference:
         return self.model(self.inputs)
 
     def hessian(self) -> Tensor:
-        return hessian_by_differences(lambda: self.case.criterion(self.outputs(), self.case.target), self.params)
+        return hessian_by_differences(
+            lambda: self.case.criterion(self.outputs(), self.case.target), self.params, self.case.step
+        )
 
     def jacobian(self) -> Tensor:
         """(number of outputs, P)."""
