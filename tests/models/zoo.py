@@ -549,10 +549,15 @@ def _() -> Case:
     return vectors(perceptron(Exponential()), refusals=refused("got one through Opaque"))
 
 
+def compiled(model: nn.Module) -> nn.Module:
+    torch.compiler.reset()  # after many models of the same code it would compile no more
+    return torch.compile(model, backend="aot_eager")
+
+
 @case("torch.compile")
 def _() -> Case:
     model = perceptron(nn.Tanh())
-    return vectors(model, forward=torch.compile(model, backend="aot_eager"))
+    return vectors(model, forward=compiled(model))
 
 
 @case("torch.compile, loss from elsewhere")
@@ -560,7 +565,7 @@ def _() -> Case:
     model = perceptron(nn.Tanh())
     text = "got one through torch.compile"
     refusals = dict.fromkeys(("Hessian", "Gauss-Newton", "tracker", "density"), text)
-    return vectors(model, forward=torch.compile(model, backend="aot_eager"), as_tensor=True, refusals=refusals)
+    return vectors(model, forward=compiled(model), as_tensor=True, refusals=refusals)
 
 
 @case("torch.jit.script")
