@@ -14,7 +14,7 @@ from torch import Tensor, distributed
 
 from dynloss_ext import _C
 from dynloss_ext._checks import Parameters, Params, check_callable, check_loss, check_params
-from dynloss_ext._double_backward import double_backward
+from dynloss_ext._double_backward import double_backward, warn_of_custom_functions
 from dynloss_ext._evaluation import (
     buffers_kept,
     random_state_kept,
@@ -226,6 +226,7 @@ class BatchSums:
             self._tolerance = max(self._tolerance, relative_rounding(graph[0].dtype))
             if twice:
                 self._suspects = suspects(graph[:1])
+                warn_of_custom_functions(graph[0], stacklevel=5)
             if calls.cut or not all(self._reached):
                 record = self._record if any(self._reached) else self._first_record
                 _, gradients = record(self._params, *graph)

@@ -140,7 +140,7 @@ def check_params(params: Parameters, name: str = "params") -> Params:
         raise TypeError(f"{name}: expected an iterable of tensors, got one tensor: pass [tensor]")
     if not isinstance(params, Iterable):
         raise TypeError(f"{name}: expected an iterable of tensors, got {type(params).__name__}")
-    pairs = [(str(p[0]), p[1]) if isinstance(p, tuple) and len(p) == 2 else ("", p) for p in params]
+    pairs = [p if isinstance(p, tuple) and len(p) == 2 and isinstance(p[0], str) else ("", p) for p in params]
     labels = [given or f"{name}[{i}]" for i, (given, _) in enumerate(pairs)]
     checked = Params([p for _, p in pairs], labels)
     if not checked:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import threading
+import warnings
 from contextlib import ExitStack
 from types import TracebackType
 from typing import NoReturn
@@ -62,9 +63,13 @@ class _Settings:
     def take(self) -> None:
         with self._lock:
             if self._users == 0:
-                self._taken.enter_context(sdpa_kernel(SDPBackend.MATH))
-                if "torch._dynamo" in sys.modules:  # costs a second to import, and has compiled nothing if it is not
-                    self._taken.enter_context(torch.compiler.set_stance("force_eager"))
+                with ExitStack() as taken:
+                    taken.enter_context(sdpa_kernel(SDPBackend.MATH))
+                    if (
+                        "torch._dynamo" in sys.modules
+                    ):  # takes a second to import, and has compiled nothing if it is not
+                        taken.enter_context(torch.compiler.set_stance("force_eager"))
+                    self._taken = taken.pop_all()
             self._users += 1
 
     def put_back(self) -> None:
@@ -98,13 +103,14 @@ class double_backward:
 def _explain(error: RuntimeError) -> None:
     """Raises an error in its place, if it says that torch has no second derivative."""
     text = str(error)
-    if found := re.search(r"derivative for '?(?:aten::)?(\w+?)'? is not implemented", text):
+    if found := re.search(r"derivative for '?(?:aten::)?([\w: ]+?)'? is not implemented", text):
         operator = found[1].removesuffix("_backward").strip("_")
+        order = "a first derivative only" if found[1].endswith("_backward") else "no derivative"
         layer, remedy = next(
             (known for part, known in _REMEDIES.items() if part in operator),
             (f"the operator {operator}", "replace it by others that can be"),
         )
-        _refuse(layer, f"{operator} has a first derivative only: {remedy}", error)
+        _refuse(layer, f"{operator} has {order}: {remedy}", error)
     if "Recomputed values" in text:
         _refuse("a checkpoint whose forward pass took fused attention", _REMEDIES["scaled_dot_product"][1], error)
     if "no autograd formula was registered" in text:
@@ -127,6 +133,16 @@ def custom_functions(loss: Tensor) -> list[type[torch.autograd.Function]]:
                 "write its backward with differentiable calls",
             )
     return sorted(functions, key=lambda function: function.__name__)
+
+
+def warn_of_custom_functions(loss: Tensor, stacklevel: int) -> None:
+    """Names what only its writer can vouch for."""
+    if names := ", ".join(function.__name__ for function in custom_functions(loss)):
+        warnings.warn(
+            f"loss: its second derivative is only as right as that of the autograd.Function {names}: see"
+            " torch.autograd.gradgradcheck",
+            stacklevel=stacklevel + 1,
+        )
 
 
 def _refuse(layer: str, reason: str, error: RuntimeError | None = None) -> NoReturn:

@@ -14,7 +14,7 @@ from torch import Tensor, distributed
 from dynloss_ext import _C
 from dynloss_ext._batches import BatchSums, Recording
 from dynloss_ext._checks import Parameters, Params, check_loss, check_params, check_tensor, check_vector
-from dynloss_ext._double_backward import custom_functions, double_backward
+from dynloss_ext._double_backward import custom_functions, double_backward, warn_of_custom_functions
 from dynloss_ext._evaluation import Calls, repeatable, suspects, warn_of_unreached
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ class HessianOperator(CurvatureOperator):
             counter. Fused optimizers and changes of ``p.data`` leave that alone: the sum of the parameters' bits,
             taken when the operator is made, is compared at the start of `eigsh`, `EigenTracker.update`,
             `spectral_density` and `trace`, and on the CPU of every ``H @ v``. A fused step between the computation
-            of a loss and that of its operator cannot be seen.
+            of a loss and that of its operator cannot be seen, nor changes whose sum of bits is 0.
 
     Attributes:
         gradients: the recorded gradient of each parameter (None where the loss does not depend on it). A training
@@ -254,11 +254,12 @@ class GaussNewtonOperator(CurvatureOperator):
 
     def __init__(self, loss: Tensor, outputs: Tensor, params: Parameters) -> None:
         checked = check_params(params)
-        _warn_of_one_process()
+        _warn_of_one_process(stacklevel=2)
         op, pullback = _checked_gauss_newton(checked, check_loss(loss), outputs)
         if op is None:
             raise ValueError("outputs: expected a tensor that depends on params, got one that depends on none")
         warn_of_unreached(checked, [g is not None for g in pullback], stacklevel=2)
+        warn_of_custom_functions(loss, stacklevel=2)
         super().__init__(_Recorded(op, [loss]), checked[0])
 
     @classmethod
@@ -307,6 +308,7 @@ def _record_loss(loss: Tensor | Callable[[], Tensor], params: Params, called: st
         raise ValueError(f"loss: expected one that depends on {called}, got one that depends on none")
     calls.check_reached(params, gradients)
     warn_of_unreached(params, [g is not None for g in gradients], stacklevel=3)
+    warn_of_custom_functions(value, stacklevel=3)
     return gradients
 
 
@@ -333,8 +335,8 @@ def _check_passes_through(outputs: Tensor, params: Sequence[Tensor], loss: Tenso
     if difference > margin and difference > margin + 10 * apart(direct, gradient(loss, params)):
         raise ValueError(
             "loss: expected one that depends on params through outputs alone, got one whose gradient differs from what"
-            f" passes through outputs by {difference / size:.2g} of it: leave penalties on params out, or add their"
-            " Hessian to the products"
+            f" passes through outputs by {difference / (size or difference):.2g} of it: leave penalties on params out,"
+            " or add their Hessian to the products"
         )
 
 
@@ -344,12 +346,7 @@ def _or_zero(gradient: Tensor | None, p: Tensor) -> Tensor:
 
 def _record_gradients(of: Tensor, params: Sequence[Tensor], seed: Tensor | None = None) -> tuple[Tensor | None, ...]:
     """A first backward pass, recorded so that it can be differentiated again."""
-    if custom := ", ".join(function.__name__ for function in custom_functions(of)):
-        warnings.warn(
-            f"loss: its second derivative is only as right as that of the autograd.Function {custom}: see"
-            " torch.autograd.gradgradcheck",
-            stacklevel=2,
-        )
+    custom_functions(of)
     with torch.enable_grad(), double_backward():
         gradients = torch.autograd.grad(of, list(params), seed, create_graph=True, allow_unused=True)
     for p, gradient in zip(params, gradients, strict=True):
@@ -367,7 +364,7 @@ def _all_none(gradients: Iterable[Tensor | None]) -> bool:
 
 def _evaluate(loss: Tensor | Callable[[], Tensor], device: torch.device) -> tuple[Tensor, Calls]:
     if isinstance(loss, Tensor):
-        _warn_of_one_process()
+        _warn_of_one_process(stacklevel=4)
         return check_loss(loss), Calls()
     if not callable(loss):
         raise TypeError(f"loss: expected a 0-d torch.Tensor or a closure returning one, got {type(loss).__name__}")
@@ -375,10 +372,10 @@ def _evaluate(loss: Tensor | Callable[[], Tensor], device: torch.device) -> tupl
         return repeatable(loss, check_loss, device)
 
 
-def _warn_of_one_process() -> None:
+def _warn_of_one_process(stacklevel: int) -> None:
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
         warnings.warn(
             "loss: the curvature is that of this process's data only; HessianOperator.from_batches with process_group"
             " gives that of all processes'",
-            stacklevel=5,
+            stacklevel=stacklevel + 1,
         )

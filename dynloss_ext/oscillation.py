@@ -64,8 +64,8 @@ class Oscillation:
     In the turn of class ``i`` its raw weight g(t) runs from 1 to the amplitude A and back within one period T (in
     optimisation steps, not epochs), the others weigh 1, and Γ = C·g / Σg, so that ΣΓ = C (Ruiz-Garcia, Zhang,
     Schoenholz, Liu, "Tilting the playing field: Dynamical loss functions for machine learning", ICML 2021, Eq. 2-3).
-    A = 1 is the plain cross-entropy. The phase is exact for every int64 step; a period is the rational number that
-    its float64 is.
+    A = 1 is the plain cross-entropy. The phase is exact for every step (an int below 2⁵³, or any int64 tensor); a
+    period is the rational number that its float64 is.
 
     Args:
         num_classes: Number of classes C.

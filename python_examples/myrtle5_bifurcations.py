@@ -7,8 +7,8 @@ raised; where it passes the stability limit 2 / lr the loss starts to jump betwe
     python python_examples/myrtle5_bifurcations.py --data DATA --preset cpu --out runs/bifurcations
 
 figures/myrtle5_bifurcations_cpu holds the run of `--preset cpu` on CIFAR-10: λ_max passes 2 / lr = 40 between
-steps 225 and 250, F and the accuracy split into two branches at step 253; both are smooth again while λ_max is
-below 40 (steps 2020 to 2300), and split anew at step 2312.  The steps are those of one run: rounding moves them.
+steps 225 and 250, F and the accuracy split into two branches at step 260; both are smooth again while λ_max is
+below 40 (steps 2011 to 2300), and split anew at step 2315.  The steps are those of one run: rounding moves them.
 
 The paper gives the data (3000 images of the first three classes) and the network; A, T, the learning rate and
 the batch are not published: the defaults here are ours.

@@ -183,6 +183,8 @@ def single_derivatives():
     ctc = F.ctc_loss(logits.log_softmax(-1), torch.tensor([[1, 2], [3, 4]]), [6, 6], [2, 2])
     yield "ctc", ctc, logits, "nn.CTCLoss"
     yield "margin", F.multi_margin_loss(a, rows), a, "a margin loss"
+    positive = torch.rand(4, requires_grad=True)
+    yield "none", torch.special.gammainc(positive, torch.ones(4)).sum(), positive, "igamma: input has no derivative"
     lengths = torch.tensor([5, 7])
     reduced = torch.segment_reduce(a.reshape(-1), "mean", lengths=lengths).square().sum()
     yield "another", reduced, a, "the operator segment_reduce: segment_reduce has a first derivative only"
@@ -334,6 +336,28 @@ def test_a_parameter_reached_in_one_batch_is_reached():
         warnings.simplefilter("error")
         H = HessianOperator.from_batches(lambda i: (experts[i].pow(3).sum(), 1), experts, [0, 1])
     assert torch.equal(H.to_dense(), 3 * torch.eye(4, dtype=torch.float64))
+
+
+def test_pairs_of_tensors_are_no_named_parameters():
+    net, x = two_layers()
+    with pytest.raises(TypeError, match=r"params\[0\]: expected a torch.Tensor, got tuple"):
+        HessianOperator(net(x).square().sum(), [(net[0].weight, net[0].bias)])
+
+
+def test_a_penalty_that_takes_the_whole_gradient_away_is_noticed():
+    w = torch.ones(3, dtype=torch.float64, requires_grad=True)
+    outputs = w * 1.0
+    with pytest.raises(ValueError, match=r"loss: expected one that depends on params through outputs alone, got one"):
+        GaussNewtonOperator(outputs.square().sum() - w.square().sum(), outputs, [w])
+
+
+def test_the_functions_of_batches_are_named_once():
+    x = torch.randn(3, requires_grad=True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        H = HessianOperator.from_batches(lambda i: (Exponential.apply(x).sum() * i, 1), [x], [1, 2, 3])
+        H @ torch.ones(3)
+    assert [str(w.message).partition(":")[0] for w in caught] == ["loss"]
 
 
 def test_names_of_parameters_in_errors():

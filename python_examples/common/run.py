@@ -293,7 +293,8 @@ class _Lock:
 
     @classmethod
     def of(cls, folder: Path) -> _Lock:
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        with _told(folder, "a folder that can be read", "take another --out"):
+            handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         place = os.stat(handle)
         lock, key = cls(handle), (place.st_dev, place.st_ino)
         if key in cls.held:
