@@ -192,6 +192,8 @@ def single_derivatives():
 
 @pytest.mark.parametrize(("loss", "param", "message"), [pytest.param(*c[1:], id=c[0]) for c in single_derivatives()])
 def test_one_error_for_all_that_has_one_derivative(loss, param, message):
+    if message.startswith("torch.cdist") and torch.__version__ >= "2.14":
+        pytest.skip("this torch differentiates cdist twice")
     with pytest.raises(
         RuntimeError, match=r"loss: expected one that torch can differentiate twice, got one .*" + message
     ):
