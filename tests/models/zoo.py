@@ -636,28 +636,25 @@ class Logits(nn.Module):
         self.model = model
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.model(x, use_cache=False).logits if "use_cache" in self.options else self.model(x).logits
+        return self.model(x).logits
 
-    @property
-    def options(self) -> set[str]:
-        import inspect
 
-        return set(inspect.signature(self.model.forward).parameters)
+# As BERT and Llama call them.
+SIZES = {
+    "hidden_size": 4,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 4,
+    "initializer_range": 0.5,
+}
 
 
 @case("transformers: BERT")
 def _() -> Case:
     from transformers import BertConfig, BertForMaskedLM
 
-    sizes = {
-        "hidden_size": 4,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "intermediate_size": 4,
-        "initializer_range": 0.5,
-    }
     # No token for padding: its gradient leaves out that it is looked up.
-    config = BertConfig(vocab_size=7, max_position_embeddings=5, type_vocab_size=1, pad_token_id=None, **sizes)
+    config = BertConfig(vocab_size=7, max_position_embeddings=5, type_vocab_size=1, pad_token_id=None, **SIZES)
     return tokens(Logits(BertForMaskedLM(config)).eval(), refusals=NOT_FLAT)
 
 
@@ -673,14 +670,7 @@ def _() -> Case:
 def _() -> Case:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = {
-        "hidden_size": 4,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "intermediate_size": 4,
-        "initializer_range": 0.5,
-    }
-    config = LlamaConfig(vocab_size=7, max_position_embeddings=8, **sizes)
+    config = LlamaConfig(vocab_size=7, max_position_embeddings=8, **SIZES)
     # Its norms are computed in float32.
     return tokens(Logits(LlamaForCausalLM(config)).eval(), tolerance=1e-3, step=3e-4, refusals=NOT_FLAT)
 
