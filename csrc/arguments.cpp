@@ -41,6 +41,37 @@ void check_logits_and_target(const at::Tensor& logits, const at::Tensor& target,
                     " without its class dimension, got ", target.sym_sizes());
 }
 
+void check_direction(const char* name, const at::Tensor& direction, const at::Tensor& logits) {
+  TORCH_CHECK_VALUE(direction.sym_sizes().equals(logits.sym_sizes()), name,
+                    ": expected the shape of logits, ", logits.sym_sizes(), ", got ", direction.sym_sizes());
+  TORCH_CHECK_TYPE(direction.scalar_type() == logits.scalar_type(), name, ": expected the dtype of logits, ",
+                   logits.scalar_type(), ", got ", direction.scalar_type());
+  TORCH_CHECK_VALUE(direction.device() == logits.device(), name, ": expected device ", logits.device(),
+                    ", got ", direction.device());
+}
+
+}  // namespace
+
+c10::SymInt num_classes(const at::Tensor& logits, bool ensemble) {
+  return logits.sym_size(class_dim(logits.dim(), ensemble));
+}
+
+c10::SymDimVector reduced_sizes(const at::Tensor& clock_or_weights) {
+  c10::SymDimVector sizes;
+  if (is_ensemble(clock_or_weights)) sizes.push_back(clock_or_weights.sym_size(0));
+  return sizes;
+}
+
+c10::SymDimVector sample_sizes(const at::Tensor& logits, const at::Tensor& target, bool ensemble) {
+  if (!ensemble) return c10::SymDimVector(target.sym_sizes());
+  return {logits.sym_size(0), logits.sym_size(1)};
+}
+
+at::ScalarType loss_dtype(const at::Tensor& logits, int64_t reduction) {
+  const at::ScalarType dtype = logits.scalar_type();
+  return reduction == reduction_none || dtype == at::kDouble ? dtype : at::kFloat;
+}
+
 void check_schedule(const ScheduleArguments& schedule, const c10::SymInt& classes, const at::Device& device) {
   const at::Tensor& clock = schedule.clock;
   TORCH_CHECK_TYPE(clock.scalar_type() == at::kDouble, "clock: expected float64, got ", clock.scalar_type());
@@ -74,37 +105,6 @@ void check_schedule(const ScheduleArguments& schedule, const c10::SymInt& classe
                       clock.dim() == 2 ? " or one step per member of the ensemble" : "", ", got ",
                       step.sym_sizes());
   }
-}
-
-void check_direction(const char* name, const at::Tensor& direction, const at::Tensor& logits) {
-  TORCH_CHECK_VALUE(direction.sym_sizes().equals(logits.sym_sizes()), name,
-                    ": expected the shape of logits, ", logits.sym_sizes(), ", got ", direction.sym_sizes());
-  TORCH_CHECK_TYPE(direction.scalar_type() == logits.scalar_type(), name, ": expected the dtype of logits, ",
-                   logits.scalar_type(), ", got ", direction.scalar_type());
-  TORCH_CHECK_VALUE(direction.device() == logits.device(), name, ": expected device ", logits.device(),
-                    ", got ", direction.device());
-}
-
-}  // namespace
-
-c10::SymInt num_classes(const at::Tensor& logits, bool ensemble) {
-  return logits.sym_size(class_dim(logits.dim(), ensemble));
-}
-
-c10::SymDimVector reduced_sizes(const at::Tensor& clock_or_weights) {
-  c10::SymDimVector sizes;
-  if (is_ensemble(clock_or_weights)) sizes.push_back(clock_or_weights.sym_size(0));
-  return sizes;
-}
-
-c10::SymDimVector sample_sizes(const at::Tensor& logits, const at::Tensor& target, bool ensemble) {
-  if (!ensemble) return c10::SymDimVector(target.sym_sizes());
-  return {logits.sym_size(0), logits.sym_size(1)};
-}
-
-at::ScalarType loss_dtype(const at::Tensor& logits, int64_t reduction) {
-  const at::ScalarType dtype = logits.scalar_type();
-  return reduction == reduction_none || dtype == at::kDouble ? dtype : at::kFloat;
 }
 
 void check_forward(const ForwardArguments& x) {

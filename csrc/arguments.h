@@ -132,6 +132,7 @@ at::ScalarType loss_dtype(const at::Tensor& logits, int64_t reduction);
 
 void check_forward(const ForwardArguments& x);
 void check_derivative(const DerivativeArguments& x);
+void check_schedule(const ScheduleArguments& schedule, const c10::SymInt& classes, const at::Device& device);
 void check_weights_arguments(const at::Tensor& steps, const ScheduleArguments& schedule,
                              const c10::SymInt& classes);
 // On CPU, int64 and contiguous; raises IndexError.

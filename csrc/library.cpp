@@ -16,11 +16,22 @@
 //                float16, which could not hold it; rescale_ mends that.
 //   finished     both are the same: the gradient is not to be rescaled
 //   reduction    0 none, 1 mean, 2 sum;   by_weights: a mean over Σ Γ_y instead of the number of samples
+//
+// The perceptrons are M networks of one hidden layer, hidden = act(x @ w1 + b1), logits = hidden @ w2 + b2:
+//
+//   parameters   M, P, float32 or float64: w1 (D, H), b1 (H,), w2 (H, C), b2 (C,), one after the other
+//   inputs       [M,] N, D;   target   [M,] N, int64
+//   hidden       H;   activation   0 relu, 1 tanh
+//   loss         the mean over the N samples, weighted by Γ(step)
 #include <torch/library.h>
 
 #define DYNLOSS_AFTER_LOGITS                                                                       \
   ", Tensor target, SymInt step, Tensor? step_tensor, Tensor clock, Tensor? class_order, Tensor? " \
   "table, int reduction, bool by_weights, SymInt ignore_index, float label_smoothing"
+
+#define DYNLOSS_PERCEPTRON                                                                                  \
+  " parameters, Tensor inputs, Tensor target, int hidden, int activation, int step, Tensor clock, Tensor? " \
+  "class_order, Tensor? table"
 
 TORCH_LIBRARY(dynloss, library) {
   // Γ at every step of steps (S,) -> (S, [E,] C), float64.
@@ -54,4 +65,19 @@ TORCH_LIBRARY(dynloss, library) {
   library.def(
       "cross_entropy_derivative(Tensor? u, Tensor? v, Tensor grad_output, Tensor logits, Tensor target, "
       "Tensor weights, Tensor normalizer, SymInt ignore_index, float label_smoothing) -> Tensor");
+
+  // The loss (M,), float64, and its gradient (M, P). Not differentiable.
+  library.def("perceptron_gradient(Tensor" DYNLOSS_PERCEPTRON ") -> (Tensor loss, Tensor gradient)");
+
+  // The product (M, P) of the Hessian of each member's loss with its row of v. Not differentiable.
+  library.def("perceptron_hvp(Tensor" DYNLOSS_PERCEPTRON ", Tensor v) -> Tensor");
+
+  // num_steps steps of gradient descent in place, from the parameters after `step` updates; velocity and
+  // momentum as torch.optim.SGD has them. A member whose next parameters are not finite keeps the last finite
+  // ones, and is marked in `finite`; one that is marked already is left alone. Records (S, M, 3), float64:
+  // weighted loss, plain loss and accuracy after each update u with u % record_every == 0, at the weights
+  // Γ(u + 1); NaN for members that are not finite.
+  library.def("perceptron_train_(Tensor(a!)" DYNLOSS_PERCEPTRON
+              ", Tensor(b!)? velocity, Tensor(c!) finite, Tensor learning_rate, Tensor? momentum, int "
+              "num_steps, int record_every) -> Tensor");
 }

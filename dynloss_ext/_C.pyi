@@ -61,6 +61,37 @@ class PythonOperator(SymmetricOperator):
         noisy: Callable[[Tensor], Tensor] | None = None,
     ) -> None: ...
 
+class Perceptrons:
+    def __init__(
+        self,
+        parameters: Tensor,
+        inputs: Tensor,
+        target: Tensor,
+        hidden: int,
+        activation: int,
+        step: int,
+        clock: Tensor,
+        class_order: Tensor | None,
+        table: Tensor | None,
+    ) -> None: ...
+
+class PerceptronOperator(SymmetricOperator):
+    def __init__(self, ensemble: Perceptrons, member: int) -> None: ...
+
+def perceptron_eigenvalues(
+    ensemble: Perceptrons,
+    *,
+    wanted: Sequence[bool],
+    k: int,
+    tol: float,
+    start: Tensor | None,
+    max_hvp: int,
+    max_basis: int,
+    seed: int,
+    audit: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """For every member: values, residuals, converged, number of products, and vectors (M, k, P)."""
+
 def eigsh(
     op: SymmetricOperator,
     *,

@@ -50,6 +50,20 @@ def _parameter(name: str, value: Any, minimum: float, maximum: float = 1e100) ->
     return tensor
 
 
+def _stops(stop_step: int | Sequence[int | None] | None, start: int) -> Tensor:
+    """The step or steps as a float64 tensor () or (E,), infinite for None."""
+    values: Any = stop_step
+    values = values.tolist() if hasattr(values, "tolist") else values
+    single = not isinstance(values, Iterable)
+    steps = [values] if single else list(values)
+    if not steps:
+        raise ValueError("stop_step: expected a step or one per oscillation of an ensemble, got none")
+    stops = [math.inf if step is None else check_step("stop_step", step) for step in steps]
+    if min(stops) < start:
+        raise ValueError(f"stop_step: expected a step >= start_step = {start}, got {min(stops)}")
+    return _float64(stops[0] if single else stops)
+
+
 def _to(device: torch.device, x: Tensor) -> Tensor:
     """A copy on ``device``, which outlives a CUDA graph that is being captured."""
     if device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
@@ -78,7 +92,7 @@ class Oscillation:
         closed: A turn lasts T + 1 steps with both ends at weight 1 (the authors' notebook), instead of T. Then T is
             whole: the end of a fractional period is no step, and the waveform has no value beyond it.
         start_step: Γ = 1 before this step, and the first turn begins here.
-        stop_step: Γ = 1 from this step on.
+        stop_step: Γ = 1 from this step on; an int, None for never, or a sequence of E of these for an ensemble.
 
     Raises:
         TypeError, ValueError: naming the argument, for anything else.
@@ -98,7 +112,7 @@ class Oscillation:
         class_order: Sequence[int] | None = None,
         closed: bool = False,
         start_step: int = 0,
-        stop_step: int | None = None,
+        stop_step: int | Sequence[int | None] | None = None,
     ) -> None:
         check_choice("waveform", waveform, tuple(_WAVEFORMS))
         if not isinstance(closed, bool):
@@ -194,25 +208,27 @@ class Oscillation:
         waveform: int,
         closed: bool,
         start_step: int,
-        stop_step: int | None,
+        stop_step: int | Sequence[int | None] | None,
     ) -> None:
         start = check_step("start_step", start_step)
-        stop_step = None if stop_step is None else check_step("stop_step", stop_step)
-        stop = math.inf if stop_step is None else stop_step
-        if stop < start:
-            raise ValueError(f"stop_step: expected a step >= start_step = {start}, got {stop_step}")
+        stop = _stops(stop_step, start)
         try:
             shape = torch.Size(torch.broadcast_shapes(amplitude.shape, period.shape))  # type: ignore[no-untyped-call]
         except RuntimeError:
             raise ValueError(
                 f"period: expected one per amplitude, got {tuple(period.shape)} for {tuple(amplitude.shape)}"
             ) from None
+        if stop.dim() == 1:
+            if shape not in (torch.Size(), torch.Size([1]), stop.shape):
+                raise ValueError(f"stop_step: expected one step or {shape[0]}, one per oscillation, got {len(stop)}")
+            shape = stop.shape
         amplitude, period = amplitude.expand(shape), period.expand(shape)
         turn = period + 1 if closed else period
-        rest = _float64([start, stop, waveform]).expand(*amplitude.shape, 3)
-        self._start_step, self._stop_step = start, stop_step
+        self._start_step = start
+        self._stop_step = None if stop_step is None else (int(stop) if stop.dim() == 0 else stop)
         #: (6,) or (E, 6), float64: what the kernels read (csrc/core/oscillation.h).
-        self._clock = torch.cat([torch.stack([amplitude, period, turn], -1), rest], -1)
+        parts = (amplitude, period, turn, _float64(start), stop, _float64(waveform))
+        self._clock = torch.stack([part.expand(shape) for part in parts], -1)
 
     def _checked_order(self, class_order: Sequence[int] | None) -> Tensor | None:
         if class_order is None:
@@ -277,7 +293,8 @@ class Oscillation:
     def config(self) -> dict[str, Any]:
         """What tells two oscillations apart: numbers, strings, None, and float64 tensors of what is longer.
 
-        ``amplitude`` and ``period`` are floats, or (E,); ``class_order`` is (C,), ``table`` (S, C) or (E, S, C).
+        ``amplitude``, ``period`` and ``stop_step`` are numbers (or None), or (E,), with infinity for never;
+        ``class_order`` is (C,), ``table`` (S, C) or (E, S, C).
         """
         amplitude, period = (x.clone() if x.dim() else x.item() for x in self._clock[..., :2].unbind(-1))
         return {
@@ -288,7 +305,7 @@ class Oscillation:
             "class_order": None if self._class_order is None else self._class_order.to(torch.float64),
             "closed": self._closed,
             "start_step": self._start_step,
-            "stop_step": self._stop_step,
+            "stop_step": self._stop_step.clone() if isinstance(self._stop_step, Tensor) else self._stop_step,
             "table": None if self._table is None else self._table.clone(),
         }
 
@@ -298,19 +315,21 @@ class Oscillation:
         return self is other or (self._function is other._function and not difference(self.config(), other.config()))
 
     def __hash__(self) -> int:
-        return hash((self._num_classes, self._waveform, self._closed, self._start_step, self._stop_step))
+        stop = tuple(self._stop_step.tolist()) if isinstance(self._stop_step, Tensor) else self._stop_step
+        return hash((self._num_classes, self._waveform, self._closed, self._start_step, stop))
 
     def __repr__(self) -> str:
         if self._waveform in ("table", "function"):
             return f"Oscillation.from_{self._waveform}(num_classes={self._num_classes})"
         size = "" if self.ensemble_size is None else f", ensemble_size={self.ensemble_size}"
-        amplitude, period = (
-            x.tolist() if x.dim() == 0 or len(x) <= 4 else "..." for x in (self.amplitude, self.period)
+        amplitude, period, stop_step = (
+            x if not isinstance(x, Tensor) else x.tolist() if x.dim() == 0 or len(x) <= 4 else "..."
+            for x in (self.amplitude, self.period, self._stop_step)
         )
         return (
             f"Oscillation(num_classes={self._num_classes}, amplitude={amplitude}, period={period}, "
             f"waveform={self._waveform!r}, closed={self._closed}, start_step={self._start_step}, "
-            f"stop_step={self._stop_step}{size})"
+            f"stop_step={stop_step}{size})"
         )
 
     def __getstate__(self) -> dict[str, Any]:

@@ -15,7 +15,17 @@ from torch import Tensor
 
 from dynloss_ext.oscillation import Oscillation
 
-__all__ = ["cross_entropy", "gradient", "hvp", "third", "weights"]
+__all__ = [
+    "cross_entropy",
+    "gradient",
+    "hvp",
+    "perceptron_gradient",
+    "perceptron_hvp",
+    "perceptron_loss",
+    "perceptron_train",
+    "third",
+    "weights",
+]
 
 
 # ---- Γ(step)
@@ -40,7 +50,8 @@ def weights(oscillation: Oscillation, step: int, member: int | None = None) -> T
 
     config = oscillation.config()
     classes = config["num_classes"]
-    stop = math.inf if config["stop_step"] is None else config["stop_step"]
+    stop = config["stop_step"]
+    stop = math.inf if stop is None else float(of_member(stop)) if isinstance(stop, Tensor) else stop
     g: Tensor = torch.ones(classes, dtype=torch.float64)
     if oscillation.waveform == "function":
         return oscillation.evaluate_function(step)
@@ -178,7 +189,7 @@ def _per_member(
     return torch.stack(results)
 
 
-# ---- the ops
+# ---- the ops of the loss
 
 
 def cross_entropy(
@@ -245,3 +256,61 @@ def third(
 ) -> Tensor:
     """Third derivative of the (summed) loss in the logits, contracted with u and v."""
     return _derivative(logits, target, oscillation, step, (u, v), options)
+
+
+# ---- the ops of the perceptrons, of one member each: parameters (P,) are w1, b1, w2, b2 one after the other
+
+
+def perceptron_loss(
+    parameters: Tensor,
+    inputs: Tensor,
+    target: Tensor,
+    oscillation: Oscillation,
+    step: int,
+    *,
+    hidden: int,
+    activation: str = "relu",
+    member: int | None = None,
+) -> Tensor:
+    """The mean loss of act(x @ w1 + b1) @ w2 + b2 at the weights Γ(step) of the oscillation, or of its member."""
+    features, classes = inputs.shape[1], oscillation.num_classes
+    sizes = [features * hidden, hidden, hidden * classes, classes]
+    w1, b1, w2, b2 = torch.split(parameters, sizes)
+    values = inputs @ w1.view(features, hidden) + b1
+    logits = (values.relu() if activation == "relu" else values.tanh()) @ w2.view(hidden, classes) + b2
+    options: dict[str, Any] = {"reduction": "mean", "normalization": "samples"}
+    gamma = weights(oscillation, step, member)
+    return _Problem(logits, target, gamma, **options, ignore_index=-100, label_smoothing=0.0).loss()
+
+
+def perceptron_gradient(parameters: Tensor, *problem: Any, **options: Any) -> Tensor:
+    """Gradient (P,) of :func:`perceptron_loss`, whose other arguments follow, by autograd."""
+    x = parameters.detach().requires_grad_()
+    return torch.autograd.grad(perceptron_loss(x, *problem, **options), x)[0]
+
+
+def perceptron_hvp(parameters: Tensor, v: Tensor, *problem: Any, **options: Any) -> Tensor:
+    """Its Hessian times v (P,), by autograd."""
+    x = parameters.detach().requires_grad_()
+    (first,) = torch.autograd.grad(perceptron_loss(x, *problem, **options), x, create_graph=True)
+    return torch.autograd.grad(first, x, v)[0]
+
+
+def perceptron_train(
+    parameters: Tensor,
+    inputs: Tensor,
+    target: Tensor,
+    oscillation: Oscillation,
+    num_steps: int,
+    *,
+    lr: float,
+    momentum: float = 0.0,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """The parameters after steps 0 to num_steps - 1 of gradient descent, and the loss after each of them."""
+    losses, velocity = [], torch.zeros_like(parameters)
+    for step in range(num_steps):
+        velocity = momentum * velocity + perceptron_gradient(parameters, inputs, target, oscillation, step, **options)
+        parameters = parameters - lr * velocity
+        losses.append(perceptron_loss(parameters, inputs, target, oscillation, step + 1, **options))
+    return parameters, torch.stack(losses)

@@ -38,7 +38,7 @@ from common.run import (
     resolve_device,
     state_of,
 )
-from common.spiral import INITIALISATIONS, SpiralMLP, load_initial_values, spiral_data
+from common.spiral import SpiralMLP, load_initial_values, spiral_data
 from common.tracking import CurvatureTracker
 from dynloss_ext import (
     CapturedHessian,
@@ -53,6 +53,7 @@ from dynloss_ext import (
     spectral_density,
     stability_limit,
 )
+from dynloss_ext.ensemble import INITIALISATIONS
 
 Gradients = tuple[Tensor, ...]
 Operator = TypeVar("Operator", HessianOperator, CapturedHessian)

@@ -334,3 +334,24 @@ def test_authors_trajectory_runs_on_the_closed_clock():
         current = loss(step + 1)
         values.append(current.item())
     np.testing.assert_allclose(values, data["weighted_loss"][:300], rtol=1e-12)
+
+
+def test_stop_steps_of_an_ensemble():
+    oscillation = Oscillation(3, 70, torch.tensor([10.0, 20.0, 30.0]), stop_step=[5, None, 12])
+    weights = oscillation.weights(torch.arange(40))
+    for member, (period, stop) in enumerate([(10, 5), (20, None), (30, 12)]):
+        assert torch.equal(weights[:, member], Oscillation(3, 70, period, stop_step=stop).weights(torch.arange(40)))
+        assert torch.equal(reference.weights(oscillation, 11, member), weights[11, member])
+    shared = Oscillation(3, 70, 10, stop_step=torch.tensor([5, 6]))
+    assert shared.ensemble_size == 2 and shared != Oscillation(3, 70, 10, stop_step=[5, 7])
+    assert shared == Oscillation(3, torch.tensor([70.0, 70.0]), 10, stop_step=[5, 6])
+    assert hash(shared) == hash(pickle.loads(pickle.dumps(shared))) and "stop_step=[5" in repr(shared)
+    assert shared.config()["stop_step"].tolist() == [5, 6]
+    with pytest.raises(ValueError, match="stop_step: expected one step or 3, one per oscillation, got 2"):
+        Oscillation(3, 70, torch.ones(3), stop_step=[5, 6])
+    with pytest.raises(ValueError, match="stop_step: expected a step >= start_step = 6, got 5"):
+        Oscillation(3, 70, 10, start_step=6, stop_step=[5, 6])
+    with pytest.raises(ValueError, match="stop_step: expected a step or one per oscillation"):
+        Oscillation(3, 70, 10, stop_step=[])
+    with pytest.raises(TypeError, match="stop_step: expected an int"):
+        Oscillation(3, 70, 10, stop_step=[5, "6"])

@@ -1,28 +1,9 @@
 // Rows of few classes: as many rows side by side as a vector has lanes, one vector per class. Also rows of
 // more classes that lie in planes, where a class of neighbouring rows is contiguous.
-//
-// `Classes` is the number of classes where the compiler may know it, so that a tile stays in registers and is
-// transposed with no more shuffles than it needs; 0 serves all other numbers.
-
-template <int Classes, typename F>
-DYNLOSS_ALWAYS_INLINE void for_classes(int64_t num_classes, F&& f) {
-  if constexpr (Classes > 0)
-    unrolled<Classes>(f);
-  else
-    for (int64_t c = 0; c < num_classes; ++c) f(c);
-}
 
 // ---- between rows in memory and one vector per class
 
 // W x W in place, by exchanging ever smaller blocks.
-template <typename T, int B, size_t... Lane>
-DYNLOSS_ALWAYS_INLINE void exchange(Vec<T>& a, Vec<T>& b, std::index_sequence<Lane...>) {
-  const Vec<T> low = __builtin_shufflevector(a, b, ((Lane & B) ? width<T> + Lane - B : Lane)...);
-  const Vec<T> high = __builtin_shufflevector(a, b, ((Lane & B) ? width<T> + Lane : Lane + B)...);
-  a = low;
-  b = high;
-}
-
 template <typename T, int B = width<T> / 2>
 DYNLOSS_ALWAYS_INLINE void transpose_square(Vec<T>* x) {
   if constexpr (B > 0) {

@@ -45,6 +45,16 @@ DYNLOSS_ALWAYS_INLINE void unrolled(F&& f) {
       DYNLOSS_ALWAYS_INLINE_LAMBDA { (f(i), ...); }(std::make_integer_sequence<int, n>());
 }
 
+// `Classes` is the number of classes where the compiler may know it, so that a tile stays in registers and is
+// transposed with no more shuffles than it needs; 0 serves all other numbers.
+template <int Classes, typename F>
+DYNLOSS_ALWAYS_INLINE void for_classes(int64_t num_classes, F&& f) {
+  if constexpr (Classes > 0)
+    unrolled<Classes>(f);
+  else
+    for (int64_t c = 0; c < num_classes; ++c) f(c);
+}
+
 // ---- loads and stores, with conversion from and to the storage type
 
 template <typename T>
@@ -186,42 +196,91 @@ DYNLOSS_ALWAYS_INLINE T horizontal_sum(Vec<T> x) {
   return parts[0];
 }
 
-// exp(x) for x <= 0: x = n log 2 + r, a polynomial in r (relative error 1e-8, 2e-17), times 2^n through the
-// exponent bits. Adding a large constant rounds to n and leaves n + bias in the low bits. Below the smallest
-// normal number: 0. NaN stays NaN.
-DYNLOSS_ALWAYS_INLINE Vec<float> exp_nonpositive(Vec<float> x) {
+// The lanes of a with the bit B and those of b without it change places.
+template <typename T, int B, size_t... Lane>
+DYNLOSS_ALWAYS_INLINE void exchange(Vec<T>& a, Vec<T>& b, std::index_sequence<Lane...>) {
+  const Vec<T> low = __builtin_shufflevector(a, b, ((Lane & B) ? width<T> + Lane - B : Lane)...);
+  const Vec<T> high = __builtin_shufflevector(a, b, ((Lane & B) ? width<T> + Lane : Lane + B)...);
+  a = low;
+  b = high;
+}
+
+template <typename T, int B>
+DYNLOSS_ALWAYS_INLINE Vec<T> sum_of_halves(Vec<T> a, Vec<T> b) {
+  exchange<T, B>(a, b, std::make_index_sequence<width<T>>());
+  return a + b;
+}
+
+// The sum of the lanes of x[i] in lane i, for as many vectors as there are lanes.
+template <typename T, int B = width<T> / 2>
+DYNLOSS_ALWAYS_INLINE Vec<T> horizontal_sums(const Vec<T>* x) {
+  if constexpr (B == 0) {
+    return x[0];
+  } else {
+    Vec<T> halves[B];
+    unrolled<B>([&](int i) DYNLOSS_ALWAYS_INLINE_LAMBDA { halves[i] = sum_of_halves<T, B>(x[i], x[i + B]); });
+    return horizontal_sums<T, B / 2>(halves);
+  }
+}
+
+// exp(x) for x <= 0: x = n log 2 + r, and exp r = 1 + r q with a polynomial q in r (relative error 1e-8,
+// 2e-17). Adding a large constant rounds to n and leaves n + bias in the low bits: the exponent of 2^n. Below
+// the smallest normal number: 0. NaN stays NaN.
+template <typename T>
+struct ExpParts {
+  Vec<T> r, q, power;
+  Mask<T> none;  // where 0 is returned
+
+  DYNLOSS_ALWAYS_INLINE_MEMBER Vec<T> exp() const { return none ? Vec<T>{} : (q * r + T(1)) * power; }
+  // exp(x) - 1 with all its digits.
+  DYNLOSS_ALWAYS_INLINE_MEMBER Vec<T> exp_less_1() const {
+    return none ? broadcast(T(-1)) : q * r * power + (power - T(1));
+  }
+};
+
+DYNLOSS_ALWAYS_INLINE ExpParts<float> exp_parts(Vec<float> x) {
   const Vec<float> shifted = x * 1.44269504088896341f + (12582912.0f + 127.0f);
   const Vec<float> n = shifted - (12582912.0f + 127.0f);
   // With a fused multiply-add log 2 need not be split: as a float it is right to 2e-9.
   const Vec<float> r = VECTOR_BYTES > 16 ? x - n * 0.693147180559945309f
                                          : (x - n * 0.693145751953125f) - n * 1.42860682030941723212e-6f;
-  Vec<float> p = r * 0.00139261835877134945f + 0.00836317905272257737f;
-  p = p * r + 0.0416665546172045742f;
-  p = p * r + 0.166665769896987757f;
-  p = p * r + 0.5f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
+  Vec<float> q = r * 0.00139261835877134945f + 0.00836317905272257737f;
+  q = q * r + 0.0416665546172045742f;
+  q = q * r + 0.166665769896987757f;
+  q = q * r + 0.5f;
+  q = q * r + 1.0f;
   const Vec<float> power = (Vec<float>)((Bits)shifted << 23);
-  return x < -87.0f ? Vec<float>{} : p * power;
+  return {r, q, power, x < -87.0f};
 }
 
-DYNLOSS_ALWAYS_INLINE Vec<double> exp_nonpositive(Vec<double> x) {
+DYNLOSS_ALWAYS_INLINE ExpParts<double> exp_parts(Vec<double> x) {
   const Vec<double> shifted = x * 1.4426950408889634074 + (6755399441055744.0 + 1023.0);
   const Vec<double> n = shifted - (6755399441055744.0 + 1023.0);
   const Vec<double> r = (x - n * 6.93147180369123816490e-1) - n * 1.90821492927058770002e-10;
-  Vec<double> p = r * 2.51003854955103191e-8 + 2.76200884454097482e-7;
-  p = p * r + 2.75572684599970648e-6;
-  p = p * r + 2.48015212959543751e-5;
-  p = p * r + 1.98412698630536169e-4;
-  p = p * r + 1.38888889172137169e-3;
-  p = p * r + 8.33333333333006183e-3;
-  p = p * r + 4.16666666666241279e-2;
-  p = p * r + 1.66666666666666675e-1;
-  p = p * r + 0.500000000000000102;
-  p = p * r + 1.0;
-  p = p * r + 1.0;
+  Vec<double> q = r * 2.51003854955103191e-8 + 2.76200884454097482e-7;
+  q = q * r + 2.75572684599970648e-6;
+  q = q * r + 2.48015212959543751e-5;
+  q = q * r + 1.98412698630536169e-4;
+  q = q * r + 1.38888889172137169e-3;
+  q = q * r + 8.33333333333006183e-3;
+  q = q * r + 4.16666666666241279e-2;
+  q = q * r + 1.66666666666666675e-1;
+  q = q * r + 0.500000000000000102;
+  q = q * r + 1.0;
   const Vec<double> power = (Vec<double>)((Mask<double>)shifted << 52);
-  return x < -708.0 ? Vec<double>{} : p * power;
+  return {r, q, power, x < -708.0};
+}
+
+template <typename V>
+DYNLOSS_ALWAYS_INLINE V exp_nonpositive(V x) {
+  return exp_parts(x).exp();
+}
+
+template <typename T>
+DYNLOSS_ALWAYS_INLINE Vec<T> hyperbolic_tangent(Vec<T> x) {
+  const Vec<T> less_1 = exp_parts(x > 0 ? T(-2) * x : T(2) * x).exp_less_1();
+  const Vec<T> size = -less_1 / (T(2) + less_1);
+  return x > 0 ? size : -size;
 }
 
 // log(x) for finite x >= 1: exponent · log 2 + log of the mantissa m in [√½, √2) as 2 artanh((m - 1) / (m +

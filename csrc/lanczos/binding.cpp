@@ -3,7 +3,9 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
 #include <ATen/ops/tensor.h>
+#include <ATen/ops/zeros.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
@@ -11,6 +13,7 @@
 #include <algorithm>
 #include <chrono>
 #include <functional>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <string>
@@ -21,6 +24,7 @@
 #include "eigsh.h"
 #include "graph_operator.h"
 #include "operator.h"
+#include "perceptron_operator.h"
 #include "python_operator.h"
 #include "row_algebra.h"
 #include "spectrum.h"
@@ -89,6 +93,50 @@ py::tuple run_eigsh(SymmetricOperator& op, int64_t k, const std::string& which, 
                         result.asymmetry);
 }
 
+// Members between two looks for a Ctrl-C.
+constexpr int64_t kMembersAtOnce = 32;
+
+// For every member: values, residuals, converged and, if they are wanted, vectors; and all their products.
+py::tuple run_perceptron_eigenvalues(const Perceptrons& ensemble, const std::vector<bool>& wanted, int64_t k,
+                                     double tol, const std::optional<at::Tensor>& start, int64_t max_hvp,
+                                     int64_t max_basis, uint64_t seed, bool audit) {
+  const EigshOptions options{.count = k,
+                             .tolerance = tol,
+                             .max_products = max_hvp,
+                             .max_basis = max_basis,
+                             .seed = seed,
+                             .audit = audit,
+                             .poll = {}};
+  const auto members = static_cast<int64_t>(wanted.size());
+  const at::AutoDispatchBelowADInplaceOrView below;
+  const at::Tensor values = at::full({members, k}, std::numeric_limits<double>::quiet_NaN(), at::kDouble);
+  const at::Tensor residuals = values.clone(), products = at::zeros({members}, at::kLong);
+  const at::Tensor converged = at::zeros({members, k}, at::kBool);
+  const at::Tensor vectors =
+      at::zeros({members, k, ensemble.parameters.size(1)}, ensemble.parameters.options());
+  without_gil([&] {
+    SignalCheck poll;
+    for (int64_t begin = 0; begin < members; begin += kMembersAtOnce) {
+      poll();
+      const int64_t end = std::min(begin + kMembersAtOnce, members);
+      const std::vector<EigshResult> results =
+          perceptron_eigenvalues(ensemble, wanted, options, start.value_or(at::Tensor()), begin, end);
+      for (int64_t m = begin; m < end; ++m) {
+        if (!wanted[m]) continue;
+        const EigshResult& result = results[m - begin];
+        std::copy(result.values.begin(), result.values.end(), values.mutable_data_ptr<double>() + m * k);
+        std::copy(result.residuals.begin(), result.residuals.end(),
+                  residuals.mutable_data_ptr<double>() + m * k);
+        std::copy(result.converged.begin(), result.converged.end(),
+                  converged.mutable_data_ptr<bool>() + m * k);
+        products.mutable_data_ptr<int64_t>()[m] = result.num_products;
+        vectors.select(0, m).copy_(result.vectors);
+      }
+    }
+  });
+  return py::make_tuple(values, residuals, converged, products, vectors);
+}
+
 std::vector<std::tuple<std::vector<double>, std::vector<double>, double>> run_gauss_quadrature(
     SymmetricOperator& op, int64_t steps, int64_t probes, const at::Generator& generator) {
   std::vector<std::tuple<std::vector<double>, std::vector<double>, double>> out;
@@ -143,6 +191,26 @@ void bind_lanczos(py::module_& module) {
   module.def("eigsh", &run_eigsh, py::arg("op"), py::kw_only(), py::arg("k"), py::arg("which"),
              py::arg("tol"), py::arg("v0"), py::arg("max_hvp"), py::arg("max_basis"), py::arg("seed"),
              py::arg("audit"));
+  py::class_<Perceptrons>(module, "Perceptrons")
+      .def(py::init([](at::Tensor parameters, at::Tensor inputs, at::Tensor target, int64_t hidden,
+                       int64_t activation, int64_t step, at::Tensor clock,
+                       std::optional<at::Tensor> class_order, std::optional<at::Tensor> table) {
+             return Perceptrons{
+                 std::move(parameters), std::move(inputs),      std::move(target), hidden, activation, step,
+                 std::move(clock),      std::move(class_order), std::move(table)};
+           }),
+           py::arg("parameters"), py::arg("inputs"), py::arg("target"), py::arg("hidden"),
+           py::arg("activation"), py::arg("step"), py::arg("clock"), py::arg("class_order"),
+           py::arg("table"));
+  py::class_<PerceptronOperator, SymmetricOperator, std::shared_ptr<PerceptronOperator>>(module,
+                                                                                         "PerceptronOperator")
+      .def(py::init([](const Perceptrons& ensemble, int64_t member) {
+             return PerceptronOperator(ensemble.member(member));
+           }),
+           py::arg("ensemble"), py::arg("member"));
+  module.def("perceptron_eigenvalues", &run_perceptron_eigenvalues, py::arg("ensemble"), py::kw_only(),
+             py::arg("wanted"), py::arg("k"), py::arg("tol"), py::arg("start"), py::arg("max_hvp"),
+             py::arg("max_basis"), py::arg("seed"), py::arg("audit"));
   module.def("take_device_path", &take_device_path, py::arg("on"));
   module.def("num_reads", &num_reads);
   module.def("sample_trace", &run_sample_trace, py::arg("op"), py::kw_only(), py::arg("range"),

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-INITIALISATIONS = ("glorot-normal", "lecun-normal")
+from dynloss_ext import ensemble
 
 
 def spiral_data(points: int = 100, classes: int = 3, noise: float = 0.2, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -49,31 +49,8 @@ class SpiralMLP(nn.Module):
 
     @classmethod
     def initialised(cls, scheme: str, inputs: int, width: int, classes: int, seed: int) -> SpiralMLP:
-        """A fresh float64 network.
-
-        Args:
-            scheme: "glorot-normal", weights of variance 2/(fan_in + fan_out) and biases N(0, 1e-2), or
-                "lecun-normal", weights of variance 1/fan_in and zero biases. All biases are trained. As in
-                JAX, the normal distribution is cut at two standard deviations and widened to keep the
-                variance.
-            inputs: number of input features.
-            width: hidden units.
-            classes: number of outputs.
-            seed: of the draw.
-        """
-        if scheme not in INITIALISATIONS:
-            raise ValueError(f"--init: expected one of {', '.join(INITIALISATIONS)}, got {scheme}")
-        generator = torch.Generator().manual_seed(seed)
-        glorot = scheme == "glorot-normal"
-        values = []
-        for fan_in, fan_out in ((inputs, width), (width, classes)):
-            variance = 2 / (fan_in + fan_out) if glorot else 1 / fan_in
-            deviation = variance**0.5 / 0.87962566103423978  # the standard deviation of a normal cut at ±2
-            weight = torch.empty(fan_in, fan_out, dtype=torch.float64)
-            nn.init.trunc_normal_(weight, 0, deviation, -2 * deviation, 2 * deviation, generator=generator)
-            bias = torch.randn(fan_out, dtype=torch.float64, generator=generator) * (1e-2 if glorot else 0)
-            values += [weight, bias]
-        return cls(*values)
+        """A fresh float64 network with the values of `dynloss_ext.ensemble.perceptron_values`."""
+        return cls(*ensemble.perceptron_values(scheme, inputs, width, classes, seed))
 
 
 def load_initial_values(path: Path) -> tuple[Tensor, Tensor, SpiralMLP]:
@@ -83,7 +60,7 @@ def load_initial_values(path: Path) -> tuple[Tensor, Tensor, SpiralMLP]:
         ValueError: no such file, a missing array, shapes that do not fit, or a class that is not in [0, C).
     """
     if not path.is_file():
-        raise ValueError(f"--init: expected {', '.join(INITIALISATIONS)} or an .npz file, got {path}")
+        raise ValueError(f"--init: expected {', '.join(ensemble.INITIALISATIONS)} or an .npz file, got {path}")
     names = ("X", "y", "w1", "b1", "w2", "b2")
     try:
         with np.load(path, allow_pickle=False) as archive:

@@ -1,0 +1,65 @@
+// The perceptrons of an ensemble on CPU, one at a time: what the kernels need of each is laid out once and
+// used for as many evaluations as there are.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "cpu/perceptron_kernel.h"
+#include "layout.h"
+#include "perceptron_arguments.h"
+
+namespace dynloss::cpu {
+
+// Memory aligned for vectors, not initialised.
+template <typename T>
+class Plane {
+ public:
+  Plane() = default;
+  explicit Plane(int64_t size) : data_(allocate(size)) {}
+  T* get() const { return data_.get(); }
+
+ private:
+  struct Free {
+    void operator()(T* data) const { std::free(data); }
+  };
+  static T* allocate(int64_t size);
+
+  std::unique_ptr<T[], Free> data_;
+};
+
+// One thread's place to work on one member after the other. The arguments outlive it.
+template <typename T>
+class PerceptronBench {
+ public:
+  // along: products are asked for.
+  PerceptronBench(const PerceptronArguments& x, const ScheduleData& schedule, bool along);
+
+  // What follows is of this member, from its row of the arguments' parameters.
+  void take(int64_t index);
+  void set_parameters(const T* parameters) { member_.parameters = parameters; }
+  void set_step(int64_t step);
+
+  // Of the mean loss, written over `gradient`; without one, the sums alone. These are means over the samples.
+  PerceptronSums evaluate(T* gradient) const;
+  void gradient(T* gradient) const;
+  void multiply(const T* v, T* product) const;
+
+  const PerceptronShape& shape() const { return member_.shape; }
+
+ private:
+  void lay_out(int64_t index);
+
+  const PerceptronArguments& x_;
+  const ScheduleData& schedule_;
+  PerceptronMember<T> member_;
+  int64_t index_ = -1;
+  Plane<T> inputs_, hidden_, hidden_along_, logits_, logits_along_, tile_;
+  std::vector<int64_t> labels_;
+  std::vector<double> gamma_;
+};
+
+extern template class PerceptronBench<float>;
+extern template class PerceptronBench<double>;
+
+}  // namespace dynloss::cpu

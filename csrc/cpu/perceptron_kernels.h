@@ -1,0 +1,15 @@
+// Included once per instruction set, as rows.h is and under the same conditions.
+
+#define DYNLOSS_ALWAYS_INLINE_LAMBDA __attribute__((always_inline))
+
+namespace dynloss::cpu::INSTRUCTION_SET {
+
+#include "vector.h"
+//
+#include "perceptron_member.h"
+
+template <typename T>
+constexpr PerceptronKernels<T> perceptron_kernels_of = {&evaluate_perceptron<T>, &multiply_perceptron<T>,
+                                                        &descend<T>};
+
+}  // namespace dynloss::cpu::INSTRUCTION_SET
