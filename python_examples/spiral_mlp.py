@@ -53,7 +53,7 @@ from dynloss_ext import (
     spectral_density,
     stability_limit,
 )
-from dynloss_ext.ensemble import INITIALISATIONS
+from dynloss_ext.perceptron import INITIALISATIONS
 
 Gradients = tuple[Tensor, ...]
 Operator = TypeVar("Operator", HessianOperator, CapturedHessian)

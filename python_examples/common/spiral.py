@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dynloss_ext import ensemble
+from dynloss_ext import perceptron
 
 
 def spiral_data(points: int = 100, classes: int = 3, noise: float = 0.2, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -50,7 +50,7 @@ class SpiralMLP(nn.Module):
     @classmethod
     def initialised(cls, scheme: str, inputs: int, width: int, classes: int, seed: int) -> SpiralMLP:
         """A fresh float64 network with the values of `dynloss_ext.ensemble.perceptron_values`."""
-        return cls(*ensemble.perceptron_values(scheme, inputs, width, classes, seed))
+        return cls(*perceptron.perceptron_values(scheme, inputs, width, classes, seed))
 
 
 def load_initial_values(path: Path) -> tuple[Tensor, Tensor, SpiralMLP]:
@@ -60,7 +60,7 @@ def load_initial_values(path: Path) -> tuple[Tensor, Tensor, SpiralMLP]:
         ValueError: no such file, a missing array, shapes that do not fit, or a class that is not in [0, C).
     """
     if not path.is_file():
-        raise ValueError(f"--init: expected {', '.join(ensemble.INITIALISATIONS)} or an .npz file, got {path}")
+        raise ValueError(f"--init: expected {', '.join(perceptron.INITIALISATIONS)} or an .npz file, got {path}")
     names = ("X", "y", "w1", "b1", "w2", "b2")
     try:
         with np.load(path, allow_pickle=False) as archive:
