@@ -1,4 +1,4 @@
-"""Perceptrons of one hidden layer, many at once: trained and differentiated twice by compiled code, without autograd."""
+"""Perceptrons of one hidden layer, many at once: trained and differentiated twice by compiled code, not by autograd."""
 
 from __future__ import annotations
 
