@@ -1,8 +1,9 @@
 """The paper's Fig. 4 (supplementary Fig. 1): a small network on spirals under the dynamical loss.
 
 Full-batch gradient descent on 300 points; the class weights oscillate with period T and amplitude A; the
-largest Hessian eigenvalues are tracked along the way. Writes a run folder, see `common/run.py`. On CUDA a step is one
-launch, and so is a Hessian product.
+largest Hessian eigenvalues are tracked along the way. Writes a run folder, see `common/run.py`. On the CPU steps and
+Hessian products are compiled code for this network; on CUDA, or with `--engine autograd`, they are autograd's, on CUDA
+one launch each.
 
     python python_examples/spiral_mlp.py --out runs/spiral
 """
@@ -12,15 +13,12 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal
 
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 from tqdm import tqdm
 
 from common.config import parse_options
@@ -30,35 +28,19 @@ from common.run import (
     GracefulStop,
     RunFolder,
     Stopped,
-    Table,
     in_one_line,
-    interruptible,
     load_state,
     open_run,
     resolve_device,
     state_of,
 )
 from common.spiral import SpiralMLP, load_initial_values, spiral_data
-from common.tracking import CurvatureTracker
+from common.spiral_run import BLOCK, AutogradRun, FusedRun, SpiralRun, Task
 from dynloss_ext import (
-    CapturedHessian,
-    CapturedStep,
-    DeviceRecords,
-    HessianOperator,
-    Oscillation,
-    dynamic_cross_entropy,
-    loss_and_gradient,
-    ntk_eigenvalues,
     plot,
-    spectral_density,
     stability_limit,
 )
 from dynloss_ext.perceptron import INITIALISATIONS
-
-Gradients = tuple[Tensor, ...]
-Operator = TypeVar("Operator", HessianOperator, CapturedHessian)
-
-BLOCK = 500  # steps between two looks at the metrics: one host synchronisation and one progress update
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +67,7 @@ class SpiralConfig(BaseConfig):
     ntk: bool = False  # track the neural tangent kernel's largest eigenvalue too (first 50 points)
     density_every: int = 0  # steps between two spectral densities, a multiple of --eig-every; 0 for none
     rule: Literal["loss", "lambda", "limit"] = "loss"  # what marks an instability
+    engine: Literal["auto", "fused", "autograd"] = "auto"  # fused: compiled steps and products, CPU only; auto: there
     threads: int = 1  # CPU threads (more do not pay for so small a network)
     graphs: bool = True  # on CUDA: replay whole steps and products as CUDA graphs
     checkpoint_every: int = 10_000  # steps between two checkpoints
@@ -105,178 +88,23 @@ class SpiralConfig(BaseConfig):
         needed = self.rule != "loss" or self.ntk
         self.require("eig_every", self.eig_every > 0 or not needed, "more than 0 with --rule lambda or limit, or --ntk")
 
-
-class SpiralRun:
-    """The state of one run: network, clock, recorded rows. All of it goes through the checkpoint."""
-
-    STATE = ("step", "seconds", "eigen_seconds", "model", "curvature", "rows", "density_rows")
-
-    def __init__(self, config: SpiralConfig) -> None:
-        self.config = config
-        device, dtype = resolve_device(config.device), getattr(torch, config.dtype)
-        inputs, target, model = _task(config)
-        # Samples last in memory, as the network takes them: else a third of the backward pass is one product.
-        self.inputs = inputs.t().to(device, dtype).contiguous().t()
-        self.target, self.model = target.to(device), model.to(device, dtype)
-        self.params: list[Tensor] = list(self.model.parameters())
-        classes = self.model.b2.numel()
-        self.oscillation = Oscillation(
-            classes, config.amplitude, config.period, closed=config.closed, stop_step=config.stop_step
-        )
-        self.no_oscillation = Oscillation(classes, 1.0, config.period)
-        also = ("ntk",) if config.ntk else ()
-        self.curvature = CurvatureTracker(config.num_eigenvalues, config.tol, self.oscillation, also)
-        self.step = 0  # the next forward pass: parameters after `step` updates, weights Γ(step)
-        self.seconds = self.eigen_seconds = 0.0
-        self.rows = Table("weighted_loss", "loss", "accuracy")
-        self.density_rows = Table("density_step", "density_grid", "density", "density_stderr")
-        self._loss: list[Tensor] = []
-        self._logits: list[Tensor] = []
-        self.on_device = device.type == "cuda" and config.graphs
-        self.clock = torch.zeros((), dtype=torch.int64, device=device)  # `step`, for what is captured
-        self.records = DeviceRecords(BLOCK, (3,), dtype=dtype, device=device)
-        self._unread = 0  # rows that are in `records` yet
-        self._replayed = CapturedStep(self._descend, device)
-        self._hessian: CapturedHessian | None = None
-
-    def advance(self) -> None:
-        """One update; the row before it is measured on the forward pass that the update needs anyway.
-
-        Plain gradient descent, written out: an optimizer object would take a tenth of the step.
-        """
-        if self.on_device:
-            self._advance_on_device()
-            return
-        logits, gradient, gradients = self._forward()
-        if gradients is None:
-            gradients = torch.autograd.grad(logits, self.params, gradient)
-        with torch.no_grad():
-            torch._foreach_add_(self.params, gradients, alpha=-self.config.lr)
-        self.step += 1
-
-    def measure_last_row(self) -> None:
-        """The row after the last update, which no further update measures."""
-        self._forward()
-        self.collect()
-
-    def collect(self) -> None:
-        """Move the finished rows into the table; accuracy and plain loss are computed for all at once."""
-        if self._unread:
-            row = self.step - self._unread - 1  # of the first: none at step 0, known already in a run that is extended
-            weighted, plain, accuracy = self.records.read()[len(self.rows) - row :].unbind(1)
-            self.rows.extend(weighted_loss=weighted, loss=plain, accuracy=accuracy)
-            self._unread = 0
-        if not self._loss:
-            return
-        logits = torch.stack(self._logits)  # (rows, N, C)
-        rows, samples, classes = logits.shape
-        plain = dynamic_cross_entropy(
-            logits.view(-1, classes), self.target.repeat(rows), self.no_oscillation, 0, reduction="none"
-        )
-        self.rows.extend(
-            weighted_loss=torch.stack(self._loss),
-            loss=plain.view(rows, samples).mean(1),
-            accuracy=(logits.argmax(-1) == self.target).double().mean(1),
-        )
-        self._loss.clear()
-        self._logits.clear()
-
-    def metrics(self) -> dict[str, NDArray[Any]]:
-        """Everything recorded, as it goes into metrics.npz."""
-        steps = torch.arange(len(self.rows))
-        weights = self.oscillation.weights(steps + 1).cpu().numpy()
-        density = self.density_rows.arrays() if self.config.density_every else {}
-        recorded = self.rows.arrays() | self.curvature.arrays() | density
-        return {"step": steps.numpy(), "weights": weights, **recorded}
-
-    def _forward(self) -> tuple[Tensor, Tensor, Gradients | None]:
-        """Logits, the loss's gradient with respect to them and, from an eigenvalue update, to the parameters.
-
-        The last is what a backward pass from the second gives, bit for bit.
-        """
-        gradients = None
-        logits = self.model(self.inputs)
-        loss, gradient = loss_and_gradient(logits, self.target, self.oscillation, self.step)
-        row = self.step - 1  # rows are taken after an update, with the weights of the next step
-        if row == len(self.rows) + len(self._loss):  # not so at step 0, nor when a finished run is extended
-            if self._eigenvalues_due(row):  # a stop may end it: then there is no such row yet
-                hessian = self._track_curvature(row, partial(self._hessian_of, logits))
-                gradients = cast(Gradients, hessian.gradients)  # none is None: the loss uses every parameter
-            self._loss.append(loss)
-            self._logits.append(logits.detach())
-        return logits, gradient, gradients
-
-    def _advance_on_device(self) -> None:
-        """The same in as many launches as there are products, and one more."""
-        if self._unread == 0:
-            self.clock.fill_(self.step)
-        row = self.step - 1
-        if row >= len(self.rows) and self._eigenvalues_due(row):
-            self._track_curvature(row, self._replayed_hessian)
-        self._replayed.run()
-        self.step += 1
-        self._unread += 1
-
-    def _descend(self) -> None:
-        """What a CUDA graph holds of an update: with the row before it, which it measures."""
-        logits = self.model(self.inputs)
-        loss, gradient = loss_and_gradient(logits, self.target, self.oscillation, self.clock)
-        gradients = torch.autograd.grad(logits, self.params, gradient)
-        with torch.no_grad():
-            torch._foreach_add_(self.params, gradients, alpha=-self.config.lr)
-            plain = dynamic_cross_entropy(logits, self.target, self.no_oscillation, 0)
-            accuracy = (logits.argmax(-1) == self.target).to(loss.dtype).mean()
-            self.records.append(torch.stack([loss, plain, accuracy]))
-            self.clock.add_(1)
-
-    def _eigenvalues_due(self, row: int) -> bool:
-        return self.config.eig_every > 0 and row % self.config.eig_every == 0
-
-    def _hessian_of(self, logits: Tensor) -> HessianOperator:
-        return HessianOperator(dynamic_cross_entropy(logits, self.target, self.oscillation, self.step), self.params)
-
-    def _replayed_hessian(self) -> CapturedHessian:
-        def loss() -> Tensor:
-            return dynamic_cross_entropy(self.model(self.inputs), self.target, self.oscillation, self.clock)
-
-        if self._hessian is None:
-            self._hessian = CapturedHessian(loss, self.params)
-        return self._hessian.refresh()
-
-    def fallback(self) -> str | None:
-        """Why steps or products are plain calls; None where they are replayed."""
-        return self._replayed.fallback or (self._hessian.fallback if self._hessian else None)
-
-    def _track_curvature(self, row: int, make: Callable[[], Operator]) -> Operator:
-        config, began = self.config, time.perf_counter()
-        hessian = make()
-        also = {"ntk": ntk_eigenvalues(self.model, self.inputs[:50], k=1)[0]} if config.ntk else {}
-        spectrum = None
-        if config.density_every and row % config.density_every == 0:
-            with interruptible():
-                spectrum = spectral_density(hessian)
-        self.curvature.update(row, hessian, **also)
-        if spectrum is not None:
-            self.density_rows.append(
-                density_step=row,
-                density_grid=spectrum.grid,
-                density=spectrum.density,
-                density_stderr=spectrum.stderr,
-            )
-        self.eigen_seconds += time.perf_counter() - began
-        return hessian
+    def is_fused(self) -> bool:
+        """Whether the engine is the fused one."""
+        on_cpu = resolve_device(self.device).type == "cpu"
+        self.require("engine", on_cpu or self.engine != "fused", "auto or autograd on CUDA")
+        return on_cpu and self.engine != "autograd"
 
 
 def train(run: SpiralRun, folder: RunFolder) -> None:
     """Run to the last step, or to a Ctrl-C or SIGTERM; the folder is left with a checkpoint either way."""
     config = run.config
     with GracefulStop() as stop, tqdm(total=config.steps, initial=len(run.rows), unit="step") as bar:
-        while len(run.rows) < config.steps and not stop.requested:
+        while not run.is_complete() and not stop.requested:
             began = time.perf_counter()
             end = min(run.step - run.step % BLOCK + BLOCK, config.steps)
             try:
                 while run.step < end and not stop.requested:
-                    run.advance()
+                    run.advance(end)
                 run.collect()
                 if run.step == config.steps:
                     run.measure_last_row()
@@ -298,11 +126,11 @@ def save(run: SpiralRun, folder: RunFolder) -> None:
 def finish(run: SpiralRun, folder: RunFolder) -> dict[str, Any]:
     """Analyse what was recorded; write the summary and the figures; print both."""
     config, metrics = run.config, run.metrics()
-    limit = stability_limit(torch.optim.SGD(run.params, lr=config.lr))
+    limit = stability_limit(torch.optim.SGD([torch.zeros(1)], lr=config.lr))
     analysis = analyse(metrics, rule=config.rule, period=config.period, limit=limit)
     rows, updates = len(metrics["step"]), len(metrics["eig_step"])
     summary = {
-        "finished": rows == config.steps,
+        "finished": run.is_complete(),
         "steps": rows,
         **{name: metrics[name][-1] for name in ("accuracy", "loss", "weighted_loss") if rows},
         "stability_limit": limit,
@@ -338,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     config = parse_options(SpiralConfig(), __doc__, argv)
     torch.set_num_threads(config.threads)
     try:
-        run = SpiralRun(config)
+        run = (FusedRun if config.is_fused() else AutogradRun)(config, _task(config))
         folder = RunFolder(config.out).claim() if config.resume else None
         if folder:
             folder.restore(lambda state: load_state(run, state, run.STATE), resolve_device(config.device))
@@ -353,7 +181,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     return finish(run, folder)
 
 
-def _task(config: SpiralConfig) -> tuple[Tensor, Tensor, SpiralMLP]:
+def _task(config: SpiralConfig) -> Task:
     if config.init not in INITIALISATIONS:
         return load_initial_values(Path(config.init))
     inputs, target = spiral_data(config.points, config.classes, config.noise, config.data_seed)

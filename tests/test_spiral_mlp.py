@@ -258,16 +258,16 @@ def test_an_extended_run_equals_an_uninterrupted_one(tmp_path):
 @pytest.mark.parametrize("block", [500, 37])
 def test_the_way_for_graphs_records_the_same(tmp_path, monkeypatch, block):
     """What a GPU replays, by plain calls: in blocks, with every kind of curvature, and extended."""
-    options = (*SMALL, "--eig-every", 5, "--density-every", 100, "--ntk")
+    options = (*SMALL, "--engine", "autograd", "--eig-every", 5, "--density-every", 100, "--ntk")
     plain, summary = run(tmp_path / "plain", *options)
-    init = spiral_mlp.SpiralRun.__init__
+    init = spiral_mlp.AutogradRun.__init__
 
-    def on_device(self, config):
-        init(self, config)
+    def on_device(self, *arguments):
+        init(self, *arguments)
         self.on_device = True
 
     monkeypatch.setattr(spiral_mlp, "BLOCK", block)
-    monkeypatch.setattr(spiral_mlp.SpiralRun, "__init__", on_device)
+    monkeypatch.setattr(spiral_mlp.AutogradRun, "__init__", on_device)
     run(tmp_path / "replayed", *options, "--steps", 233)
     replayed, again = run(tmp_path / "replayed", "--resume", "--steps", 400)
     assert plain.keys() == replayed.keys()
@@ -275,6 +275,29 @@ def test_the_way_for_graphs_records_the_same(tmp_path, monkeypatch, block):
         np.testing.assert_allclose(replayed[name], values, rtol=1e-6, atol=1e-7, err_msg=name)
     assert again["eigen_updates"] == summary["eigen_updates"] == 80
     assert summary["graph_fallback"] == "there are no CUDA graphs on a cpu"
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float64", 1e-9), ("float32", 2e-3)])
+def test_both_engines_record_the_same(tmp_path, dtype, tolerance):
+    options = (*SMALL, "--eig-every", 5, "--density-every", 100, "--ntk", "--tol", 1e-6, "--dtype", dtype)
+    fused, summary = run(tmp_path / "fused", *options)
+    autograd, expected = run(tmp_path / "autograd", *options, "--engine", "autograd")
+    assert fused.keys() == autograd.keys() and summary.keys() == expected.keys()
+    for name in sorted(fused.keys() - {"num_hvp", "residuals", "converged"}):
+        assert fused[name].shape == autograd[name].shape
+        if not name.startswith("density"):  # of random vectors through products that round differently
+            scale = np.abs(autograd[name]).max()
+            np.testing.assert_allclose(fused[name], autograd[name], rtol=0, atol=tolerance * scale, err_msg=name)
+    assert summary["eigen_updates"] == expected["eigen_updates"] == 80
+
+
+def test_the_fused_engine_is_of_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert spiral_mlp.SpiralConfig(device="cpu").is_fused()
+    assert not spiral_mlp.SpiralConfig(device="cpu", engine="autograd").is_fused()
+    assert not spiral_mlp.SpiralConfig(device="cuda").is_fused()
+    with pytest.raises(ValueError, match="--engine: expected auto or autograd on CUDA, got fused"):
+        spiral_mlp.SpiralConfig(device="cuda", engine="fused").is_fused()
 
 
 def test_a_run_cannot_be_cut_by_resuming_it(tmp_path):

@@ -24,6 +24,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -212,12 +213,16 @@ class GracefulStop:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> GracefulStop:
+        if threading.current_thread() is not threading.main_thread():
+            return self  # a worker's: signals are not for it
         GracefulStop._current = self
         for number in (signal.SIGINT, signal.SIGTERM):
             self._previous[number] = signal.signal(number, self._request)
         return self
 
     def __exit__(self, *exception: object) -> None:
+        if not self._previous:
+            return
         GracefulStop._current = None
         for number, handler in self._previous.items():
             signal.signal(number, handler)

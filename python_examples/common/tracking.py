@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from common.data import Batch
 from common.run import Stopped, Table, interruptible
-from dynloss_ext import CapturedHessian, EigenTracker, HessianOperator, Oscillation, dynamic_cross_entropy
+from dynloss_ext import EigenTracker, HessianOperator, Oscillation, dynamic_cross_entropy
+from dynloss_ext.hessian import CurvatureOperator
 
 
 class CurvatureTracker:
@@ -35,7 +36,7 @@ class CurvatureTracker:
         self.latest = math.nan  # λ_max of the newest row
         self.step = 0  # of the last update
 
-    def update(self, row: int, hessian: HessianOperator | CapturedHessian, **also: Any) -> None:
+    def update(self, row: int, hessian: CurvatureOperator, **also: Any) -> None:
         """Records the eigenvalues after update `row`, with the weights of step row + 1; nothing if it is stopped."""
         step, before = row + 1, self.tracker.state_dict()
         new_turn = not torch.equal(self.oscillation.turn(step), self.oscillation.turn(self.step))
