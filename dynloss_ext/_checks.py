@@ -58,6 +58,16 @@ def _int(name: str, value: Any) -> int:
     raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
 
 
+def check_member(value: Any, members: int) -> int:
+    """The number of a member, from 0; of its place counted from the end if negative."""
+    m = plain_number(value)
+    if isinstance(m, bool) or not isinstance(m, int):
+        raise TypeError(f"member: expected an int, got {type(value).__name__}")
+    if not -members <= m < members:
+        raise IndexError(f"member: expected one of {members}, got {m}")
+    return m % members
+
+
 def check_step(name: str, value: Any) -> int:
     """``value``, if it is an int that float64 holds exactly."""
     value = plain_number(value)

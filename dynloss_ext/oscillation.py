@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dynloss_ext import _extension as _extension  # registers the ops
-from dynloss_ext._checks import check_callable, check_choice, check_count, check_step, plain_number
+from dynloss_ext._checks import check_callable, check_choice, check_count, check_member, check_step, plain_number
 from dynloss_ext._configuration import difference
 
 __all__ = ["Oscillation"]
@@ -367,6 +368,42 @@ class Oscillation:
                 steps, self._clock, self._class_order, self._table, self._num_classes
             )
         return weights if isinstance(step, Tensor) else weights[0]
+
+    def expand(self, size: int) -> Oscillation:
+        """An ensemble of ``size`` members with this Γ; one of as many members as it is.
+
+        Raises:
+            TypeError, ValueError: naming the argument; this is an ensemble of another size, or calls a function.
+        """
+        size = check_count("size", size, 1)
+        if self._function is not None:
+            raise ValueError("oscillation: expected one without a Python function, got from_function: use from_table")
+        if self.ensemble_size not in (None, size):
+            raise ValueError(f"size: expected {self.ensemble_size}, that of this ensemble, got {size}")
+        if self.ensemble_size is not None:
+            return self
+        table = None if self._table is None else self._table.expand(size, *self._table.shape).contiguous()
+        return self._with(self._clock.expand(size, -1).contiguous(), table, self._stop_step)
+
+    def member(self, index: int) -> Oscillation:
+        """One of an ensemble, as a single oscillation.
+
+        Raises:
+            TypeError, IndexError: no such member. ValueError: this is no ensemble.
+        """
+        if self.ensemble_size is None:
+            raise ValueError("oscillation: expected an ensemble, got a single one")
+        m = check_member(index, self.ensemble_size)
+        stop: Any = self._stop_step
+        if isinstance(stop, Tensor):
+            stop = None if stop[m].isinf() else int(stop[m])
+        return self._with(self._clock[m].clone(), None if self._table is None else self._table[m].clone(), stop)
+
+    def _with(self, clock: Tensor, table: Tensor | None, stop_step: int | Tensor | None) -> Oscillation:
+        made = copy.copy(self)
+        made._clock, made._table, made._stop_step = clock, table, stop_step
+        made._place()
+        return made
 
     def turn(self, step: int) -> Tensor:
         """The turn that a step belongs to: 0 from ``start_step`` on, and on past ``stop_step``; int64, () or (E,).

@@ -355,3 +355,38 @@ def test_stop_steps_of_an_ensemble():
         Oscillation(3, 70, 10, stop_step=[])
     with pytest.raises(TypeError, match="stop_step: expected an int"):
         Oscillation(3, 70, 10, stop_step=[5, "6"])
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"stop_step": 7, "start_step": 2}, {"class_order": [2, 0, 1], "closed": True, "waveform": "sine"}
+])  # fmt: skip
+def test_one_for_all_members_and_one_of_many(options):
+    steps, one = torch.arange(40), Oscillation(3, 70, 10, **options)
+    many = one.expand(4)
+    assert many == Oscillation(3, torch.full((4,), 70.0), 10, **options) and many.expand(4) is many
+    assert torch.equal(many.weights(steps), one.weights(steps)[:, None].expand(-1, 4, -1))
+    assert many.member(-1) == one and one.ensemble_size is None
+    logits = torch.randn(4, 5, 3, dtype=torch.float64)
+    losses = dynamic_cross_entropy(logits, torch.arange(5) % 3, many, 4)
+    assert torch.equal(losses[2], dynamic_cross_entropy(logits[2], torch.arange(5) % 3, many.member(2), 4))
+
+
+def test_members_of_tables_and_with_stops_of_their_own():
+    table = torch.rand(4, 5, 3, dtype=torch.float64)
+    assert Oscillation.from_table(table).member(2) == Oscillation.from_table(table[2])
+    assert Oscillation.from_table(table[1], stop_step=9).expand(3) == Oscillation.from_table(
+        table[1].expand(3, -1, -1), stop_step=9
+    )
+    stopped = Oscillation(3, 70, torch.tensor([10.0, 20.0]), stop_step=[5, None])
+    assert stopped.member(0) == Oscillation(3, 70, 10, stop_step=5)
+    assert stopped.member(1) == Oscillation(3, 70, 20)
+    with pytest.raises(ValueError, match="size: expected 2, that of this ensemble, got 3"):
+        stopped.expand(3)
+    with pytest.raises(IndexError, match="member: expected one of 2, got 2"):
+        stopped.member(2)
+    with pytest.raises(ValueError, match="oscillation: expected an ensemble, got a single one"):
+        stopped.member(0).member(0)
+    with pytest.raises(ValueError, match="size: expected an int >= 1, got 0"):
+        stopped.expand(0)
+    with pytest.raises(ValueError, match="oscillation: expected one without a Python function"):
+        Oscillation.from_function(lambda step: torch.ones(3), 3).expand(2)
