@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dynloss_ext import _C
 from dynloss_ext._checks import check_number, check_seed
+from dynloss_ext._configuration import difference
 
 
 @dataclass(frozen=True)
@@ -77,3 +79,41 @@ def number_of_members(**sizes: int | None) -> int:
         if size != members:
             raise ValueError(f"{name}: expected one or {members}, as many as {first} has, got {size}")
     return members
+
+
+def of_members(finite: Tensor, like: Tensor) -> Tensor:
+    """(M,) with dimensions to be broadcast over the (M, ...) of ``like``."""
+    return finite.view(-1, *[1] * (like.dim() - 1))
+
+
+def only_finite(x: Tensor, finite: Tensor) -> Tensor:
+    """x (M, ...) with NaN for the members that are not finite."""
+    return x.masked_fill(of_members(~finite, x), torch.nan)
+
+
+def no_product(like: Tensor) -> _C.SymmetricOperator:
+    """The Hessian of a member that is not finite, of parameters (P,): its products are NaN."""
+    return _C.PythonOperator(lambda v: torch.full_like(v, torch.nan), len(like), like)
+
+
+def start_rows(start: Any, flat: Tensor, max_basis: int) -> Tensor:
+    """The vectors (M, k, P) of earlier eigenvalues of members with parameters (M, P)."""
+    if not isinstance(start, EnsembleEigenvalues) or start.vectors is None:
+        raise ValueError("start: expected a result of eigenvalues(vectors=True), got none")
+    if start.vectors.shape[:2] != flat.shape or start.vectors.shape[2] > max_basis:
+        raise ValueError(
+            f"start: expected vectors of shape {tuple(flat.shape)} and at most max_basis columns, got "
+            f"{tuple(start.vectors.shape)}"
+        )
+    return start.vectors.mT.to(flat).contiguous()
+
+
+def check_state(state: Any, names: set[str], configuration: dict[str, Any]) -> None:
+    """Refuses what is no state, of these entries, of an ensemble of this configuration."""
+    if not isinstance(state, Mapping):
+        raise TypeError(f"state: expected a dict from state_dict, got {type(state).__name__}")
+    if state.keys() != names:
+        raise ValueError(f"state: expected the entries {sorted(names)}, got {sorted(state)}")
+    other = difference(configuration, state["configuration"])
+    if other:
+        raise ValueError(f"state: expected one of an ensemble like this, got another: {other}")

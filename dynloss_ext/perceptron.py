@@ -9,9 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from dynloss_ext import _C
-from dynloss_ext._checks import check_choice, check_count, check_number, check_seed, check_tensor, plain_number
-from dynloss_ext._configuration import difference
-from dynloss_ext._ensemble import EnsembleEigenvalues, TrainingRecords, checked_seeds, number_of_members, per_member
+from dynloss_ext._checks import check_choice, check_count, check_member, check_number, check_seed, check_tensor
+from dynloss_ext._ensemble import (
+    EnsembleEigenvalues,
+    TrainingRecords,
+    check_state,
+    checked_seeds,
+    no_product,
+    number_of_members,
+    only_finite,
+    per_member,
+    start_rows,
+)
 from dynloss_ext.hessian import CurvatureOperator
 from dynloss_ext.oscillation import Oscillation
 
@@ -255,7 +264,7 @@ class PerceptronEnsemble:
     def gradient(self) -> tuple[Tensor, Tensor]:
         """The weighted loss (M,), float64, and its gradient (M, P), in the order w1, b1, w2, b2."""
         loss, gradient = _ops.perceptron_gradient(self._flat, *self._problem())
-        return self._only_finite(loss), self._only_finite(gradient)
+        return only_finite(loss, self.finite), only_finite(gradient, self.finite)
 
     def hvp(self, v: Tensor) -> Tensor:
         """The products (M, P) of every member's Hessian with its row of v (M, P).
@@ -264,7 +273,7 @@ class PerceptronEnsemble:
             TypeError, ValueError: v has another shape, dtype or device.
         """
         product = _ops.perceptron_hvp(self._flat, *self._problem(), check_tensor("v", v).detach())
-        return self._only_finite(product)
+        return only_finite(product, self.finite)
 
     def hessian(self, member: int) -> CurvatureOperator:
         """The Hessian of one member, for `eigsh`, `EigenTracker`, `trace` and `spectral_density`, at this step.
@@ -272,12 +281,12 @@ class PerceptronEnsemble:
         Raises:
             IndexError: no such member. RuntimeError, by a later product: the ensemble was trained or changed.
         """
-        m = self._index(member)
+        m = check_member(member, self.num_members)
         op: _C.SymmetricOperator
         if self.finite[m]:
             op = _C.PerceptronOperator(_C.Perceptrons(self._flat, *self._problem()), m)
         else:
-            op = _C.PythonOperator(lambda v: torch.full_like(v, torch.nan), self.num_parameters, self._flat[m])
+            op = no_product(self._flat[m])
         return CurvatureOperator(_MemberHessian(self, op), self._flat)
 
     def eigenvalues(
@@ -305,16 +314,7 @@ class PerceptronEnsemble:
         """
         k = check_count("k", k, 1, self.num_parameters, "the number of parameters")
         max_basis = check_count("max_basis", max_basis, min(k + 2, self.num_parameters))
-        rows = None
-        if start is not None:
-            if not isinstance(start, EnsembleEigenvalues) or start.vectors is None:
-                raise ValueError("start: expected a result of eigenvalues(vectors=True), got none")
-            if start.vectors.shape[:2] != self._flat.shape or start.vectors.shape[2] > max_basis:
-                raise ValueError(
-                    f"start: expected vectors of shape {tuple(self._flat.shape)} and at most max_basis columns, got "
-                    f"{tuple(start.vectors.shape)}"
-                )
-            rows = start.vectors.mT.to(self._flat).contiguous()
+        rows = None if start is None else start_rows(start, self._flat, max_basis)
         values, residuals, converged, num_hvp, found = _C.perceptron_eigenvalues(
             _C.Perceptrons(self._flat, *self._problem()),
             wanted=self.finite.tolist(),
@@ -328,24 +328,12 @@ class PerceptronEnsemble:
         )
         return EnsembleEigenvalues(values, residuals, converged, num_hvp, found.mT if vectors else None)
 
-    def _only_finite(self, x: Tensor) -> Tensor:
-        x[~self.finite] = torch.nan
-        return x
-
     # ---- members and states
 
     def member(self, index: int) -> Perceptron:
         """A copy of one member, for everything else that torch does with a module."""
-        m = self._index(index)
+        m = check_member(index, self.num_members)
         return Perceptron(*(self.parameters[name][m] for name in _NAMES), activation=self.activation)
-
-    def _index(self, member: int) -> int:
-        m = plain_number(member)
-        if isinstance(m, bool) or not isinstance(m, int):
-            raise TypeError(f"member: expected an int, got {type(member).__name__}")
-        if not -self.num_members <= m < self.num_members:
-            raise IndexError(f"member: expected one of {self.num_members}, got {m}")
-        return m % self.num_members
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that an interrupted training needs to go on bit for bit; loadable with ``weights_only``."""
@@ -363,14 +351,7 @@ class PerceptronEnsemble:
         Raises:
             TypeError, ValueError: it is no such state, or of another configuration.
         """
-        if not isinstance(state, Mapping):
-            raise TypeError(f"state: expected a dict from state_dict, got {type(state).__name__}")
-        names = {"configuration", "step", "parameters", "velocity", "finite"}
-        if state.keys() != names:
-            raise ValueError(f"state: expected the entries {sorted(names)}, got {sorted(state)}")
-        other = difference(self._configuration(), state["configuration"])
-        if other:
-            raise ValueError(f"state: expected one of an ensemble like this, got another: {other}")
+        check_state(state, {"configuration", "step", "parameters", "velocity", "finite"}, self._configuration())
         self._flat.copy_(state["parameters"])
         if self._velocity is not None:
             self._velocity.copy_(state["velocity"])
