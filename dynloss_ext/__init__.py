@@ -3,7 +3,7 @@
 from dynloss_ext import _extension as _extension
 from dynloss_ext import reference
 from dynloss_ext.eigen import ConvergenceWarning, EigenResult, EigenTracker, eigsh
-from dynloss_ext.ensemble import Perceptron, PerceptronEnsemble
+from dynloss_ext.ensemble import ModuleEnsemble, Perceptron, PerceptronEnsemble
 from dynloss_ext.graphs import CapturedHessian, CapturedStep, DeviceRecords
 from dynloss_ext.hessian import GaussNewtonOperator, HessianOperator
 from dynloss_ext.instability import (
@@ -33,6 +33,7 @@ __all__ = [
     "GaussNewtonOperator",
     "HessianOperator",
     "Instability",
+    "ModuleEnsemble",
     "Oscillation",
     "Perceptron",
     "PerceptronEnsemble",
