@@ -257,7 +257,9 @@ class PerceptronEnsemble:
                 rows.append(_ops.perceptron_train_(self._flat, *self._problem(), *descent))
             self.step += steps
         weighted, plain, accuracy = torch.cat(rows).unbind(-1)
-        return TrainingRecords(torch.arange(first, last, record_every, device="cpu"), weighted, plain, accuracy)
+        return TrainingRecords(
+            torch.arange(first, max(first, last), record_every, device="cpu"), weighted, plain, accuracy
+        )
 
     # ---- curvature
 

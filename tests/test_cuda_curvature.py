@@ -10,6 +10,8 @@ from dynloss_ext import (
     EigenTracker,
     GaussNewtonOperator,
     HessianOperator,
+    ModuleEnsemble,
+    Oscillation,
     eigsh,
     ntk_eigenvalues,
     spectral_density,
@@ -105,6 +107,30 @@ def test_ntk():
     inputs = torch.randn(8, 4, dtype=torch.float64)
     expected = ntk_eigenvalues(model, inputs, 3)
     assert torch.allclose(ntk_eigenvalues(model.to(DEVICE), inputs.to(DEVICE), 3).cpu(), expected, rtol=1e-10)
+
+
+@pytest.mark.parametrize("vmap", [True, False])
+def test_an_ensemble_of_modules(vmap):
+    torch.manual_seed(0)
+    networks = [
+        torch.nn.Sequential(torch.nn.Linear(4, 9), torch.nn.BatchNorm1d(9), torch.nn.Tanh(), torch.nn.Linear(9, 3))
+        for _ in range(3)
+    ]
+    inputs, target = torch.randn(3, 12, 4, dtype=torch.float64), torch.randint(3, (3, 12))
+    oscillation = Oscillation(3, torch.tensor([1.0, 8.0, 70.0]), 10)
+    results = []
+    for device in ("cpu", DEVICE):
+        members = [network.to(device, torch.float64) for network in networks]
+        made = ModuleEnsemble(members, oscillation, lr=[0.1, 1.7e308, 0.3], momentum=0.5, vmap=vmap)
+        pair = inputs.to(device), target.to(device)
+        records = made.train(*pair, 20)
+        values = made.eigenvalues(2, *pair, tol=1e-8).values
+        results.append(
+            [records.weighted_loss, records.loss, records.accuracy, values, *made.member(2).cpu().parameters()]
+        )
+        assert made.finite.tolist() == [True, False, True]
+    for expected, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-7, atol=1e-10, equal_nan=True)
 
 
 def test_few_words_from_the_device():
