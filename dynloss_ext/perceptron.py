@@ -143,7 +143,8 @@ class PerceptronEnsemble:
         init: ``"glorot-normal"`` or ``"lecun-normal"`` (`perceptron_values`), or the values themselves: a dict of w1,
             b1, w2 and b2 of shapes (D, H), (H,), (H, C), (C,), or with a leading M.
         dtype: torch.float64 or torch.float32, of the parameters and all arithmetic; sums over samples are float64.
-        device: "cpu": there are no CUDA kernels yet.
+        device: of the parameters and all arithmetic. On CUDA a block trains a member, for all steps of a call in one
+            launch.
 
     Raises:
         TypeError, ValueError: naming the argument. IndexError: a target that is no class.
@@ -176,12 +177,13 @@ class PerceptronEnsemble:
             raise ValueError("oscillation: expected one without a Python function, got from_function: use from_table")
         if dtype not in (torch.float32, torch.float64):
             raise ValueError(f"dtype: expected torch.float32 or torch.float64, got {dtype}")
-        if torch.device(device).type != "cpu":
-            raise ValueError(f"device: expected cpu, where the kernels are, got {device}")
+        device = torch.empty(0, device=device).device
+        if device.type not in ("cpu", "cuda"):
+            raise ValueError(f"device: expected cpu or cuda, where the kernels are, got {device}")
         self.hidden = check_count("hidden", hidden, 1)
         self.activation = check_choice("activation", activation, tuple(_ACTIVATIONS))
         self.oscillation = oscillation
-        self._inputs, self._target = _checked_data(inputs, target, oscillation.num_classes, dtype)
+        self._inputs, self._target = _checked_data(inputs, target, oscillation.num_classes, dtype, device)
         rates = per_member("lr", lr, open_low=True)
         momenta = per_member("momentum", momentum, high=1)
         seeds = None if seeds is None else checked_seeds(seeds)
@@ -195,15 +197,15 @@ class PerceptronEnsemble:
             seeds=None if seeds is None else len(seeds),
             init=None if values is None else next((len(x) for x, own in values.values() if own), None),
         )
-        self._rates = rates.expand(self.num_members).contiguous()
-        self._momenta = momenta.expand(self.num_members).contiguous()
+        self._rates = rates.expand(self.num_members).to(device).contiguous()
+        self._momenta = momenta.expand(self.num_members).to(device).contiguous()
         sizes = [shape.numel() for shape in self._shapes().values()]
         self.num_parameters = sum(sizes)
-        self._flat = torch.empty(self.num_members, self.num_parameters, dtype=dtype, device="cpu")
+        self._flat = torch.empty(self.num_members, self.num_parameters, dtype=dtype, device=device)
         parts = zip(self._shapes().items(), torch.split(self._flat, sizes, dim=1), strict=True)
         self.parameters = {name: part.view(self.num_members, *shape) for (name, shape), part in parts}
         self._velocity = torch.zeros_like(self._flat) if bool((self._momenta != 0).any()) else None
-        self.finite = torch.ones(self.num_members, dtype=torch.bool, device="cpu")
+        self.finite = torch.ones(self.num_members, dtype=torch.bool, device=device)
         self.step = 0
         if values is not None:
             for name, (value, _) in values.items():
@@ -254,7 +256,7 @@ class PerceptronEnsemble:
             steps = min(block, last - self.step)
             descent = (self._velocity, self.finite, self._rates, momenta, steps, record_every)
             with torch.no_grad():
-                rows.append(_ops.perceptron_train_(self._flat, *self._problem(), *descent))
+                rows.append(_ops.perceptron_train_(self._flat, *self._problem(), *descent).cpu())
             self.step += steps
         weighted, plain, accuracy = torch.cat(rows).unbind(-1)
         return TrainingRecords(
@@ -380,7 +382,9 @@ class PerceptronEnsemble:
         )
 
 
-def _checked_data(inputs: Tensor, target: Tensor, classes: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _checked_data(
+    inputs: Tensor, target: Tensor, classes: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
     check_tensor("inputs", inputs)
     check_tensor("target", target)
     if inputs.dim() not in (2, 3) or inputs.numel() == 0 or not inputs.is_floating_point():
@@ -397,10 +401,10 @@ def _checked_data(inputs: Tensor, target: Tensor, classes: int, dtype: torch.dty
         raise IndexError(
             f"target: expected classes from 0 to {classes - 1}, got {target.min().item()} to {target.max().item()}"
         )
-    inputs = inputs.detach().to("cpu", dtype)
+    inputs = inputs.detach().to(device, dtype)
     if not bool(inputs.isfinite().all()):
         raise ValueError("inputs: expected finite numbers, got others")
-    return inputs.clone(), target.detach().to("cpu").clone()
+    return inputs.clone(), target.detach().to(device).clone()
 
 
 def _checked_values(init: Mapping[str, Tensor], shapes: dict[str, torch.Size]) -> dict[str, tuple[Tensor, bool]]:

@@ -174,11 +174,12 @@ def test_a_confident_network_has_the_right_curvature(dtype):
 def train(problem: Problem, num_steps: int, *, lr=0.3, momentum=None, record_every=1, finite=None):
     """What the op leaves of copies: parameters, velocity, finite, records."""
     members = len(problem.parameters)
-    parameters = problem.parameters.clone()
-    finite = torch.ones(members, dtype=torch.bool) if finite is None else finite.clone()
+    parameters, device = problem.parameters.clone(), problem.parameters.device
+    finite = torch.ones(members, dtype=torch.bool, device=device) if finite is None else finite.clone()
     velocity = None if momentum is None else torch.zeros_like(parameters)
     lr, momentum = (
-        None if x is None else torch.as_tensor(x, dtype=torch.float64).expand(members) for x in (lr, momentum)
+        None if x is None else torch.as_tensor(x, dtype=torch.float64, device=device).expand(members)
+        for x in (lr, momentum)
     )
     arguments = (parameters, *problem.arguments()[1:], velocity, finite, lr, momentum, num_steps, record_every)
     return parameters, velocity, finite, ops.perceptron_train_(*arguments)

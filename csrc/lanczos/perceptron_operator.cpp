@@ -67,14 +67,18 @@ std::vector<EigshResult> perceptron_eigenvalues(const Perceptrons& ensemble, con
                                                 const EigshOptions& options, const at::Tensor& start,
                                                 int64_t begin, int64_t end) {
   std::vector<EigshResult> results(end - begin);
-  at::parallel_for(begin, end, 1, [&](int64_t first, int64_t last) {
+  const auto solve = [&](int64_t first, int64_t last) {
     const at::AutoDispatchBelowADInplaceOrView below;
     for (int64_t m = first; m < last; ++m) {
       if (!wanted[m]) continue;
       PerceptronOperator op(ensemble.member(m));
       results[m - begin] = eigsh(op, options, start.defined() ? start.select(0, m) : at::Tensor());
     }
-  });
+  };
+  if (ensemble.parameters.is_cpu())
+    at::parallel_for(begin, end, 1, solve);
+  else
+    solve(begin, end);  // the device's own threads are enough
   return results;
 }
 

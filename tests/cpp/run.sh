@@ -36,6 +36,9 @@ checked=(-O1 -g "${sanitize[@]}" -I"$csrc")
 in_parallel \
   'compile "${checked[@]}" -c test_cuda_kernels.cpp -o "$build/tests.o"' \
   'compile "${checked[@]}" -x c++ -c "$csrc/cuda/cross_entropy.cu" -o "$build/kernels.o"' \
+  'compile "${checked[@]}" -c test_cuda_perceptron.cpp -o "$build/perceptron_tests.o"' \
+  'compile "${checked[@]}" -x c++ -c "$csrc/cuda/perceptron.cu" -o "$build/perceptron_kernels.o"' \
+  'compile -O1 -I"$csrc" -c test_cuda_perceptron.cpp -o "$build/plain_perceptron_tests.o"' \
   'compile -O2 -DANNOTATE_FIBERS -c emulator/emulator.cpp -o "$build/emulator.o"' \
   'compile "${checked[@]}" test_core.cpp -o "$build/core"' \
   '"${CXX:-g++}" -std=c++20 -Wall -Wextra -Istreams -I. "${checked[@]}" test_arrival_counters.cpp \
@@ -45,6 +48,7 @@ in_parallel \
   'compile -O1 -I"$csrc" -x c++ -c "$csrc/cuda/cross_entropy.cu" -o "$build/plain_kernels.o"' \
   'compile -O1 -c emulator/emulator.cpp -o "$build/plain_emulator.o"'
 compile "${sanitize[@]}" "$build"/{tests,kernels,emulator}.o -o "$build/kernels"
+compile "${sanitize[@]}" "$build"/{perceptron_tests,perceptron_kernels,emulator}.o -o "$build/perceptrons"
 compile "$build"/plain_{guard,kernels,emulator}.o -o "$build/guard"
 
 # faulty COPY FILE SED-SCRIPT: the kernels and their tests in the folder COPY, with the script applied to the
@@ -92,8 +96,20 @@ guarded() {
   found "$1: $2" "$copy/guard" --cases "$guard_cases" --stop
 }
 
+# in_perceptrons SED-SCRIPT: succeeds if the tests of perceptron.cu fail with the script applied to it.
+in_perceptrons() {
+  local copy
+  copy=$(mktemp -d -p "$build")
+  cp -r "$csrc/core" "$csrc/cuda" "$copy"
+  sed -i "$1" "$copy/cuda/perceptron.cu"
+  if cmp -s "$copy/cuda/perceptron.cu" "$csrc/cuda/perceptron.cu"; then echo "does not apply: $1"; return 1; fi
+  compile -w -O0 -I"$copy" -x c++ -c "$copy/cuda/perceptron.cu" -o "$copy/kernels.o"
+  compile "$copy/kernels.o" "$build"/plain_{perceptron_tests,emulator}.o -o "$copy/kernels"
+  found "perceptron.cu: $1" "$copy/kernels" faults
+}
+
 guard_cases=80
-in_parallel '"$build/guard" --cases "$guard_cases"' '"$build/core"' '"$build/arrivals"' \
+in_parallel '"$build/guard" --cases "$guard_cases"' '"$build/perceptrons"' '"$build/core"' '"$build/arrivals"' \
   '"$build/kernels" float32' '"$build/kernels" float64' '"$build/kernels" float16' '"$build/kernels" bfloat16' \
   '"$build/kernels" other' '"$build/kernels" random 40 1'
 
@@ -122,4 +138,11 @@ done < <(cd "$csrc/cuda" && {
   grep -nE '__sync(threads|warp)\(\);' ./* | grep -v 'no shuffle is a fence'
   grep -Hn 'wait_for_copies' ./warp_rows.cuh
 })
+faults+=('in_perceptrons "s/if (step == end \&\& !due) break;/if (step == end) break;/"'
+  'in_perceptrons "s/member.sums\[i\] = next;/p[i] = next;/"'
+  'in_perceptrons "s/const int end = (slice + 1)/const int end = slice/"'
+  'in_perceptrons "s/std::max(plan.slices, least_slices)/plan.slices/"')
+while IFS=: read -r line _; do
+  faults+=("in_perceptrons ${line}d")
+done < <(grep -nE '__syncthreads\(\);' "$csrc/cuda/perceptron.cu")
 in_parallel "${faults[@]}"
