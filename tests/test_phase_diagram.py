@@ -19,6 +19,7 @@ from common import diagrams, dynamics, sweep
 from common.run import RunError
 from common.spiral_sweep import SpiralSweep
 from common.sweep import SweepFolder, chunks_of, read_values, run_here, run_on_dask
+from dynloss_ext import Oscillation
 
 SCRIPT = Path(phase_diagram.__file__)
 SMALL = ("--steps", 60, "--amplitudes", 3, 30, "--periods", 5, 10, "--widths", 6, "--points", 8, "--seeds", 2)
@@ -126,14 +127,18 @@ def test_dynamics_of_known_signals():
     step = np.arange(400)
     smooth = 1 + 0.1 * np.cos(step / 40)
     doubled = smooth + np.where(step < 200, 0.0, 0.05 * (-1.0) ** step)
-    assert dynamics.dynamics(step, smooth, 100, 0, 400)["richest_period"] == 1
-    found = dynamics.dynamics(step, doubled, 100, 0, 400)
+    slow, fast = Oscillation(3, 1, 100), Oscillation(3, 50, 4)
+    driven = 1 + 1e-3 * smooth + fast.weights(torch.from_numpy(step)).numpy() @ [0.1, 0.2, 0.3]
+    assert dynamics.dynamics(step, driven, slow, 0, 400)["richest_period"] != 1
+    assert dynamics.dynamics(step, driven, fast, 0, 400)["richest_period"] == 1
+    assert dynamics.dynamics(step, smooth, slow, 0, 400)["richest_period"] == 1
+    found = dynamics.dynamics(step, doubled, slow, 0, 400)
     assert found["richest_period"] == 2 and found["unstable_share"] == pytest.approx(0.5, abs=0.2)
     x = np.empty(400)
     x[0] = 0.3
     for i in range(399):
         x[i + 1] = 3.9 * x[i] * (1 - x[i])
-    assert dynamics.dynamics(step, x, 100, 100, 400)["richest_period"] == dynamics.CHAOS
+    assert dynamics.dynamics(step, x, slow, 100, 400)["richest_period"] == dynamics.CHAOS
 
 
 # ---- the folder

@@ -105,7 +105,7 @@ def significant(p: Array, level: float = LEVEL) -> Array:
 def _ticks(axis: Axes, grid: Grid) -> None:
     def shown(values: Array) -> tuple[Array, list[str]]:
         places = np.unique(np.linspace(0, len(values) - 1, min(len(values), 12)).round().astype(int))
-        return places, [f"{values[i]:.3g}" for i in places]
+        return places, [f"{float(f'{values[i]:.3g}'):g}" for i in places]
 
     axis.set_xticks(*shown(grid.periods), rotation=45, ha="right")
     axis.set_yticks(*shown(grid.amplitudes))
@@ -135,7 +135,7 @@ def mean_and_gain(grid: Grid, names: Mapping[str, str], title: str | None = None
     """
     found: dict[str, Any] = {}
     with matplotlib.rc_context(plot.STYLE):
-        figure = Figure(figsize=(7.6, 0.4 + 2.9 * len(names)), layout="constrained")
+        figure = Figure(figsize=(7.9, 0.8 + 2.9 * len(names)), layout="constrained")
         axes = figure.subplots(len(names), 2, squeeze=False)
         for (name, label), (left, right) in zip(names.items(), axes, strict=True):
             values, plain = grid.cells(name), grid.plain(name)
@@ -165,11 +165,8 @@ def mean_and_gain(grid: Grid, names: Mapping[str, str], title: str | None = None
                     "significant_gains": int((clear & (gain > 0)).sum()),
                     "significant_losses": int((clear & (gain < 0)).sum()),
                 }
-        axes[-1, 1].legend(
-            handles=[Patch(color=NOT_SIGNIFICANT, label=f"not significant (false discovery rate {LEVEL:g})")],
-            loc="upper left",
-            bbox_to_anchor=(0, -0.3),
-        )
+        grey = Patch(color=NOT_SIGNIFICANT, label=f"not significant (false discovery rate {LEVEL:g})")
+        figure.legend(handles=[grey], loc="outside lower right")
         if title:
             figure.suptitle(title, fontsize=9)
     return figure, found

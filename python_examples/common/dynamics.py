@@ -9,20 +9,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.sweep import Row
+from dynloss_ext import Oscillation
 from dynloss_ext.instability import detect_instabilities, detect_periods
 
 CHAOS = 0  # how a table says that no period fits
 
 
-def dynamics(step: NDArray[Any], weighted: NDArray[Any], period: float, start: int, end: int) -> Row:
-    """How often F was unstable, and which periods it went through in the last cycle, steps [start, end)."""
+def dynamics(step: NDArray[Any], weighted: NDArray[Any], drive: Oscillation, start: int, end: int) -> Row:
+    """How often F was unstable, and which periods it went through in the last cycle, steps [start, end).
+
+    What of F is a combination of the class weights of the drive is no dynamics, and taken out.
+    """
     none = np.empty(0)
     windows = []
     if np.isfinite(weighted).all():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of one window over all of a run: there may be such members
-            windows = detect_instabilities(step, weighted, none, none, period=period)
-    segments = detect_periods(step, weighted, start=start, stop=end - 1)
+            windows = detect_instabilities(step, weighted, none, none, period=drive.period.item())
+    segments = detect_periods(step, weighted, start=start, stop=end - 1, drive=drive)
     lengths: dict[int, int] = {}
     for part in segments:
         key = CHAOS if part.period is None else part.period

@@ -16,6 +16,7 @@ from common.dynamics import dynamics, finite_or_none
 from common.run import RunError
 from common.sweep import Member, Row
 from common.training import Record, train
+from dynloss_ext import Oscillation
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ def _measured(record: Record, config: TrainingConfig) -> Row:
         end = min(end, config.stop_epoch * summary["steps_per_epoch"])
     start = max(0, end - round(config.classes * config.period))
     validation = metrics["validation_accuracy"]
+    drive = Oscillation(config.classes, config.amplitude, config.period, waveform=config.waveform)
     row: Row = {
         "final_accuracy": float(metrics["accuracy"][-1]),
         "best_accuracy": float(np.fmax.reduce(metrics["accuracy"])),
@@ -58,7 +60,7 @@ def _measured(record: Record, config: TrainingConfig) -> Row:
         "best_validation_accuracy": float(np.fmax.reduce(validation)) if len(validation) else None,
         "validation_loss": float(metrics["validation_loss"][-1]) if len(validation) else None,
         "diverged": bool(summary["diverged"]),
-        **dynamics(metrics["step"], metrics["weighted_loss"], config.period, start, end),
+        **dynamics(metrics["step"], metrics["weighted_loss"], drive, start, end),
     }
     if len(metrics["eig_step"]):
         along = (metrics["eig_step"] >= start) & (metrics["eig_step"] < end)

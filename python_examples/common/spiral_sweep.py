@@ -59,7 +59,7 @@ class SpiralSweep:
             for name in ("step", "weighted_loss", "loss", "accuracy")
         )
         rows: list[Row] = []
-        for m, member in enumerate(members):
+        for m in range(len(members)):
             row: Row = {
                 "final_accuracy": float(accuracy[-1, m]),
                 "best_accuracy": float(np.fmax.reduce(accuracy[:, m])),
@@ -70,7 +70,7 @@ class SpiralSweep:
                 "diverged": not bool(made.finite[m]),
             }
             if self.measure != "end":
-                row |= dynamics(step, weighted[:, m], float(member["period"]), start, end)
+                row |= dynamics(step, weighted[:, m], made.oscillation.member(m), start, end)
             if curvature:
                 along = torch.stack([values[m] for _, values in lambdas])
                 row["lambda_end"] = float(last[m])
