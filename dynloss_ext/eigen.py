@@ -92,9 +92,10 @@ def eigsh(
     complement of the basis is searched from a random vector, since a Krylov space does not show a second
     eigenvector of the same eigenvalue; the result's ``miss_probability`` says how well.
 
-    That H is symmetric is seen in the products. Where u · H v and v · H u differ by more than rounding does, 1 to 4
-    more products find out whether those are noisy or H is not symmetric, as autograd's Hessian is not where the second
-    derivative of a layer is wrong: that of `weight_norm` on the CPU, or of many an autograd Function.
+    That H is symmetric is seen in the products, those of the search from a random vector included. Where u · H v and
+    v · H u differ by more than rounding does, 1 to 4 more products find out whether those are noisy or H is not
+    symmetric, as autograd's Hessian is not where the second derivative of a layer is wrong: that of `weight_norm` on
+    the CPU, or of many an autograd Function.
 
     Vectors stay on their device. What a decision needs is read from there at once: in float64 at most one small matrix
     per product and two besides.
@@ -127,7 +128,8 @@ def eigsh(
     op, size, options = _resolve(H, n, dtype, device, v0)
     settings = _check_settings(k, which, tol, max_hvp, max_basis, size)
     start = None if v0 is None else _check_start(v0, size, options, max_basis)
-    result, _, asymmetry = _solve(H, op, **settings, v0=start, seed=check_seed(seed), audit=True)
+    result, _, asymmetry = _solve(op, **settings, v0=start, seed=check_seed(seed), audit=True)
+    _refuse_callable(H, asymmetry)
     _warn_unless_converged("eigsh", H, result, asymmetry)
     return result
 
@@ -137,7 +139,9 @@ class EigenTracker:
 
     An update searches the Krylov space of the old eigenvectors' sum and stops by the same residual rule. What that
     space cannot show (an eigenvector that has none of the old ones in it) is looked for by an audit: at the first
-    update, every ``audit_every`` updates, and on ``update(H, audit=True)``, which is due when the problem jumps.
+    update, every ``audit_every`` updates, and on ``update(H, audit=True)``, which is due when the problem jumps. So is
+    an asymmetry, of which few old eigenvectors show nothing: a tracker that has seen one audits every update from then
+    on.
 
     Args:
         k: number of eigenpairs.
@@ -188,6 +192,7 @@ class EigenTracker:
         self._start: Tensor | None = None  # the vectors of the last update whose products were finite
         self._next_identity = int(k)
         self._since_audit = 0
+        self._num_asymmetric = 0
         self._interval = 1
 
     def update(
@@ -217,15 +222,17 @@ class EigenTracker:
                 f"H: expected the size, dtype and device of the last update's, {len(old)}, {old.dtype} on {old.device},"
                 f" got {size}, {options.dtype} on {options.device}: use a new tracker"
             )
-        audited = bool(audit) or old is None or self._since_audit + 1 >= self._schedule["audit_every"]
+        due = self._since_audit + 1 >= self._schedule["audit_every"] or self._num_asymmetric > 0
+        audited = bool(audit) or old is None or due
         result, origins, asymmetry = _solve(
-            H,
             op,
             **self._settings,
             v0=None if old is None else old.T.contiguous(),
             seed=self._seed + self.num_updates,
             audit=audited,
         )
+        self._num_asymmetric += asymmetry > 0
+        _refuse_callable(H, asymmetry)
         self._adapt(result)
         if result.status == "non-finite product":
             self._since_audit = self._schedule["audit_every"]
@@ -313,7 +320,7 @@ class EigenTracker:
         for name in self._COUNTERS:
             setattr(self, name, state[name])
 
-    _COUNTERS = ("num_updates", "num_hvp", "_next_identity", "_since_audit", "_interval", "_seed")
+    _COUNTERS = ("num_updates", "num_hvp", "_next_identity", "_since_audit", "_num_asymmetric", "_interval", "_seed")
 
 
 def _check_settings(k: int, which: str, tol: float, max_hvp: int, max_basis: int, size: int | None) -> dict[str, Any]:
@@ -328,13 +335,17 @@ def _check_settings(k: int, which: str, tol: float, max_hvp: int, max_basis: int
     }
 
 
-def _solve(H: Operator, op: _C.SymmetricOperator, **settings: Any) -> tuple[EigenResult, list[int], float]:
+def _solve(op: _C.SymmetricOperator, **settings: Any) -> tuple[EigenResult, list[int], float]:
     """The result, the column of v0 that each eigenvector overlaps with, or -1, and the asymmetry if it is too large."""
     with double_backward():
         values, rows, residuals, num_hvp, converged, status, miss, origins, asymmetry = _C.eigsh(op, **settings)
+    return EigenResult(values, rows.T, residuals, num_hvp, converged, status, miss), origins, asymmetry
+
+
+def _refuse_callable(H: Operator, asymmetry: float) -> None:
+    """Of a Hessian the result's status says so."""
     if not isinstance(H, CurvatureOperator):
         check_symmetric(H, asymmetry)
-    return EigenResult(values, rows.T, residuals, num_hvp, converged, status, miss), origins, asymmetry
 
 
 def check_symmetric(H: Operator, asymmetry: float) -> None:

@@ -86,7 +86,7 @@ def test_audits_end_where_all_eigenvalues_are_nearly_equal(dtype, spread, tol):
 def test_audits_see_what_is_beyond_the_noise_of_single_components(asymmetry):
     """Products that are inexact in a few directions say nothing of the others."""
     n = 20_000
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(1)  # the audits' seed is 0, whose vectors the start must know nothing of
     x = 0.3 * torch.rand(n, dtype=torch.float64, generator=generator)
     x[:12] = torch.linspace(0.6, 0.95, 12, dtype=torch.float64)
     x[0], x[12] = 1.0, 1.01

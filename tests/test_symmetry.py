@@ -152,6 +152,58 @@ def test_the_tracker_says_so_between_audits_too():
         assert tracker.update(next(operators(*wrong))).status == "not symmetric"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", WRONG)
+def test_an_eigenvector_to_start_from_hides_nothing(name, dtype):
+    """One vector that H is done with has no other to compare its product with."""
+    model, x = make(WRONG[name], dtype)
+    for H in operators(model, x):
+        values, vectors = torch.linalg.eig(H.to_dense().double())
+        top = values.real.argmax()
+        assert values.imag[top] == 0
+        v0 = vectors[:, top].real.to(dtype)
+        with pytest.warns(ConvergenceWarning, match="not symmetric"):
+            result = eigsh(H, 1, v0=v0)
+        assert result.status == "not symmetric"
+        assert not result.converged.any()
+        assert result.num_hvp <= 6
+
+
+@pytest.mark.filterwarnings("ignore::dynloss_ext.ConvergenceWarning")
+@pytest.mark.parametrize("which", ["LA", "SA", "LM"])
+@pytest.mark.parametrize("name", WRONG)
+def test_a_tracker_of_one_eigenvector_says_so_at_every_update(name, which):
+    model, x = make(WRONG[name])
+    tracker = EigenTracker(k=1, which=which)
+    for H in [H for _ in range(3) for H in operators(model, x)]:
+        assert tracker.update(H).status == "not symmetric"
+        again = EigenTracker(k=1, which=which)
+        again.load_state_dict(tracker.state_dict())
+        tracker = again
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("n", [3, 200, 20_000])
+def test_a_callable_with_an_eigenvector_to_start_from(n, dtype):
+    """S + a bᵀ with the eigenvector a of the symmetric S, of which Hᵀ makes something else."""
+    a, b = torch.linalg.qr(torch.randn(n, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(n)))[0].T
+    d = torch.linspace(-1, 1, n, dtype=torch.float64)
+    P = lambda v: v - a * (a @ v)  # noqa: E731
+
+    def product(asymmetry):
+        return lambda v: (P(d * P(v.double())) + 5 * a * (a @ v.double()) + asymmetry * a * (b @ v.double())).to(dtype)
+
+    v0 = a.to(dtype)
+    assert float(eigsh(product(0.0), 1, v0=v0).values) == pytest.approx(5, rel=1e-3)
+    with pytest.raises(ValueError, match="H: expected a symmetric operator, got one that is not symmetric"):
+        eigsh(product(0.5), 1, v0=v0)
+    tracker = EigenTracker(k=1)
+    tracker.update(product(0.0), n=n, dtype=dtype)
+    for _ in range(3):
+        with pytest.raises(ValueError, match="not symmetric"):
+            tracker.update(product(0.5), audit=tracker._num_asymmetric == 0)
+
+
 def test_gauss_newton_is_measured_too():
     """Its product J v is a second derivative, of the pullback."""
     model, x = make(lambda: scaled(Deaf.apply))
@@ -215,6 +267,8 @@ def test_noise_is_no_asymmetry(name, dtype):
         H = HessianOperator(loss(model, x), model.parameters())
         for which in ("LA", "SA"):
             assert eigsh(H, 3, which=which, tol=1e-6, max_hvp=40).status != "not symmetric"
+            v0 = eigsh(H, 1, which=which, max_hvp=40).vectors
+            assert eigsh(H, 1, which=which, v0=v0, max_hvp=40).status != "not symmetric"
         assert math.isfinite(trace(H, num_probes=12).value)
         assert spectral_density(H, num_steps=20, num_probes=2).nodes.isfinite().all()
 

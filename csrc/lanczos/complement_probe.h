@@ -32,6 +32,11 @@ class ComplementProbe {
   const std::vector<double>& off_diagonal() const { return off_diagonal_; }
   int64_t steps() const { return static_cast<int64_t>(diagonal_.size()); }
 
+  // The basis and the vector that the process starts from, as rows; and after its first step the projection
+  // of H on them, row-major, in the unit of the basis.
+  Rows rows_with_start() const { return basis_.vectors_and_spare(); }
+  std::vector<double> projection_with_start() const;
+
   // A combination of the vectors is collected from those that are kept or, where that are not all, the last
   // one during a second run from the start.
   bool keeps_all() const { return steps() < window_; }
@@ -48,7 +53,8 @@ class ComplementProbe {
   int64_t window_ = 2;  // vectors kept
   at::Tensor minus_coupling_;
   std::vector<double> diagonal_, off_diagonal_;
-  double largest_ = 0.0;  // of both
+  std::vector<double> start_overlaps_;  // v_i · H x, x · H x and H v_i · x of the start x
+  double largest_ = 0.0;                // of both
 };
 
 }  // namespace dynloss

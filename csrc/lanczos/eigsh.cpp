@@ -284,6 +284,7 @@ class Solver {
     double missed;
     do {
       if (!advance_probe()) return;
+      if (probe_.steps() == 1) check_symmetric_beside();
       // Where the space of the vector ends, all that it has a component of is known, also next to the bound.
       const bool ended = probe_.off_diagonal().back() == 0.0;
       const double hidden =
@@ -350,11 +351,29 @@ class Solver {
 
   // Before the basis forgets what it knows, and as soon as it does: the budget may be large.
   void check_symmetric() {
+    check_symmetric(basis_.asymmetry(), scale_, {basis_.vectors(), basis_.projection(), basis_.unit()});
+  }
+
+  // A basis of old eigenvectors of H alone knows nothing of what Hᵀ makes of them. A random unit vector
+  // beside it does, which has about 1 / √P of anything.
+  void check_symmetric_beside() {
+    const std::vector<double> projection = probe_.projection_with_start();
+    const int64_t m = basis_.size();
+    double asymmetry = 0.0;
+    for (int64_t i = 0; i < m; ++i) {
+      asymmetry = std::max(asymmetry, std::abs(projection[i * (m + 1) + m] - projection[m * (m + 1) + i]));
+    }
+    check_symmetric(asymmetry, scale_ / std::sqrt(static_cast<double>(length_)),
+                    {probe_.rows_with_start(), projection, basis_.unit()});
+  }
+
+  void check_symmetric(double asymmetry, double norm, const Projection& seen) {
     const int64_t before = num_products_;
-    const bool fails =
-        symmetry_.fails(basis_.asymmetry(), scale_, {basis_.vectors(), basis_.projection(), basis_.unit()},
-                        [this](const at::Tensor& v) { return multiply(v, /*noisily=*/true); });
-    if (fails) throw Stop{kNotSymmetric};
+    const auto multiply_noisily = [this](const at::Tensor& v) { return multiply(v, /*noisily=*/true); };
+    if (symmetry_.fails(asymmetry, norm, seen, multiply_noisily)) {
+      asymmetry_ = asymmetry / scale_;
+      throw Stop{kNotSymmetric};
+    }
     best_at_ += num_products_ - before;
   }
 
@@ -387,7 +406,7 @@ class Solver {
     }
     out.num_products = num_products_;
     out.miss_probability = audited_ ? miss_probability_ : nan;
-    if (status == kNotSymmetric) out.asymmetry = basis_.asymmetry() / scale_;
+    if (status == kNotSymmetric) out.asymmetry = asymmetry_;
     out.status = std::move(status);
     return out;
   }
@@ -414,6 +433,7 @@ class Solver {
   int deceived_ = 0;
   double best_ = std::numeric_limits<double>::infinity();
   int64_t best_at_ = 0;
+  double asymmetry_ = 0.0;  // that ended the search, in units of ‖H‖
 };
 
 }  // namespace

@@ -67,6 +67,7 @@ class RitzBasis {
   Rows products() const { return {rows_, 1, size_, 2}; }  // W
   // Room for one more vector: there are two for each column that the basis may still grow by.
   Rows spare_row(int64_t i) const { return {rows_, 2 * size_ + i, 1}; }
+  Rows vectors_and_spare() const { return {rows_, 0, size_ + 1, 2}; }  // V and spare_row(0)
   int64_t num_spare_rows() const { return rows_.size(0) - 2 * size_; }
 
   // Divides a row by its length; false where that is at most `negligible` or `or_this`, if it is defined,
