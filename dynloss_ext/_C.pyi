@@ -36,11 +36,11 @@ class SymmetricOperator:
     def check_values(self) -> None: ...
 
 class FlatParameters:
-    def __init__(self, parameters: Sequence[Tensor]) -> None: ...
+    def __init__(self, parameters: Sequence[Tensor], labels: Sequence[str]) -> None: ...
     def check_values(self) -> None: ...
 
 class GraphOperator(SymmetricOperator):
-    def __init__(self, gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> None: ...
+    def __init__(self, gradients: Sequence[Tensor | None], parameters: FlatParameters) -> None: ...
 
 class GaussNewtonOperator(SymmetricOperator):
     def __init__(
@@ -49,7 +49,7 @@ class GaussNewtonOperator(SymmetricOperator):
         output_gradient: Tensor,
         dummy: Tensor,
         pullback: Sequence[Tensor | None],
-        parameters: Sequence[Tensor],
+        parameters: FlatParameters,
     ) -> None: ...
 
 class PythonOperator(SymmetricOperator):
@@ -116,6 +116,9 @@ def gauss_quadrature(
     op: SymmetricOperator, *, steps: int, probes: int, generator: Generator
 ) -> list[tuple[list[float], list[float], float]]:
     """Nodes, ascending, and weights of the spectral measure of each of some random vectors of ±1, and asymmetry."""
+
+def fingerprints(tensors: Sequence[Tensor]) -> Tensor:
+    """(tensors,) int64, of the values at each place of float32 or float64 tensors."""
 
 def take_device_path(on: bool) -> None: ...
 def num_reads() -> int: ...

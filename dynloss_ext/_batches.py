@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from functools import cache, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,13 +35,6 @@ Recording = tuple["_C.SymmetricOperator | None", tuple["Tensor | None", ...]]
 CHUNK = 2**20  # elements hashed at once: the memory that a fingerprint takes
 
 
-@cache
-def _multipliers(device: torch.device) -> Tensor:
-    """(CHUNK,) random int64, the same on every device."""
-    generator = torch.Generator(device="cpu").manual_seed(0)
-    return torch.empty(CHUNK, dtype=torch.int64, device="cpu").random_(generator=generator).to(device)
-
-
 def fingerprint(tensors: Sequence[Tensor]) -> Tensor:
     """Digits d of a 64-bit hash of shapes, dtypes and values, and d²: (26,) float64, small integers.
 
@@ -52,8 +45,7 @@ def fingerprint(tensors: Sequence[Tensor]) -> Tensor:
     total = torch.tensor(zlib.crc32(shapes), dtype=torch.int64, device=device)
     for t in tensors:
         for chunk in torch.split(t.detach().reshape(-1), CHUNK):
-            bits = (chunk + 0.0).view(torch.int64 if t.dtype == torch.float64 else torch.int32)  # -0 counts as 0
-            total = total * 6364136223846793005 + (bits * _multipliers(device)[: len(bits)]).sum()
+            total = total * 6364136223846793005 + _C.fingerprints([chunk + 0.0])[0]  # -0 counts as 0
     digits = (total >> torch.arange(0, 64, 5, device=device)) & 31
     return torch.cat([digits, digits**2]).double()
 
@@ -204,7 +196,7 @@ class BatchSums:
             )
         self._params = check_params(params)
         self._reached = [False] * len(self._params)
-        self._snapshot = _C.FlatParameters(self._params)
+        self._snapshot = _C.FlatParameters(self._params, self._params.labels)
         sums = torch.zeros(3, dtype=torch.float64, device=self._device)
         count, statistics = 0, False
         with self._pass_state():
@@ -303,7 +295,7 @@ def _tally(sums: Tensor, loss: Tensor, weight: Tensor | float) -> None:
 
 def _listed(params: Any) -> Any:
     """Params as a list, where they are an iterable; or what was raised on the way, to be raised where others hear."""
-    if isinstance(params, Tensor) or not isinstance(params, Iterable):
+    if isinstance(params, Tensor | Mapping) or not isinstance(params, Iterable):
         return params
     try:
         return list(params)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -150,6 +150,11 @@ def check_params(params: Parameters, name: str = "params") -> Params:
         raise TypeError(f"{name}: expected an iterable of tensors, got one tensor: pass [tensor]")
     if not isinstance(params, Iterable):
         raise TypeError(f"{name}: expected an iterable of tensors, got {type(params).__name__}")
+    if isinstance(params, Mapping):
+        raise TypeError(
+            f"{name}: expected an iterable of tensors or (name, tensor) pairs, got a {type(params).__name__}: pass its"
+            " .items()"
+        )
     pairs = [p if isinstance(p, tuple) and len(p) == 2 and isinstance(p[0], str) else ("", p) for p in params]
     labels = [given or f"{name}[{i}]" for i, (given, _) in enumerate(pairs)]
     checked = Params([p for _, p in pairs], labels)
@@ -172,8 +177,11 @@ def check_params(params: Parameters, name: str = "params") -> Params:
             got += " with a hook (Tensor.register_hook): remove it for as long as the operator is used"
         if expected:
             raise ValueError(f"{label}: expected {expected}, got {got}")
-    if len({id(p) for p in checked}) < len(checked):
-        raise ValueError(f"{name}: expected every tensor once, got one twice")
+    first: dict[int, str] = {}
+    for label, p in zip(labels, checked, strict=True):
+        if id(p) in first:
+            raise ValueError(f"{name}: expected every tensor once, got one twice, as {first[id(p)]} and {label}")
+        first[id(p)] = label
     if sum(p.numel() for p in checked) == 0:
         raise ValueError(f"{name}: expected at least one element in all, got none")
     return checked

@@ -157,10 +157,10 @@ class HessianOperator(CurvatureOperator):
             module ran without grad, and a call of DistributedDataParallel.
         RuntimeError: torch cannot differentiate the loss twice: here or by the first product.
         RuntimeError: by a product, if a parameter was changed in place since the loss was computed, by its version
-            counter. Fused optimizers and changes of ``p.data`` leave that alone: the sum of the parameters' bits,
-            taken when the operator is made, is compared at the start of `eigsh`, `EigenTracker.update`,
+            counter. Fused optimizers and changes of ``p.data`` leave that alone: a 64-bit hash of the parameters'
+            values, taken when the operator is made, is compared at the start of `eigsh`, `EigenTracker.update`,
             `spectral_density` and `trace`, and on the CPU of every ``H @ v``. A fused step between the computation
-            of a loss and that of its operator cannot be seen, nor changes whose sum of bits is 0.
+            of a loss and that of its operator cannot be seen.
 
     Attributes:
         gradients: the recorded gradient of each parameter (None where the loss does not depend on it). A training
@@ -173,7 +173,7 @@ class HessianOperator(CurvatureOperator):
     def __init__(self, loss: Tensor | Callable[[], Tensor], params: Parameters) -> None:
         checked = check_params(params)
         self.gradients = _record_loss(loss, checked, "params")
-        super().__init__(_Recorded(_C.GraphOperator(self.gradients, checked), self.gradients), checked[0])
+        super().__init__(_Recorded(_C.GraphOperator(self.gradients, _flat(checked)), self.gradients), checked[0])
 
     @classmethod
     def layers(
@@ -195,7 +195,7 @@ class HessianOperator(CurvatureOperator):
         blocks = {}
         for name, params in checked.items():
             own = tuple(next(gradients) for _ in params)
-            blocks[name] = cls._of(_Recorded(_C.GraphOperator(own, params), own), params[0])
+            blocks[name] = cls._of(_Recorded(_C.GraphOperator(own, _flat(params)), own), params[0])
             blocks[name].gradients = own
         return blocks
 
@@ -283,12 +283,16 @@ class GaussNewtonOperator(CurvatureOperator):
         return cls._of(sums, sums.like)
 
 
-def _hessian(params: Sequence[Tensor], loss: Tensor) -> Recording:
+def _flat(params: Params) -> _C.FlatParameters:
+    return _C.FlatParameters(params, params.labels)
+
+
+def _hessian(params: Params, loss: Tensor) -> Recording:
     gradients = _record_gradients(loss, params)
-    return (None if _all_none(gradients) else _C.GraphOperator(gradients, params)), gradients
+    return (None if _all_none(gradients) else _C.GraphOperator(gradients, _flat(params))), gradients
 
 
-def _gauss_newton(params: Sequence[Tensor], loss: Tensor, outputs: Tensor) -> Recording:
+def _gauss_newton(params: Params, loss: Tensor, outputs: Tensor) -> Recording:
     if not check_tensor("outputs", outputs).requires_grad:
         raise ValueError("outputs: expected a tensor with its graph, got one that does not require grad")
     (gradient,) = _record_gradients(loss, [outputs])
@@ -296,7 +300,7 @@ def _gauss_newton(params: Sequence[Tensor], loss: Tensor, outputs: Tensor) -> Re
         raise ValueError("loss: expected one that depends on outputs, got one that does not")
     dummy = torch.zeros_like(outputs, requires_grad=True)
     pullback = _record_gradients(outputs, params, dummy)
-    op = None if _all_none(pullback) else _C.GaussNewtonOperator(outputs, gradient, dummy, pullback, params)
+    op = None if _all_none(pullback) else _C.GaussNewtonOperator(outputs, gradient, dummy, pullback, _flat(params))
     return op, pullback
 
 
@@ -312,7 +316,7 @@ def _record_loss(loss: Tensor | Callable[[], Tensor], params: Params, called: st
     return gradients
 
 
-def _checked_gauss_newton(params: Sequence[Tensor], loss: Tensor, outputs: Tensor) -> Recording:
+def _checked_gauss_newton(params: Params, loss: Tensor, outputs: Tensor) -> Recording:
     """The same for a loss that depends on params through outputs alone."""
     made = _gauss_newton(params, loss, outputs)
     with double_backward():

@@ -10,6 +10,7 @@ from curvature_problems import X, Y, dense_hessian, loss_of, mlp
 from torch import nn
 
 from dynloss_ext import (
+    _C,
     ConvergenceWarning,
     EigenTracker,
     GaussNewtonOperator,
@@ -97,18 +98,27 @@ def fused(optimizer):
     return step
 
 
+def give_and_take(params):
+    """The same sum of bits."""
+    bits = params[0].data.view(-1).view(torch.int32)
+    bits[0] += 8
+    bits[2] -= 8
+
+
 BEHIND_THE_COUNTER = {
     "SGD": fused(torch.optim.SGD),
     "Adam": fused(torch.optim.Adam),
     "data": lambda params: params[0].data.mul_(1 + 1e-6),
     "to NaN": lambda params: params[0].data.fill_(float("nan")),
+    "exchanged": lambda params: params[0].data.copy_(params[0].data.flip(0)),
+    "given and taken": give_and_take,
 }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("how", BEHIND_THE_COUNTER)
 def test_a_step_that_no_version_counter_sees_is_refused_by_every_solve(how, dtype):
-    params = [*mlp(dtype), torch.tensor([3.0], dtype=dtype).requires_grad_()]  # the last has no full word in float32
+    params = [*mlp(dtype), torch.tensor([3.0], dtype=dtype).requires_grad_()]
     params[2] = params[2].detach()[:, ::2].requires_grad_()  # with gaps in between
     params[3] = params[3].detach()[:2].clone().requires_grad_()
 
@@ -131,6 +141,105 @@ def test_a_step_that_no_version_counter_sees_is_refused_by_every_solve(how, dtyp
         for use in (eigsh, EigenTracker(1).update, spectral_density, trace, HessianOperator.to_dense):
             with pytest.raises(RuntimeError, match=r"params.*: expected .* got .* changed in place"):
                 use(H)
+
+
+def by_hand(x, table):
+    """Σ w_i f_i modulo 2⁶⁴ in Python's integers."""
+    words = x.detach().reshape(-1).contiguous().view(torch.int32).tolist()
+    return sum(word * factor for word, factor in zip(words, table, strict=False)) % 2**64
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_fingerprints(dtype):
+    """All ways to compute them agree, on the sum by hand with the factors that unit vectors show."""
+    generator = torch.Generator().manual_seed(0)
+    length = 10_000  # more than two blocks of factors
+    one = torch.zeros(length, dtype=torch.int32)
+    table = []
+    for i in range(length):
+        one[i] = 1
+        table.append(int(_C.fingerprints([one.view(torch.float32)])))
+        one[i] = 0
+    assert all(factor % 2 for factor in table)
+    assert len(set(table)) == length
+    x = torch.randn(length // 2, dtype=dtype, generator=generator)
+    with_gaps = torch.stack([x, x], 1)[:, 0]
+    assert not with_gaps.is_contiguous()
+    expected = by_hand(x, table)
+    for given in (x, with_gaps, x.view(50, 100), x.view(100, 50).T):  # the last has the same memory
+        assert int(_C.fingerprints([given])) % 2**64 == expected
+    assert by_hand(x.flip(0), table) != expected
+    assert _C.fingerprints([x[:0], x[0], x[:1]]).tolist()[0] == 0
+    assert int(_C.fingerprints([x[0]])) == int(_C.fingerprints([x[:1]]))
+
+
+def test_fingerprints_of_what_a_device_takes_in_pieces():
+    """More than is taken at once, with gaps, as of tensors on a device."""
+    x = torch.randn(1_500_000, generator=torch.Generator().manual_seed(0))
+    assert int(_C.fingerprints([torch.stack([x, x], 1)[:, 0]])) == int(_C.fingerprints([x]))
+
+
+def test_any_exchange_of_two_values_shows():
+    """Also of values whose bits differ by a power of two, far apart."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.ones(200_000)
+    before = int(_C.fingerprints([x]))
+    for exponent in range(-100, 100, 7):
+        prints = set()
+        for place in torch.randint(len(x), (20,), generator=generator).tolist():
+            x[place] = 2.0**exponent
+            prints.add(int(_C.fingerprints([x])))
+            x[place] = 1.0
+        assert before not in prints or exponent == 0
+        assert len(prints) >= 19 or exponent == 0
+
+
+def test_strides_changed_behind_the_counter_are_noticed():
+    w = torch.randn(3, 3, dtype=torch.float64, requires_grad=True)
+    H = HessianOperator(w.pow(3).sum(), [w])
+    w.data = w.data.T
+    with pytest.raises(RuntimeError, match=r"params\[0\]: expected .* changed in place"):
+        H @ torch.ones(9, dtype=torch.float64)
+
+
+def test_a_changed_parameter_is_named():
+    net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1))
+    x = torch.randn(5, 3)
+
+    def loss():
+        return net(x).square().sum()
+
+    named = dict(net.named_parameters())
+    groups = {"first": [("0.weight", net[0].weight)], "last": [("1.weight", net[1].weight)]}
+    outputs = net(x)
+    made = [
+        HessianOperator(loss, named.items()),
+        HessianOperator.from_batches(lambda _: (loss(), 1), named.items(), [0]),
+        HessianOperator.layers(loss, groups)["last"],
+        GaussNewtonOperator(outputs.square().sum(), outputs, named.items()),
+    ]
+    for change in (lambda p: p.data.neg_(), lambda p: p.detach().neg_()):  # without and with the counter
+        change(net[1].weight)
+        for H in made:
+            with pytest.raises(RuntimeError, match=r"^1\.weight: expected the values .* changed in place"):
+                eigsh(H, 1)
+
+
+def test_a_dict_of_parameters_is_refused_with_a_hint():
+    net = nn.Linear(3, 1)
+
+    def loss():
+        return net(torch.ones(3)).square().sum()
+
+    for make in (
+        lambda params: HessianOperator(loss, params),
+        lambda params: HessianOperator.from_batches(lambda _: (loss(), 1), params, [0]),
+        lambda params: HessianOperator.layers(loss, {"all": params}),
+    ):
+        with pytest.raises(TypeError, match=r": expected an iterable .* got a dict: pass its \.items\(\)"):
+            make(dict(net.named_parameters()))
+    with pytest.raises(ValueError, match=r"every tensor once, got one twice, as weight and tied"):
+        HessianOperator(loss, [*net.named_parameters(), ("tied", net.weight)])
 
 
 def test_random_closure_is_refused_and_rng_state_kept():

@@ -22,6 +22,7 @@
 #include <vector>
 
 #include "eigsh.h"
+#include "fingerprint.h"
 #include "graph_operator.h"
 #include "operator.h"
 #include "perceptron_operator.h"
@@ -174,15 +175,16 @@ void bind_lanczos(py::module_& module) {
            })
       .def("check_values", &SymmetricOperator::check_values);
   py::class_<FlatParameters>(module, "FlatParameters")
-      .def(py::init<std::vector<at::Tensor>>(), py::arg("parameters"))
+      .def(py::init<std::vector<at::Tensor>, std::vector<std::string>>(), py::arg("parameters"),
+           py::arg("labels"))
       .def("check_values", &FlatParameters::check_values);
   py::class_<GraphOperator, SymmetricOperator, std::shared_ptr<GraphOperator>>(module, "GraphOperator")
-      .def(py::init<const std::vector<std::optional<at::Tensor>>&, std::vector<at::Tensor>>(),
-           py::arg("gradients"), py::arg("parameters"));
+      .def(py::init<const std::vector<std::optional<at::Tensor>>&, FlatParameters>(), py::arg("gradients"),
+           py::arg("parameters"));
   py::class_<GaussNewtonOperator, SymmetricOperator, std::shared_ptr<GaussNewtonOperator>>(
       module, "GaussNewtonOperator")
       .def(py::init<const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                    const std::vector<std::optional<at::Tensor>>&, std::vector<at::Tensor>>(),
+                    const std::vector<std::optional<at::Tensor>>&, FlatParameters>(),
            py::arg("outputs"), py::arg("output_gradient"), py::arg("dummy"), py::arg("pullback"),
            py::arg("parameters"));
   py::class_<PythonOperator, SymmetricOperator, std::shared_ptr<PythonOperator>>(module, "PythonOperator")
@@ -211,6 +213,7 @@ void bind_lanczos(py::module_& module) {
   module.def("perceptron_eigenvalues", &run_perceptron_eigenvalues, py::arg("ensemble"), py::kw_only(),
              py::arg("wanted"), py::arg("k"), py::arg("tol"), py::arg("start"), py::arg("max_hvp"),
              py::arg("max_basis"), py::arg("seed"), py::arg("audit"));
+  module.def("fingerprints", &fingerprints, py::arg("tensors"));
   module.def("take_device_path", &take_device_path, py::arg("on"));
   module.def("num_reads", &num_reads);
   module.def("sample_trace", &run_sample_trace, py::arg("op"), py::kw_only(), py::arg("range"),

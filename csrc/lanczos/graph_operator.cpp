@@ -8,8 +8,6 @@
 #include <ATen/ops/equal.h>
 #include <ATen/ops/maximum.h>
 #include <ATen/ops/randint.h>
-#include <ATen/ops/scalar_tensor.h>
-#include <ATen/ops/stack.h>
 #include <ATen/ops/zeros.h>
 #include <c10/util/Exception.h>
 #include <torch/csrc/autograd/autograd.h>
@@ -17,12 +15,12 @@
 #include <torch/csrc/autograd/function_hook.h>
 
 #include <algorithm>
-#include <cstring>
 #include <memory>
 #include <string>
 #include <unordered_set>
 #include <utility>
 
+#include "fingerprint.h"
 #include "row_algebra.h"
 
 namespace dynloss {
@@ -42,34 +40,6 @@ std::vector<at::Tensor> pull_back(const std::vector<at::Tensor>& outputs,
 constexpr const char* kChanged =
     ": expected the values that this operator recorded, got others: a tensor was changed in place, so that "
     "products would mix two states: compute the loss again and build a new operator";
-
-// The bits of dense numbers on the host as an integer, faster than at::sum, which converts every one.
-int64_t sum_of_dense_bits(const at::Tensor& x) {
-  const auto* bytes = static_cast<const char*>(x.const_data_ptr());
-  const size_t size = x.nbytes();
-  uint64_t sum = 0, word = 0;
-  size_t i = 0;
-  for (; i + sizeof(word) <= size; i += sizeof(word)) {
-    std::memcpy(&word, bytes + i, sizeof(word));
-    sum += word;
-  }
-  word = 0;
-  std::copy_n(bytes + i, size - i, reinterpret_cast<char*>(&word));
-  return static_cast<int64_t>(sum + word);
-}
-
-// The bits of each tensor added up as integers, which know no order, no rounding and no NaN: (tensors,) on
-// their device.
-at::Tensor sums_of_bits(const std::vector<at::Tensor>& tensors) {
-  const at::AutoDispatchBelowADInplaceOrView below;
-  std::vector<at::Tensor> sums;
-  for (const at::Tensor& x : tensors) {
-    const bool dense_on_host = x.is_cpu() && x.is_non_overlapping_and_dense();
-    sums.push_back(dense_on_host ? at::scalar_tensor(sum_of_dense_bits(x), at::kLong)
-                                 : x.view(x.element_size() == 8 ? at::kLong : at::kInt).sum());
-  }
-  return at::stack(sums);
-}
 
 // What leaves a node of a graph, each number times 1 + ε or 1 - ε: Monte Carlo arithmetic (Parker 1997).
 class RandomRoundingHook final : public torch::autograd::FunctionPostHook {
@@ -127,27 +97,37 @@ class RandomRounding {
 
 }  // namespace
 
-FlatParameters::FlatParameters(std::vector<at::Tensor> parameters) : parameters_(std::move(parameters)) {
+FlatParameters::FlatParameters(std::vector<at::Tensor> parameters, std::vector<std::string> labels)
+    : parameters_(std::move(parameters)), labels_(std::move(labels)) {
   TORCH_CHECK_VALUE(!parameters_.empty(), "params: expected at least one, got none");
   for (const at::Tensor& parameter : parameters_) {
-    snapshots_.push_back({static_cast<uint32_t>(parameter._version()), parameter.const_data_ptr()});
+    snapshots_.push_back({static_cast<uint32_t>(parameter._version()), parameter.const_data_ptr(),
+                          parameter.sizes().vec(), parameter.strides().vec()});
     offsets_.push_back(size_);
     size_ += parameter.numel();
   }
-  bits_ = sums_of_bits(parameters_);
+  values_ = fingerprints(parameters_);
 }
 
 void FlatParameters::check_unchanged() const {
   for (size_t i = 0; i < parameters_.size(); ++i) {
-    const bool same = static_cast<uint32_t>(parameters_[i]._version()) == snapshots_[i].version &&
-                      parameters_[i].const_data_ptr() == snapshots_[i].data;
-    TORCH_CHECK(same, "params[", i, "]", kChanged);
+    const at::Tensor& now = parameters_[i];
+    const Snapshot& then = snapshots_[i];
+    const bool same = static_cast<uint32_t>(now._version()) == then.version &&
+                      now.const_data_ptr() == then.data && now.sizes() == then.sizes &&
+                      now.strides() == then.strides;
+    TORCH_CHECK(same, labels_[i], kChanged);
   }
 }
 
 void FlatParameters::check_values() const {
   check_unchanged();
-  TORCH_CHECK(at::equal(sums_of_bits(parameters_), bits_), "params", kChanged);
+  const at::Tensor now = fingerprints(parameters_);
+  if (at::equal(now, values_)) return;
+  const at::Tensor changed = now.ne(values_).cpu();
+  const auto* begin = changed.const_data_ptr<bool>();
+  const auto first = std::find(begin, begin + changed.numel(), true) - begin;
+  TORCH_CHECK(false, labels_[first], kChanged);
 }
 
 std::vector<at::Tensor> FlatParameters::parts(const at::Tensor& v,
@@ -186,7 +166,7 @@ at::Tensor ParameterOperator::apply_noisily(const at::Tensor& v) {
 }
 
 GraphOperator::GraphOperator(const std::vector<std::optional<at::Tensor>>& gradients,
-                             std::vector<at::Tensor> parameters)
+                             FlatParameters parameters)
     : ParameterOperator(std::move(parameters)), gradients_(gradients) {}
 
 at::Tensor GraphOperator::apply(const at::Tensor& v) {
@@ -200,7 +180,7 @@ at::Tensor GraphOperator::apply(const at::Tensor& v) {
 GaussNewtonOperator::GaussNewtonOperator(const at::Tensor& outputs, const at::Tensor& output_gradient,
                                          const at::Tensor& dummy,
                                          const std::vector<std::optional<at::Tensor>>& pullback,
-                                         std::vector<at::Tensor> parameters)
+                                         FlatParameters parameters)
     : ParameterOperator(std::move(parameters)),
       outputs_(outputs),
       output_gradient_(output_gradient),

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -14,14 +15,15 @@ namespace dynloss {
 // Parameters seen as one flat vector, at the values they had when this was made.
 class FlatParameters {
  public:
-  explicit FlatParameters(std::vector<at::Tensor> parameters);
+  // labels: what to call each in an error.
+  FlatParameters(std::vector<at::Tensor> parameters, std::vector<std::string> labels);
 
   const std::vector<at::Tensor>& tensors() const { return parameters_; }
   int64_t size() const { return size_; }
   at::TensorOptions options() const { return parameters_.front().options(); }
 
-  // Throws where a parameter was changed in place, or given other storage, since then, as far as their
-  // version counters know. Costs nothing.
+  // Throws where a parameter was changed in place, or given other storage or strides, since then, as far as
+  // their version counters know. Costs nothing.
   void check_unchanged() const;
   // The same by their values, which fused optimizers change behind the counters' back. Waits for the device.
   void check_values() const;
@@ -36,11 +38,13 @@ class FlatParameters {
   struct Snapshot {
     uint32_t version;
     const void* data;
+    std::vector<int64_t> sizes, strides;
   };
 
   std::vector<at::Tensor> parameters_;
+  std::vector<std::string> labels_;
   std::vector<Snapshot> snapshots_;
-  at::Tensor bits_;
+  at::Tensor values_;  // their fingerprints
   std::vector<int64_t> offsets_;
   int64_t size_ = 0;
 };
@@ -57,7 +61,7 @@ struct Recorded {
 // A matrix behind recorded graphs of a function of parameters.
 class ParameterOperator : public SymmetricOperator {
  public:
-  explicit ParameterOperator(std::vector<at::Tensor> parameters) : parameters_(std::move(parameters)) {}
+  explicit ParameterOperator(FlatParameters parameters) : parameters_(std::move(parameters)) {}
 
   int64_t size() const override { return parameters_.size(); }
   at::TensorOptions options() const override { return parameters_.options(); }
@@ -78,7 +82,7 @@ class GraphOperator final : public ParameterOperator {
  public:
   // gradients[i] is d loss / d parameters[i], computed with create_graph, or none where the loss does not
   // depend on parameters[i].
-  GraphOperator(const std::vector<std::optional<at::Tensor>>& gradients, std::vector<at::Tensor> parameters);
+  GraphOperator(const std::vector<std::optional<at::Tensor>>& gradients, FlatParameters parameters);
 
   at::Tensor apply(const at::Tensor& v) override;
 
@@ -97,8 +101,7 @@ class GaussNewtonOperator final : public ParameterOperator {
   // outputs: z; output_gradient: dloss/dz recorded with create_graph; dummy: like z, requires grad;
   // pullback[i]: (dz/dparameters[i])ᵀ dummy recorded with create_graph, or none.
   GaussNewtonOperator(const at::Tensor& outputs, const at::Tensor& output_gradient, const at::Tensor& dummy,
-                      const std::vector<std::optional<at::Tensor>>& pullback,
-                      std::vector<at::Tensor> parameters);
+                      const std::vector<std::optional<at::Tensor>>& pullback, FlatParameters parameters);
 
   at::Tensor apply(const at::Tensor& v) override;
 

@@ -43,6 +43,13 @@ template <typename T>
   for (int64_t i = 0; i < length; ++i) out[i] += factor * x[i];
 }
 
+[[gnu::always_inline]] inline int64_t integer_dot_of(const int32_t* a, const int32_t* b, int64_t length) {
+  uint64_t sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < length; ++i) sum += static_cast<uint64_t>(static_cast<int64_t>(a[i]) * b[i]);
+  return static_cast<int64_t>(sum);
+}
+
 #if defined(__x86_64__)
 template <typename Loop>
 __attribute__((target("avx2"))) auto run_with_avx2(Loop loop) {
@@ -74,6 +81,10 @@ double dot(const T* a, const T* b, int64_t length) {
 template <typename T>
 void add_scaled(T* out, T factor, const T* x, int64_t length) {
   run([=]() __attribute__((always_inline)) { add_scaled_of(out, factor, x, length); });
+}
+
+int64_t integer_dot(const int32_t* a, const int32_t* b, int64_t length) {
+  return run([=]() __attribute__((always_inline)) { return integer_dot_of(a, b, length); });
 }
 
 template double dot(const float*, const float*, int64_t);
