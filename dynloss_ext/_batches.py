@@ -63,7 +63,6 @@ class BatchSums:
         record: (params, *parts) -> the recording of one batch.
         parts: the names of what the closure returns before weight_sum; the first is the loss_sum.
         closure, params, batches, process_group: see `HessianOperator.from_batches`.
-        first_record: record for the first batch that depends on params, which checks more.
     """
 
     def __init__(
@@ -74,7 +73,6 @@ class BatchSums:
         params: Parameters,
         batches: Iterable[Any],
         process_group: ProcessGroup | None,
-        first_record: Callable[..., Recording] | None = None,
     ) -> None:
         if process_group is not None and not (
             distributed.is_available() and isinstance(process_group, distributed.ProcessGroup)
@@ -83,7 +81,6 @@ class BatchSums:
                 f"process_group: expected a torch.distributed.ProcessGroup or None, got {type(process_group).__name__}"
             )
         self._record, self._parts, self._closure = record, parts, closure
-        self._first_record = first_record or record
         self._batches, self._group = batches, process_group
         self._processes = 1 if process_group is None else distributed.get_world_size(process_group)
         given = _listed(params)
@@ -220,8 +217,7 @@ class BatchSums:
                 self._suspects = suspects(graph[:1])
                 warn_of_custom_functions(graph[0], stacklevel=5)
             if calls.cut or not all(self._reached):
-                record = self._record if any(self._reached) else self._first_record
-                _, gradients = record(self._params, *graph)
+                _, gradients = self._record(self._params, *graph)
                 calls.check_reached(self._params, gradients)
                 self._reached = [a or g is not None for a, g in zip(self._reached, gradients, strict=True)]
             return calls.batch_statistics or uses_batch_statistics(graph[0])

@@ -488,6 +488,53 @@ def test_gauss_newton_bad_input():
         GaussNewtonOperator(z.sum(), z, mlp())
 
 
+def losses_that_pass_by():
+    """Without a gradient at this very point, where the Hessian of what passes by is not 0."""
+    w = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    outputs = 1 + w.sin()
+    yield w, outputs, w.square().sum()
+    outputs, sibling = w.expand(2, 3).unbind()  # of one node of the graph
+    yield w, outputs, sibling.square().sum()
+    hidden = w.sin()
+    yield w, hidden.view(3), hidden.view(3)[:2].square().sum()
+
+
+@pytest.mark.parametrize(("w", "outputs", "penalty"), losses_that_pass_by())
+def test_gauss_newton_of_a_loss_that_passes_by_outputs(w, outputs, penalty):
+    loss = outputs.exp().sum() + penalty
+    for make in (
+        lambda: GaussNewtonOperator(loss, outputs, [("w", w)]),
+        lambda: GaussNewtonOperator.from_batches(lambda _: (loss, outputs, 1.0), [("w", w)], [0]),
+    ):
+        with pytest.raises(
+            ValueError, match=r"^loss: expected one .* outputs alone, got one that reaches w beside them"
+        ):
+            make()
+
+
+def test_gauss_newton_of_a_loss_that_passes_by_outputs_in_a_later_batch():
+    w = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+
+    def closure(i):
+        outputs = w.sin()
+        return outputs.exp().sum() + i * w.square().sum() if i else outputs.exp().sum(), outputs, 1.0
+
+    G = GaussNewtonOperator.from_batches(closure, [w], [0, 0])
+    assert torch.equal(G.to_dense(), torch.eye(3, dtype=torch.float64))
+    with pytest.raises(ValueError, match="through outputs alone"):
+        eigsh(GaussNewtonOperator.from_batches(closure, [w], [0, 1]), 1)
+
+
+def test_gauss_newton_of_outputs_with_a_part_that_the_loss_uses():
+    """What the loss makes of outputs, and parameters of the loss that are none of params, pass by nothing."""
+    w, scale = (torch.ones(3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    outputs = (w * 2).view(1, 3)
+    G = GaussNewtonOperator((scale * outputs[0, :2].mean() ** 2).sum() + scale.square().sum(), outputs, [w])
+    expected = torch.zeros(3, 3, dtype=torch.float64)
+    expected[:2, :2] = 6.0
+    assert torch.allclose(G.to_dense(), expected)
+
+
 def test_scipy_bridge():
     params = mlp()
     H = HessianOperator(loss_of(params), params)
