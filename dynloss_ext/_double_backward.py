@@ -6,13 +6,11 @@ import re
 import sys
 import threading
 import warnings
-from contextlib import ExitStack
 from types import TracebackType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dynloss_ext._evaluation import graph_nodes
 
@@ -35,7 +33,7 @@ _REMEDIES = {
 _FUNCTIONS = {
     "CompiledFunction": (
         "torch.compile",
-        "give a closure, in which the module runs uncompiled; or call the module itself",
+        "give a closure, in which what was compiled before it runs uncompiled; or call the module itself",
     ),
     "CheckpointFunction": ("a checkpoint with use_reentrant=True", "use_reentrant=False can be differentiated twice"),
 }
@@ -58,25 +56,44 @@ class _Settings:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._users = 0
-        self._taken = ExitStack()
+        self._kernels_before: tuple[bool, ...] | None = None
+        self._stance: Any = None
 
     def take(self) -> None:
         with self._lock:
-            if self._users == 0:
-                with ExitStack() as taken:
-                    taken.enter_context(sdpa_kernel(SDPBackend.MATH))
-                    if (
-                        "torch._dynamo" in sys.modules
-                    ):  # takes a second to import, and has compiled nothing if it is not
-                        taken.enter_context(torch.compiler.set_stance("force_eager"))
-                    self._taken = taken.pop_all()
             self._users += 1
+            if self._kernels_before is None:
+                self._kernels_before = _kernels()
+                _enable(_PLAIN)
+            # The compiler takes a second to import, and has compiled nothing until somebody does.
+            if self._stance is None and "torch._dynamo" in sys.modules:
+                self._stance = torch.compiler.set_stance("force_eager")
 
     def put_back(self) -> None:
         with self._lock:
             self._users -= 1
-            if self._users == 0:
-                self._taken.close()
+            if self._users > 0:
+                return
+            # What another thread has chosen meanwhile is not ours to undo.
+            if self._kernels_before is not None and _kernels() == _PLAIN:
+                _enable(self._kernels_before)
+            if self._stance is not None and sys.modules["torch._dynamo.eval_frame"]._stance is self._stance.stance:
+                self._stance.__exit__(None, None, None)
+            self._kernels_before = self._stance = None
+
+
+# Of scaled_dot_product_attention: names in torch.backends.cuda, which the CPU heeds, too.
+_KERNELS = ("flash_sdp", "mem_efficient_sdp", "cudnn_sdp", "math_sdp")
+_PLAIN = (False, False, False, True)
+
+
+def _kernels() -> tuple[bool, ...]:
+    return tuple(getattr(torch.backends.cuda, f"{name}_enabled")() for name in _KERNELS)
+
+
+def _enable(chosen: tuple[bool, ...]) -> None:
+    for name, on in zip(_KERNELS, chosen, strict=True):
+        getattr(torch.backends.cuda, f"enable_{name}")(on)
 
 
 _settings = _Settings()

@@ -83,6 +83,36 @@ def warn_of_unreached(params: Params, reached: Sequence[bool], stacklevel: int) 
         )
 
 
+class _OfOurHooks:
+    """In the place of a pattern in Python's filters: torch's warning that hooks of all modules, as `buffers_kept` has
+    them, run twice for a compiled module, wherever this thread is inside that."""
+
+    def __init__(self) -> None:
+        self.here = threading.local()
+
+    def match(self, text: str) -> bool:
+        return getattr(self.here, "inside", False) and "when there are global hooks" in text
+
+
+_of_our_hooks = _OfOurHooks()
+_no_warning: Any = ("ignore", _of_our_hooks, UserWarning, None, 0)
+
+
+@contextmanager
+def _unwarned() -> Iterator[None]:
+    """Without the warning of our hooks; filters of all threads stay as they are, and so does what was shown once."""
+    filters: Any = warnings.filters
+    if filters[:1] != [_no_warning]:
+        if _no_warning in filters:
+            filters.remove(_no_warning)
+        filters.insert(0, _no_warning)
+    outside, _of_our_hooks.here.inside = getattr(_of_our_hooks.here, "inside", False), True
+    try:
+        yield
+    finally:
+        _of_our_hooks.here.inside = outside
+
+
 @contextmanager
 def buffers_kept() -> Iterator[Calls]:
     """Puts the buffers of all modules that this thread calls in training mode back to what they were.
@@ -114,7 +144,8 @@ def buffers_kept() -> Iterator[Calls]:
 
     hooks = register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)
     try:
-        yield calls
+        with _unwarned():
+            yield calls
     finally:
         for hook in hooks:
             hook.remove()

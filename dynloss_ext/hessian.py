@@ -363,8 +363,12 @@ def _evaluate(loss: Tensor | Callable[[], Tensor], device: torch.device) -> tupl
         return check_loss(loss), Calls()
     if not callable(loss):
         raise TypeError(f"loss: expected a 0-d torch.Tensor or a closure returning one, got {type(loss).__name__}")
-    with double_backward():
-        return repeatable(loss, check_loss, device)
+
+    def evaluate() -> Tensor:
+        with double_backward():  # once more, as the first evaluation may be what imports the compiler
+            return loss()
+
+    return repeatable(evaluate, check_loss, device)
 
 
 def _warn_of_one_process(stacklevel: int) -> None:

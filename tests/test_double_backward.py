@@ -1,7 +1,11 @@
 """Models that torch, left alone, differentiates once, or whose graphs lose a part."""
 
+import os
+import subprocess
+import sys
 import threading
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +15,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
+import dynloss_ext
 from dynloss_ext import (
     EigenTracker,
     GaussNewtonOperator,
@@ -119,8 +124,12 @@ def test_a_compiled_module_runs_uncompiled_in_a_closure():
         return module(x).square().mean()
 
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Using `torch.compile.module.` when there are global hooks")
+        warnings.simplefilter("error")
         H = HessianOperator(lambda: loss(compiled), net.parameters())
+    hook = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    with pytest.warns(UserWarning, match="when there are global hooks"):  # those of others
+        compiled(x)
+    hook.remove()
     assert torch.equal(H.to_dense(), HessianOperator(loss(net), net.parameters()).to_dense())
     with pytest.raises(RuntimeError, match=r"loss: expected .* twice, got one through torch.compile: give a closure"):
         HessianOperator(loss(compiled), net.parameters())
@@ -169,6 +178,53 @@ def test_settings_last_as_long_as_any_thread_needs_them():
     thread.join()
     assert inside[0][:3] == (False, False, True)
     assert process_settings() == before
+
+
+def test_settings_that_another_thread_has_taken_meanwhile_stay():
+    """Its own end, later, is what puts them back."""
+    before = process_settings()
+    cuda = torch.backends.cuda
+    with double_backward():
+        cuda.enable_flash_sdp(True)
+        other = torch.compiler.set_stance("eager_on_recompile")
+    assert cuda.flash_sdp_enabled()
+    assert process_settings()[3] == "eager_on_recompile"
+    cuda.enable_mem_efficient_sdp(before[1])
+    other.__exit__(None, None, None)
+    torch.compiler.set_stance("default")
+    assert process_settings() == before
+
+
+def test_attention_chosen_before_by_another_thread_is_put_back_by_it_alone():
+    before = process_settings()
+    outer = sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION)
+    outer.__enter__()
+    with double_backward():
+        outer.__exit__(None, None, None)
+    assert process_settings() == before
+
+
+COMPILED_FIRST_IN_A_CLOSURE = """
+import sys, torch
+from dynloss_ext import HessianOperator
+assert "torch._dynamo" not in sys.modules
+w = torch.linspace(-1, 1, 3, dtype=torch.float64, requires_grad=True)
+loss = lambda: torch.compile(lambda w: w.exp().sum(), backend="aot_eager")(w)
+if sys.argv[1] == "batches":
+    H = HessianOperator.from_batches(lambda _: (loss(), 1), [w], [0, 1])
+    factor = 2 / 2
+else:
+    H, factor = HessianOperator(loss, [w]), 1
+assert torch.allclose(H.to_dense(), factor * torch.diag(w.detach().exp()))
+"""
+
+
+@pytest.mark.parametrize("how", ["whole", "batches"])
+def test_what_is_compiled_first_in_the_closure_runs_uncompiled_too(how):
+    command = [sys.executable, "-c", COMPILED_FIRST_IN_A_CLOSURE, how]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    cwd = Path(dynloss_ext.__file__).parents[1]
+    subprocess.run(command, check=True, timeout=120, env=env, cwd=cwd)
 
 
 def single_derivatives():
