@@ -17,6 +17,7 @@ from dynloss_ext._checks import Parameters, Params, check_callable, check_loss, 
 from dynloss_ext._double_backward import double_backward, warn_of_custom_functions
 from dynloss_ext._evaluation import (
     buffers_kept,
+    check_reached,
     random_state_kept,
     relative_rounding,
     repeatable,
@@ -193,6 +194,7 @@ class BatchSums:
             )
         self._params = check_params(params)
         self._reached = [False] * len(self._params)
+        self._cut: dict[int, str] = {}
         self._snapshot = _C.FlatParameters(self._params, self._params.labels)
         sums = torch.zeros(3, dtype=torch.float64, device=self._device)
         count, statistics = 0, False
@@ -200,6 +202,8 @@ class BatchSums:
             for batch in self._batches:
                 coupled = self._inspect(batch, sums, twice=count == 0)
                 count, statistics = count + 1, statistics or coupled
+        # One that a batch leaves out, and another reaches, has no part in that batch's loss.
+        check_reached(self._params, self._reached, self._cut)
         _, weight, magnitude = sums
         self._expected = sums[:2]
         self._margin = (self._tolerance * torch.stack([magnitude, weight.abs()])).nan_to_num(0.0, 0.0)
@@ -216,10 +220,12 @@ class BatchSums:
             if twice:
                 self._suspects = suspects(graph[:1])
                 warn_of_custom_functions(graph[0], stacklevel=5)
-            if calls.cut or not all(self._reached):
+            self._cut |= calls.cut
+            if calls.lost or not all(self._reached):
                 _, gradients = self._record(self._params, *graph)
-                calls.check_reached(self._params, gradients)
-                self._reached = [a or g is not None for a, g in zip(self._reached, gradients, strict=True)]
+                reached = [g is not None for g in gradients]
+                check_reached(self._params, reached, calls.lost)
+                self._reached = [a or b for a, b in zip(self._reached, reached, strict=True)]
             return calls.batch_statistics or uses_batch_statistics(graph[0])
 
     def _pass_state(self) -> AbstractContextManager[None]:

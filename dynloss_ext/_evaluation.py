@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
@@ -42,7 +44,9 @@ class Calls:
 
     def __init__(self) -> None:
         self.batch_statistics = False  # whether a BatchNorm module normalised by its batch
-        self.cut: dict[int, str] = {}  # by a parameter's id: the module of it that ran without grad
+        # By a parameter's id, the module of it that ran without grad; and where it lost it to a reentrant checkpoint.
+        self.cut: dict[int, str] = {}
+        self.lost: dict[int, str] = {}
 
     def enter(self, module: nn.Module) -> None:
         if isinstance(module, DistributedDataParallel):
@@ -57,17 +61,32 @@ class Calls:
     def leave(self, module: nn.Module, output: object) -> None:
         cut_off = isinstance(output, Tensor) and output.is_floating_point() and not output.requires_grad
         if cut_off or not torch.is_grad_enabled():
-            self.cut.update((id(p), type(module).__name__) for p in module._parameters.values())
+            names = {id(p): type(module).__name__ for p in module._parameters.values() if p is not None}
+            self.cut |= names
+            if not torch.is_grad_enabled() and _inside_a_function():
+                self.lost |= names
 
-    def check_reached(self, params: Params, gradients: Sequence[Tensor | None]) -> None:
-        """Refuses a parameter that took part where autograd does not look, and so would count as zero rows."""
-        for p, label, gradient in zip(params, params.labels, gradients, strict=True):
-            if gradient is None and id(p) in self.cut:
-                raise ValueError(
-                    f"{label}: expected a gradient, got none, though its {self.cut[id(p)]} ran: without grad, as under"
-                    " torch.no_grad() or checkpoint(use_reentrant=True); use use_reentrant=False, or leave the tensor"
-                    f" of shape {tuple(p.shape)} out of params"
-                )
+
+def _inside_a_function() -> bool:
+    """Whether the forward pass of an autograd.Function is running, such as that of a reentrant checkpoint."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        names = frame.f_code.co_varnames
+        if frame.f_code.co_name == "forward" and names and isinstance(frame.f_locals.get(names[0]), FunctionCtx):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def check_reached(params: Params, reached: Sequence[bool], cut: Mapping[int, str]) -> None:
+    """Refuses a parameter that took part where autograd does not look, and so would count as zero rows."""
+    for p, label, yes in zip(params, params.labels, reached, strict=True):
+        if not yes and id(p) in cut:
+            raise ValueError(
+                f"{label}: expected a gradient, got none, though its {cut[id(p)]} ran: without grad, as under"
+                " torch.no_grad() or checkpoint(use_reentrant=True); use use_reentrant=False, or leave the tensor"
+                f" of shape {tuple(p.shape)} out of params"
+            )
 
 
 def warn_of_unreached(params: Params, reached: Sequence[bool], stacklevel: int) -> None:

@@ -14,7 +14,7 @@ from dynloss_ext import _C
 from dynloss_ext._batches import BatchSums, Recording
 from dynloss_ext._checks import Parameters, Params, check_loss, check_params, check_tensor, check_vector
 from dynloss_ext._double_backward import custom_functions, double_backward, warn_of_custom_functions
-from dynloss_ext._evaluation import Calls, repeatable, suspects, warn_of_unreached
+from dynloss_ext._evaluation import Calls, check_reached, repeatable, suspects, warn_of_unreached
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -217,7 +217,8 @@ class HessianOperator(CurvatureOperator):
             closure: batch -> (loss_sum, weight_sum): the *sum* of the batch's losses, 0-d with its graph, and what
                 the total is to be divided by: the number of samples, or the sum of their weights. It runs as that of
                 `HessianOperator`.
-            params: as in `HessianOperator`.
+            params: as in `HessianOperator`. A batch that leaves one out, as one of a mixture's experts, or uses it
+                under no_grad, adds zeros to its rows; at least one batch must reach it.
             batches: iterated over once per product, so not an iterator; each pass must give the same batches.
             process_group: whose processes hold shards of the data (`torch.distributed.group.WORLD` for all); each
                 passes its own batches, or none, and the same params, and all must make the same calls. One all-reduce
@@ -310,8 +311,9 @@ def _record_loss(loss: Tensor | Callable[[], Tensor], params: Params, called: st
     gradients = _record_gradients(value, params)
     if _all_none(gradients):
         raise ValueError(f"loss: expected one that depends on {called}, got one that depends on none")
-    calls.check_reached(params, gradients)
-    warn_of_unreached(params, [g is not None for g in gradients], stacklevel=3)
+    reached = [g is not None for g in gradients]
+    check_reached(params, reached, calls.cut)
+    warn_of_unreached(params, reached, stacklevel=3)
     warn_of_custom_functions(value, stacklevel=3)
     return gradients
 
