@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -154,6 +154,10 @@ class BatchSums:
         """Of the first batch."""
         return self._suspects
 
+    def products(self) -> AbstractContextManager[object]:
+        """Each evaluation sees to it by itself."""
+        return nullcontext()
+
     def _reduce_product(self, compute: Callable[[], Tensor]) -> tuple[Tensor, list[float]]:
         return self._reduce(compute, self.size + 27, keep=self.size, dtype=self.like.dtype)
 
@@ -174,7 +178,7 @@ class BatchSums:
 
     def _add_product(self, batch: Any, v: Tensor, total: Tensor, sums: Tensor, noisily: bool) -> None:
         # A function of its own: what it leaves behind must be free before the next batch's graph is built.
-        with torch.enable_grad(), buffers_kept():
+        with torch.enable_grad(), buffers_kept(self._params):
             graph, weight = self._evaluate(batch)
             _tally(sums, graph[0], weight)
             operator, _ = self._record(self._params, *graph)
@@ -212,9 +216,12 @@ class BatchSums:
 
     def _inspect(self, batch: Any, sums: Tensor, twice: bool) -> bool:
         """Whether the batch couples its samples; notes which params it reaches."""
-        with torch.enable_grad(), buffers_kept() as calls:
+        with torch.enable_grad(), buffers_kept(self._params) as calls:
             evaluate = partial(self._evaluate, batch)
-            graph, weight = repeatable(evaluate, lambda answer: answer[0][0], self._device)[0] if twice else evaluate()
+            if twice:
+                (graph, weight), _ = repeatable(evaluate, lambda answer: answer[0][0], self._device, self._params)
+            else:
+                graph, weight = evaluate()
             _tally(sums, graph[0], weight)
             self._tolerance = max(self._tolerance, relative_rounding(graph[0].dtype))
             if twice:

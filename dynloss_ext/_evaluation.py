@@ -8,6 +8,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any, TypeVar
 
 import torch
@@ -48,8 +49,10 @@ class Calls:
         self.cut: dict[int, str] = {}
         self.lost: dict[int, str] = {}
 
-    def enter(self, module: nn.Module) -> None:
-        if isinstance(module, DistributedDataParallel):
+    def enter(self, module: nn.Module, outermost: bool) -> None:
+        if isinstance(module, DistributedDataParallel) or (
+            outermost and any(frame.f_code is DistributedDataParallel.forward.__code__ for frame in _frames())
+        ):
             raise ValueError(
                 "closure: expected to call the plain module, got a call of DistributedDataParallel, which averages"
                 " gradients over processes, but not their derivatives: call its .module, and for the Hessian of all"
@@ -67,14 +70,20 @@ class Calls:
                 self.lost |= names
 
 
-def _inside_a_function() -> bool:
-    """Whether the forward pass of an autograd.Function is running, such as that of a reentrant checkpoint."""
+def _frames() -> Iterator[FrameType]:
+    """What is running in this thread, innermost first."""
     frame = inspect.currentframe()
     while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def _inside_a_function() -> bool:
+    """Whether the forward pass of an autograd.Function is running, such as that of a reentrant checkpoint."""
+    for frame in _frames():
         names = frame.f_code.co_varnames
         if frame.f_code.co_name == "forward" and names and isinstance(frame.f_locals.get(names[0]), FunctionCtx):
             return True
-        frame = frame.f_back
     return False
 
 
@@ -133,33 +142,41 @@ def _unwarned() -> Iterator[None]:
 
 
 @contextmanager
-def buffers_kept() -> Iterator[Calls]:
-    """Puts the buffers of all modules that this thread calls in training mode back to what they were.
+def buffers_kept(params: Iterable[Tensor] = ()) -> Iterator[Calls]:
+    """Puts the buffers of all modules that are called meanwhile back to what they were: by this thread, or by another
+    one inside a module with one of params.
 
     A buffer that is written to has its values put back behind autograd's back, so that graphs recorded meanwhile stay
     valid; one that the module replaces is replaced again.
     """
-    calls, thread = Calls(), threading.get_ident()
+    calls, own, ours = Calls(), threading.get_ident(), {id(p) for p in params}
     saved: dict[int, tuple[Tensor, Tensor]] = {}
-    entered: dict[nn.Module, dict[str, Tensor | None]] = {}
+    entered: dict[int, list[list[tuple[nn.Module, dict[str, Tensor | None]]]]] = {}  # of each thread, innermost last
 
     def enter(module: nn.Module, _: object) -> None:
-        if threading.get_ident() != thread:
+        thread = threading.get_ident()
+        inside = entered.setdefault(thread, [])
+        if not inside and thread != own and not any(id(p) in ours for p in module.parameters()):
             return
-        calls.enter(module)
-        if module.training and module._buffers:
-            entered[module] = dict(module._buffers)
-            for buffer in map(_plain, module._buffers.values()):
+        calls.enter(module, outermost=not inside)
+        # TorchScript calls its modules by itself.
+        modules = module.modules() if isinstance(module, torch.jit.ScriptModule) else [module]
+        inside.append([(m, dict(m._buffers.items())) for m in modules])
+        for _, buffers in inside[-1]:
+            for buffer in map(_plain, buffers.values()):
                 if buffer is not None and id(buffer) not in saved:
                     with torch._C._DisableFuncTorch():
-                        saved[id(buffer)] = buffer, buffer.detach().clone()
+                        saved[id(buffer)] = buffer, _distinct(buffer).detach().clone()
 
     def leave(module: nn.Module, _: object, output: object) -> None:
-        if threading.get_ident() != thread:
+        inside = entered.get(threading.get_ident())
+        if not inside or inside[-1][0][0] is not module:
             return
         calls.leave(module, output)
-        if module in entered:
-            module._buffers.update(entered.pop(module))
+        for m, buffers in inside.pop():
+            for name, buffer in buffers.items():
+                if m._buffers[name] is not buffer:
+                    m._buffers[name] = buffer
 
     hooks = register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)
     try:
@@ -169,7 +186,15 @@ def buffers_kept() -> Iterator[Calls]:
         for hook in hooks:
             hook.remove()
         for buffer, values in saved.values():
-            buffer.data.copy_(values)
+            _distinct(buffer.data).copy_(values)
+
+
+def _distinct(buffer: Tensor) -> Tensor:
+    """The part of an expanded buffer that has memory of its own."""
+    for dim in range(buffer.dim()):
+        if buffer.layout == torch.strided and buffer.stride(dim) == 0:
+            buffer = buffer.narrow(dim, 0, min(1, buffer.shape[dim]))
+    return buffer
 
 
 def _plain(buffer: Tensor | None) -> Tensor | None:
@@ -184,7 +209,9 @@ def relative_rounding(dtype: torch.dtype) -> float:
     return min(1e3 * torch.finfo(dtype).eps, 0.03)
 
 
-def repeatable(evaluate: Callable[[], T], loss_of: Callable[[T], Tensor], device: torch.device) -> tuple[T, Calls]:
+def repeatable(
+    evaluate: Callable[[], T], loss_of: Callable[[T], Tensor], device: torch.device, params: Sequence[Tensor]
+) -> tuple[T, Calls]:
     """What the second of two calls gives, if both give the same loss, and the modules that it called; random state and
     buffers stay as they were.
 
@@ -192,9 +219,9 @@ def repeatable(evaluate: Callable[[], T], loss_of: Callable[[T], Tensor], device
         ValueError: The two losses differ.
     """
     with random_state_kept(device), torch.enable_grad():
-        with buffers_kept():
+        with buffers_kept(params):
             first = float(loss_of(evaluate()).detach())
-        with buffers_kept() as calls:
+        with buffers_kept(params) as calls:
             answer = evaluate()
     loss = loss_of(answer)
     second = float(loss.detach())

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from dynloss_ext import _C
 from dynloss_ext._checks import check_choice, check_count, check_number, check_seed, check_tensor, check_vector
-from dynloss_ext._double_backward import double_backward
-from dynloss_ext.hessian import CurvatureOperator
+from dynloss_ext.hessian import CurvatureOperator, products_with
 
 __all__ = ["ConvergenceWarning", "EigenResult", "EigenTracker", "eigsh"]
 
@@ -128,7 +127,7 @@ def eigsh(
     op, size, options = _resolve(H, n, dtype, device, v0)
     settings = _check_settings(k, which, tol, max_hvp, max_basis, size)
     start = None if v0 is None else _check_start(v0, size, options, max_basis)
-    result, _, asymmetry = _solve(op, **settings, v0=start, seed=check_seed(seed), audit=True)
+    result, _, asymmetry = _solve(H, op, **settings, v0=start, seed=check_seed(seed), audit=True)
     _refuse_callable(H, asymmetry)
     _warn_unless_converged("eigsh", H, result, asymmetry)
     return result
@@ -225,6 +224,7 @@ class EigenTracker:
         due = self._since_audit + 1 >= self._schedule["audit_every"] or self._num_asymmetric > 0
         audited = bool(audit) or old is None or due
         result, origins, asymmetry = _solve(
+            H,
             op,
             **self._settings,
             v0=None if old is None else old.T.contiguous(),
@@ -335,9 +335,9 @@ def _check_settings(k: int, which: str, tol: float, max_hvp: int, max_basis: int
     }
 
 
-def _solve(op: _C.SymmetricOperator, **settings: Any) -> tuple[EigenResult, list[int], float]:
+def _solve(H: Operator, op: _C.SymmetricOperator, **settings: Any) -> tuple[EigenResult, list[int], float]:
     """The result, the column of v0 that each eigenvector overlaps with, or -1, and the asymmetry if it is too large."""
-    with double_backward():
+    with products_with(H):
         values, rows, residuals, num_hvp, converged, status, miss, origins, asymmetry = _C.eigsh(op, **settings)
     return EigenResult(values, rows.T, residuals, num_hvp, converged, status, miss), origins, asymmetry
 

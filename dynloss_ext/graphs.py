@@ -10,7 +10,7 @@ import gc
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -192,7 +192,7 @@ class CapturedHessian(CurvatureOperator):
 
     def _record(self) -> HessianOperator:
         """Forward pass and recorded backward pass."""
-        with torch.enable_grad(), buffers_kept(), double_backward():
+        with torch.enable_grad(), buffers_kept(self._params), double_backward():
             loss = check_loss(self._loss())
         return HessianOperator(loss, self._params)
 
@@ -305,6 +305,10 @@ class _Replayed:
     def suspects(self) -> list[str]:
         """The graph is not there any more."""
         return []
+
+    def products(self) -> AbstractContextManager[object]:
+        """No module runs."""
+        return nullcontext()
 
     def _product(self, v: Tensor) -> Tensor:
         self._v.copy_(v)

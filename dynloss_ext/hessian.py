@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
@@ -14,7 +15,7 @@ from dynloss_ext import _C
 from dynloss_ext._batches import BatchSums, Recording
 from dynloss_ext._checks import Parameters, Params, check_loss, check_params, check_tensor, check_vector
 from dynloss_ext._double_backward import custom_functions, double_backward, warn_of_custom_functions
-from dynloss_ext._evaluation import Calls, check_reached, repeatable, suspects, warn_of_unreached
+from dynloss_ext._evaluation import Calls, buffers_kept, check_reached, repeatable, suspects, warn_of_unreached
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -38,12 +39,15 @@ class Source(Protocol):
     def suspects(self) -> list[str]:
         """Names of nodes of the graph whose second derivative may be wrong."""
 
+    def products(self) -> AbstractContextManager[object]:
+        """In which products leave no trace."""
+
 
 class _Recorded:
     """A matrix behind a recorded graph."""
 
-    def __init__(self, op: _C.SymmetricOperator, roots: Sequence[Tensor | None]) -> None:
-        self._op, self.size, self._roots = op, op.size, roots
+    def __init__(self, op: _C.SymmetricOperator, roots: Sequence[Tensor | None], params: Params) -> None:
+        self._op, self.size, self._roots, self._params = op, op.size, roots, params
 
     def operator(self) -> _C.SymmetricOperator:
         """What the driver calls."""
@@ -55,6 +59,17 @@ class _Recorded:
     def suspects(self) -> list[str]:
         """Those of the recorded graph."""
         return suspects(self._roots)
+
+    def products(self) -> AbstractContextManager[object]:
+        """Checkpoints call their modules again."""
+        return buffers_kept(self._params)
+
+
+@contextmanager
+def products_with(H: object) -> Iterator[None]:
+    """In which products with an operator or a callable are asked for."""
+    with double_backward(), H._source.products() if isinstance(H, CurvatureOperator) else nullcontext():
+        yield
 
 
 class CurvatureOperator:
@@ -95,7 +110,7 @@ class CurvatureOperator:
         op, v = self._op, v.detach()
         if self.device.type == "cpu":  # elsewhere each product would wait for the device, and could not be captured
             op.check_values()
-        with double_backward():
+        with products_with(self):
             if v.dim() == 1:
                 return op.apply(v.contiguous())
             columns = [op.apply(column.contiguous()) for column in v.unbind(1)]
@@ -172,7 +187,8 @@ class HessianOperator(CurvatureOperator):
     def __init__(self, loss: Tensor | Callable[[], Tensor], params: Parameters) -> None:
         checked = check_params(params)
         self.gradients = _record_loss(loss, checked, "params")
-        super().__init__(_Recorded(_C.GraphOperator(self.gradients, _flat(checked)), self.gradients), checked[0])
+        op = _C.GraphOperator(self.gradients, _flat(checked))
+        super().__init__(_Recorded(op, self.gradients, checked), checked[0])
 
     @classmethod
     def layers(
@@ -194,7 +210,7 @@ class HessianOperator(CurvatureOperator):
         blocks = {}
         for name, params in checked.items():
             own = tuple(next(gradients) for _ in params)
-            blocks[name] = cls._of(_Recorded(_C.GraphOperator(own, _flat(params)), own), params[0])
+            blocks[name] = cls._of(_Recorded(_C.GraphOperator(own, _flat(params)), own, params), params[0])
             blocks[name].gradients = own
         return blocks
 
@@ -260,7 +276,7 @@ class GaussNewtonOperator(CurvatureOperator):
             raise ValueError("outputs: expected a tensor that depends on params, got one that depends on none")
         warn_of_unreached(checked, [g is not None for g in pullback], stacklevel=2)
         warn_of_custom_functions(loss, stacklevel=2)
-        super().__init__(_Recorded(op, [loss]), checked[0])
+        super().__init__(_Recorded(op, [loss], checked), checked[0])
 
     @classmethod
     def from_batches(
@@ -307,7 +323,7 @@ def _gauss_newton(params: Params, loss: Tensor, outputs: Tensor) -> Recording:
 
 def _record_loss(loss: Tensor | Callable[[], Tensor], params: Params, called: str) -> tuple[Tensor | None, ...]:
     """The recorded gradients of what an operator is made from; ``called``: the name of params in an error."""
-    value, calls = _evaluate(loss, params[0].device)
+    value, calls = _evaluate(loss, params)
     gradients = _record_gradients(value, params)
     if _all_none(gradients):
         raise ValueError(f"loss: expected one that depends on {called}, got one that depends on none")
@@ -344,7 +360,7 @@ def _edge(of: Tensor) -> tuple[Any, int]:
 def _record_gradients(of: Tensor, params: Sequence[Tensor], seed: Tensor | None = None) -> tuple[Tensor | None, ...]:
     """A first backward pass, recorded so that it can be differentiated again."""
     custom_functions(of)
-    with torch.enable_grad(), double_backward():
+    with torch.enable_grad(), double_backward(), buffers_kept(params):
         gradients = torch.autograd.grad(of, list(params), seed, create_graph=True, allow_unused=True)
     for p, gradient in zip(params, gradients, strict=True):
         if gradient is not None and gradient.layout != torch.strided:
@@ -359,7 +375,7 @@ def _all_none(gradients: Iterable[Tensor | None]) -> bool:
     return all(g is None for g in gradients)
 
 
-def _evaluate(loss: Tensor | Callable[[], Tensor], device: torch.device) -> tuple[Tensor, Calls]:
+def _evaluate(loss: Tensor | Callable[[], Tensor], params: Params) -> tuple[Tensor, Calls]:
     if isinstance(loss, Tensor):
         _warn_of_one_process(stacklevel=4)
         return check_loss(loss), Calls()
@@ -370,7 +386,7 @@ def _evaluate(loss: Tensor | Callable[[], Tensor], device: torch.device) -> tupl
         with double_backward():  # once more, as the first evaluation may be what imports the compiler
             return loss()
 
-    return repeatable(evaluate, check_loss, device)
+    return repeatable(evaluate, check_loss, params[0].device, params)
 
 
 def _warn_of_one_process(stacklevel: int) -> None:

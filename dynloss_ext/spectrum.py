@@ -10,8 +10,8 @@ from torch import Tensor
 
 from dynloss_ext import _C
 from dynloss_ext._checks import check_choice, check_count, check_number, check_seed
-from dynloss_ext._double_backward import double_backward
 from dynloss_ext.eigen import Operator, _resolve, check_symmetric
+from dynloss_ext.hessian import products_with
 
 __all__ = ["Estimate", "SpectralDensity", "spectral_density", "trace"]
 
@@ -112,7 +112,7 @@ def spectral_density(
     if bandwidth is not None:
         bandwidth = check_number("bandwidth", bandwidth, 0, open_low=True)
     length = min(num_steps, size)
-    with double_backward():
+    with products_with(H):
         probes = _C.gauss_quadrature(op, steps=length, probes=num_probes, generator=_generator(seed))
     check_symmetric(H, max(asymmetry for _, _, asymmetry in probes))
     # Where the Krylov space of a probe ends early, its last node fills up the row, with weight 0.
@@ -171,7 +171,7 @@ def trace(
     num_probes = check_count("num_probes", num_probes, 6 if method == "hutch++" else 2)
     third = min(num_probes // 3, size) if method == "hutch++" else 0
     samples = num_probes - 2 * third
-    with double_backward():
+    with products_with(H):
         on_range, beside, asymmetry = _C.sample_trace(op, range=third, samples=samples, generator=_generator(seed))
     check_symmetric(H, asymmetry)
     if not beside:

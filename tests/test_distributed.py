@@ -251,6 +251,7 @@ def data_parallel(rank, world_size):
         HessianOperator(loss, model.parameters())
         refused = outcomes(
             lambda: HessianOperator(lambda: F.cross_entropy(ddp(x), y), model.parameters()),
+            lambda: HessianOperator(lambda: F.cross_entropy(ddp.forward(x), y), model.parameters()),
             lambda: HessianOperator.from_batches(
                 lambda _: (F.cross_entropy(ddp(x), y), 1), model.parameters(), [0], process_group=dist.group.WORLD
             ),

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from curvature_problems import X, Y, dense_hessian, loss_of, mlp
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from dynloss_ext import (
     _C,
@@ -323,17 +324,93 @@ def test_buffers_of_a_vmapped_ensemble_stay_as_they_were():
     assert (H @ torch.ones(H.shape[0], dtype=torch.float64)).isfinite().all()
 
 
-def test_other_threads_keep_what_they_do_to_buffers():
+def test_other_threads_keep_what_they_do_to_buffers_of_other_models():
     ours, theirs = batch_norm_model(), batch_norm_model()
 
     def closure():
         with ThreadPoolExecutor(1) as pool:
             pool.submit(theirs, X).result()
-        return F.cross_entropy(ours(X), Y)
+            return F.cross_entropy(pool.submit(ours, X).result(), Y)
 
+    before = {name: buffer.clone() for name, buffer in ours.named_buffers()}
+    tensors = dict(ours.named_buffers())
     HessianOperator(closure, ours.parameters())
-    assert ours[1].num_batches_tracked == 0
-    assert theirs[1].num_batches_tracked == 2
+    HessianOperator.from_batches(lambda _: (closure(), 1), ours.parameters(), [0]).to_dense()
+    assert_same_state(ours, before, tensors)
+    assert theirs[1].num_batches_tracked > 2
+
+
+class CountsAlways(Counter):
+    """In eval mode, too."""
+
+    def forward(self, x):
+        self.written += 1
+        self.replaced = self.replaced + 1
+        return x
+
+
+@pytest.mark.parametrize("scripted", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+def test_buffers_written_in_eval_mode_or_in_script_stay_as_they_were(training, scripted):
+    model = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Sequential(CountsAlways()), nn.Linear(4, 3)).double()
+    model.train(training)
+    if scripted:
+        model[2] = torch.jit.script(model[2])
+        model[1] = torch.jit.script(model[1])
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    HessianOperator(lambda: F.cross_entropy(model(X), Y), model.parameters())
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, before[name]), name
+
+
+@pytest.mark.parametrize("dims", [(3, 4), (0, 4), (1, 1)])
+def test_an_expanded_buffer_is_no_hindrance(dims):
+    model = batch_norm_model()
+    row = torch.arange(4.0, dtype=torch.float64)[: dims[1]]
+    model[3].register_buffer("expanded", row.expand(*dims))
+
+    def count(*_):
+        row.add_(1)
+
+    model[3].register_forward_hook(count)
+    before = row.clone()
+    HessianOperator(lambda: F.cross_entropy(model(X), Y), model.parameters())
+    assert dims[0] == 0 or torch.equal(row, before)
+
+
+def test_a_checkpoint_that_runs_again_in_every_product_keeps_its_buffers():
+    model = batch_norm_model()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    params = list(model.parameters())
+
+    def closure():
+        return F.cross_entropy(checkpoint(model, X, use_reentrant=False), Y)
+
+    H = HessianOperator(closure, params)
+    loss = closure()
+    tensors = dict(model.named_buffers())
+    for name, buffer in tensors.items():
+        buffer.data.copy_(before[name])
+    for operator in (H, HessianOperator(loss, params)):
+        eigsh(operator, 1)
+        trace(operator, num_probes=6)
+        operator @ torch.ones(operator.shape[0], dtype=torch.float64)
+        assert_same_state(model, before, tensors)
+
+
+def test_a_module_that_calls_itself_keeps_its_buffers():
+    class Twice(Counter):
+        def forward(self, x, again=True):
+            x = super().forward(x)
+            return self(x, again=False) if again else x
+
+    model = batch_norm_model()
+    model[3] = Twice()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    tensors = dict(model.named_buffers())
+    HessianOperator(lambda: F.cross_entropy(model(X), Y), model.parameters())
+    assert_same_state(model, before, tensors)
 
 
 def test_batch_norm_product_is_that_of_the_batch():
