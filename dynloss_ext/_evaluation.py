@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,14 +23,53 @@ from dynloss_ext._checks import Params
 
 T = TypeVar("T")
 
-_random_state = threading.RLock()
+
+class _Turns:
+    """One thread at a time; but while that one waits for others in Python's threading, as a closure for the threads it
+    has work done by, one of these: the one waited for may be among them."""
+
+    _PATIENCE = 0.02  # seconds between looks
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._owner: int | None = None
+        self._depth = 0
+        self._within: _Turns | None = None
+
+    def __enter__(self) -> None:
+        looks = 0
+        while not self._lock.acquire(timeout=self._PATIENCE):
+            looks = looks + 1 if self._waits() else 0
+            if looks == 2:
+                self._within = self._within or _Turns()
+                self._within.__enter__()
+                return
+        self._owner, self._depth = threading.get_ident(), self._depth + 1
+
+    def __exit__(self, *_: object) -> None:
+        if self._owner != threading.get_ident():
+            assert self._within is not None
+            self._within.__exit__()
+            return
+        self._depth -= 1
+        if self._depth == 0:
+            self._owner = None
+        self._lock.release()
+
+    def _waits(self) -> bool:
+        """Whether the thread whose turn it is waits for another one."""
+        frame = None if self._owner is None else sys._current_frames().get(self._owner)
+        return frame is not None and frame.f_code.co_filename == threading.__file__
+
+
+_random_state = _Turns()
 
 
 @contextmanager
 def random_state_kept(device: torch.device, seed: int | None = None) -> Iterator[None]:
     """Leaves torch's generators of the CPU and of `device` as they were; inside, they start from the seed, if any.
 
-    One thread at a time: the generators are everybody's.
+    One thread at a time, as `_Turns` has it: the generators are everybody's.
     """
     cuda = device.type == "cuda"
     with _random_state, torch.random.fork_rng(devices=[device] if cuda else [], device_type="cuda"):

@@ -1,6 +1,7 @@
 """HessianOperator: products against the dense Hessian, and everything it must refuse."""
 
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -338,6 +339,47 @@ def test_other_threads_keep_what_they_do_to_buffers_of_other_models():
     HessianOperator.from_batches(lambda _: (closure(), 1), ours.parameters(), [0]).to_dense()
     assert_same_state(ours, before, tensors)
     assert theirs[1].num_batches_tracked > 2
+
+
+@pytest.mark.parametrize("pool_of_before", [False, True])
+def test_a_closure_may_wait_for_threads_that_measure_curvature(pool_of_before):
+    """Each within the other, on threads of before or of its own, and with the random state as it was."""
+    w = torch.tensor([2.0, 3.0], dtype=torch.float64, requires_grad=True)
+
+    def inner(power):
+        if power == 3:
+            return float(eigsh(HessianOperator(lambda: w.pow(3).sum() * measured(2), [w]), 1).values)
+        return float(eigsh(HessianOperator.from_batches(lambda _: (w.pow(power).sum(), 1), [w], [0]), 1).values)
+
+    def measured(power):
+        if pool_of_before:
+            return pool.submit(inner, power).result()
+        with ThreadPoolExecutor(1) as own:
+            return own.submit(inner, power).result()
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda _: time.sleep(0.05), range(3)))
+        state = torch.get_rng_state()
+        H = HessianOperator(lambda: w.pow(2).sum() * measured(3), [w])
+        assert torch.equal(torch.get_rng_state(), state)
+    assert H.to_dense()[0, 0] == pytest.approx(2 * 6 * 3 * 2)
+
+
+def test_evaluations_of_threads_take_turns():
+    w = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    state, inside, together = torch.get_rng_state(), [], []
+
+    def closure():
+        inside.append(1)
+        time.sleep(0.1)  # outside of Python's threading
+        together.append(len(inside))
+        inside.pop()
+        return w.square().sum()
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda _: HessianOperator(closure, [w]), range(3)))
+    assert set(together) == {1}
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 class CountsAlways(Counter):
