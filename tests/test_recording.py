@@ -1,6 +1,8 @@
 """The run folder and the command line that every example shares."""
 
 import dataclasses
+import errno
+import fcntl
 import json
 import os
 import shutil
@@ -155,6 +157,51 @@ def test_a_second_process_is_refused_until_the_first_lets_go(tmp_path):
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.json"]
 
 
+def test_a_file_system_that_locks_only_what_is_open_for_writing(tmp_path, monkeypatch):
+    """As NFS."""
+    flock = fcntl.flock
+
+    def of_nfs(handle, operation):
+        if fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDWR:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        flock(handle, operation)
+
+    monkeypatch.setattr("common.run.fcntl.flock", of_nfs)
+    folder = RunFolder(tmp_path).claim()
+    assert not another_process_may_claim(tmp_path)
+    del folder
+    assert another_process_may_claim(tmp_path)
+
+
+def test_the_lock_file_of_another_process_is_left_alone(tmp_path):
+    folder = RunFolder(tmp_path).claim()
+    (tmp_path / ".lock").unlink()
+    (tmp_path / ".lock").write_text("")
+    theirs = os.stat(tmp_path / ".lock").st_ino
+    del folder
+    assert os.stat(tmp_path / ".lock").st_ino == theirs
+    assert another_process_may_claim(tmp_path)
+
+
+def test_a_lock_file_that_its_process_removes_meanwhile_is_not_taken_for_ours(tmp_path, monkeypatch):
+    """Between our open and our flock, when what we lock is out of the others' reach."""
+    flock, times = fcntl.flock, []
+
+    def late(handle, operation):
+        if not times:
+            (tmp_path / ".lock").unlink()
+        times.append(handle)
+        flock(handle, operation)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("common.run.fcntl.flock", late)
+        folder = RunFolder(tmp_path).claim()
+    assert len(times) == 2
+    assert not another_process_may_claim(tmp_path)
+    del folder
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_killed_process_leaves_no_lock_and_its_children_keep_none(tmp_path):
     ready, tell = os.pipe()
 
@@ -172,10 +219,12 @@ def test_a_killed_process_leaves_no_lock_and_its_children_keep_none(tmp_path):
     try:
         with pytest.raises(RunError, match=r"--out: expected a folder in which no other process works, got .*; wait"):
             RunFolder(tmp_path).claim()
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         os.kill(grandchild, 0)  # is there yet
         RunFolder(tmp_path).claim()
+        assert not list(tmp_path.iterdir())
     finally:
         os.kill(grandchild, signal.SIGKILL)
 
@@ -187,7 +236,7 @@ def test_what_a_kill_left_half_written_is_removed(tmp_path):
         path.write_bytes(b"half")
     assert RunFolder(folder.path).path.joinpath(".checkpoint.pt.abcdefgh").exists()  # a reader leaves it alone
     open_run(Config(out=tmp_path / "run", resume=True))
-    assert set(files_of(folder)) == {"config.json", ".notes"}
+    assert set(files_of(folder)) == {"config.json", ".notes", ".lock"}
 
 
 # ---- files that are not what they should be ----------------------------------------------------------------
@@ -342,7 +391,7 @@ def test_a_full_disk_leaves_every_file_as_it_was(small_disk):
 
 
 def test_a_read_only_folder_is_told_and_left_alone(small_disk):
-    folder = saved_run(small_disk / "run")
+    folder = RunFolder(saved_run(small_disk / "run").path)
     before = files_of(folder)
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     with pytest.raises(

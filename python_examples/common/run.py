@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import functools
 import hashlib
@@ -284,37 +285,66 @@ def _umask() -> int:
 class _Lock:
     """The right to write into a folder: of one process, until it ends or drops the last `RunFolder` that claimed it.
 
-    An flock on the folder itself: no file is left, and a killed process leaves no lock.
+    An flock on a file in it, open for writing, as NFS wants it. The file goes with the claim; that of a killed process
+    stays, without a lock. Where nobody can write there is none.
     """
 
     held: ClassVar[WeakValueDictionary[tuple[int, int], _Lock]] = WeakValueDictionary()
 
-    def __init__(self, handle: int) -> None:
-        self.handle: int | None = handle
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.handle: int | None = None
+        try:
+            self.handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            if error.errno != errno.EROFS:
+                raise
 
     def __del__(self) -> None:
         if self.handle is not None:
+            if self._in_place():
+                self.path.unlink()
             os.close(self.handle)
 
     @classmethod
     def of(cls, folder: Path) -> _Lock:
-        with _told(folder, "a folder that can be read", "take another --out"):
-            handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        place = os.stat(handle)
-        lock, key = cls(handle), (place.st_dev, place.st_ino)
-        if key in cls.held:
-            return cls.held[key]
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunError(
-                f"--out: expected a folder in which no other process works, got {folder}; wait for its end or take "
-                "another name"
-            ) from None
-        except OSError:
-            pass  # a file system without such locks
+        place = folder.stat()
+        key = place.st_dev, place.st_ino
+        lock = cls.held.get(key)
+        while lock is None:
+            with _told(folder, "a folder that can be written to", "take another --out"):
+                lock = cls((folder / ".lock").absolute())
+            if not lock._take():
+                raise RunError(
+                    f"--out: expected a folder in which no other process works, got {folder}; wait for its end or take "
+                    "another name"
+                )
+            if not lock._in_place():  # of a process that has just removed it
+                lock = None
         cls.held[key] = lock
         return lock
+
+    def _take(self) -> bool:
+        if self.handle is None:
+            return True
+        try:
+            fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self.handle)
+            self.handle = None
+            return False
+        except OSError:
+            pass  # a file system without such locks
+        return True
+
+    def _in_place(self) -> bool:
+        """Whether the file is still the one that others find."""
+        if self.handle is None:
+            return True
+        try:
+            return os.path.samestat(self.path.stat(), os.fstat(self.handle))
+        except OSError:
+            return False
 
     @classmethod
     def drop_in_child(cls) -> None:
