@@ -89,8 +89,7 @@ struct Arguments {
     }
     const auto value = plain_int(object);
     step = value.value_or(0);
-    constexpr int64_t exact = int64_t(1) << 53;  // what float64 can hold
-    return value && -exact < *value && *value < exact;
+    return value.has_value();
   }
 
   bool read_options(PyObject* reduction_object, PyObject* normalization, PyObject* ignore_object,

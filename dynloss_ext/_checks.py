@@ -68,13 +68,16 @@ def check_member(value: Any, members: int) -> int:
     return m % members
 
 
-def check_step(name: str, value: Any) -> int:
-    """``value``, if it is an int that float64 holds exactly."""
+_INT64 = range(-(2**63), 2**63)
+
+
+def check_step(name: str, value: Any, within: range = _INT64) -> int:
+    """``value``, if it is an int of these."""
     value = plain_number(value)
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: expected an int (a number of optimisation steps), got {type(value).__name__}")
-    if not -(2**53) < value < 2**53:
-        raise ValueError(f"{name}: expected a step of magnitude below 2**53, got {value}")
+    if value not in within:
+        raise ValueError(f"{name}: expected a step from {within[0]} to {within[-1]}, got {value}")
     return value
 
 

@@ -22,6 +22,7 @@ __all__ = ["Oscillation"]
 Parameter: TypeAlias = "float | Tensor"
 
 _WAVEFORMS = {"triangle": 0, "sine": 1, "square": 2}
+_EXACT_IN_FLOAT64 = range(1 - 2**53, 2**53)
 
 
 # Descriptions live on the CPU, also where another default device is set.
@@ -59,7 +60,7 @@ def _stops(stop_step: int | Sequence[int | None] | None, start: int) -> Tensor:
     steps = [values] if single else list(values)
     if not steps:
         raise ValueError("stop_step: expected a step or one per oscillation of an ensemble, got none")
-    stops = [math.inf if step is None else check_step("stop_step", step) for step in steps]
+    stops = [math.inf if step is None else check_step("stop_step", step, _EXACT_IN_FLOAT64) for step in steps]
     if min(stops) < start:
         raise ValueError(f"stop_step: expected a step >= start_step = {start}, got {min(stops)}")
     return _float64(stops[0] if single else stops)
@@ -79,8 +80,8 @@ class Oscillation:
     In the turn of class ``i`` its raw weight g(t) runs from 1 to the amplitude A and back within one period T (in
     optimisation steps, not epochs), the others weigh 1, and Γ = C·g / Σg, so that ΣΓ = C (Ruiz-Garcia, Zhang,
     Schoenholz, Liu, "Tilting the playing field: Dynamical loss functions for machine learning", ICML 2021, Eq. 2-3).
-    A = 1 is the plain cross-entropy. The phase is exact for every step (an int below 2⁵³, or any int64 tensor); a
-    period is the rational number that its float64 is.
+    A = 1 is the plain cross-entropy. The phase is exact for every step, any int64; a period is the rational number that
+    its float64 is.
 
     Args:
         num_classes: Number of classes C.
@@ -92,8 +93,8 @@ class Oscillation:
         class_order: A permutation of the classes, the one raised in the first turn first. Default 0, 1, ..., C-1.
         closed: A turn lasts T + 1 steps with both ends at weight 1 (the authors' notebook), instead of T. Then T is
             whole: the end of a fractional period is no step, and the waveform has no value beyond it.
-        start_step: Γ = 1 before this step, and the first turn begins here.
-        stop_step: Γ = 1 from this step on; an int, None for never, or a sequence of E of these for an ensemble.
+        start_step: Γ = 1 before this step, of magnitude below 2⁵³, and the first turn begins here.
+        stop_step: Γ = 1 from this step on, likewise; None for never, or a sequence of E of these for an ensemble.
 
     Raises:
         TypeError, ValueError: naming the argument, for anything else.
@@ -211,7 +212,7 @@ class Oscillation:
         start_step: int,
         stop_step: int | Sequence[int | None] | None,
     ) -> None:
-        start = check_step("start_step", start_step)
+        start = check_step("start_step", start_step, _EXACT_IN_FLOAT64)
         stop = _stops(stop_step, start)
         try:
             shape = torch.Size(torch.broadcast_shapes(amplitude.shape, period.shape))  # type: ignore[no-untyped-call]
@@ -411,7 +412,10 @@ class Oscillation:
         Each turn raises another class, and so tilts the landscape another way.
         """
         elapsed = check_step("step", step) - self._start_step
-        turns = [min(elapsed // Fraction(turn), 2**63 - 1) for turn in self._clock[..., 2].reshape(-1).tolist()]
+        turns = [
+            max(-(2**63), min(elapsed // Fraction(turn), 2**63 - 1))
+            for turn in self._clock[..., 2].reshape(-1).tolist()
+        ]
         return torch.tensor(turns, device="cpu").view(self._clock.shape[:-1])
 
     def evaluate_function(self, step: int) -> Tensor:

@@ -64,7 +64,7 @@ def test_leaves_alone_what_is_not_plain():
         0: [logits.as_subclass(Subclass), logits.tolist(), None, logits[0, 0], logits[:, :3]],
         1: [target.as_subclass(Subclass), target.tolist()],
         2: [None, "waveform", function._plain, Oscillation(3, 2, 5)._plain],
-        3: [7.0, True, "7", 2**53, -(2**53), 2**100, None],
+        3: [7.0, True, "7", 2**63, -(2**63) - 1, 2**100, None],
         4: ["max", "", None, 1, ["mean"]],
         5: ["classes", None, False],
         6: [1.0, True, 2**63, None],

@@ -13,7 +13,7 @@ from cross_entropy_cases import close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynloss_ext import Oscillation, dynamic_cross_entropy, reference
+from dynloss_ext import DynamicCrossEntropyLoss, Oscillation, dynamic_cross_entropy, reference
 
 
 def exact_triangle(classes, amplitude, period, step, order=None, closed=False):
@@ -77,8 +77,10 @@ def test_phases_are_exact_in_the_whole_range_of_int64(period, closed):
         close(weights, torch.stack([reference.weights(oscillation, s) for s in steps]))
         for step, gamma in list(zip(steps, weights, strict=True))[::5]:
             logits, target = torch.zeros(1, 3, dtype=torch.float64), torch.tensor([1])
-            loss = dynamic_cross_entropy(logits, target, oscillation, torch.tensor(step))
-            assert loss.item() == pytest.approx(gamma[1].item() * math.log(3), rel=1e-12)
+            assert torch.equal(oscillation.weights(step), gamma)
+            for given_step in (step, torch.tensor(step)):
+                loss = dynamic_cross_entropy(logits, target, oscillation, given_step)
+                assert loss.item() == pytest.approx(gamma[1].item() * math.log(3), rel=1e-12)
     stopped = Oscillation(3, 70, period, closed=closed, stop_step=2**53 - 1)
     assert torch.equal(stopped.weights(torch.tensor([2**53 - 1, 2**63 - 1])), torch.ones(2, 3, dtype=torch.float64))
 
@@ -95,6 +97,24 @@ def test_turns_are_exact_too():
     elapsed = 2**54 - 2
     turns = [elapsed // Fraction(period) for period in oscillation.period.tolist()]
     assert oscillation.turn(2**53 - 1).tolist() == turns
+    for step in (2**63 - 1, -(2**63)):
+        turns = [(step - 1 + 2**53) // Fraction(period) for period in oscillation.period.tolist()]
+        assert oscillation.turn(step).tolist() == [min(max(turn, -(2**63)), 2**63 - 1) for turn in turns]
+
+
+def test_the_steps_of_a_criterion_go_on_beyond_those_of_float64():
+    logits, target = torch.randn(5, 3, dtype=torch.float64, requires_grad=True), torch.arange(5) % 3
+    criterion = DynamicCrossEntropyLoss(Oscillation(3, 70, 7))
+    criterion.set_step(2**62 + 3)
+    compiled = torch.compile(dynamic_cross_entropy, backend="eager", fullgraph=True)
+    for step in range(2**62 + 3, 2**62 + 10):
+        gamma = reference.weights(criterion.oscillation, step)
+        expected = (gamma[target] * torch.nn.functional.cross_entropy(logits, target, reduction="none")).mean()
+        (gradient,) = torch.autograd.grad(expected, logits)
+        for loss in (criterion(logits, target), compiled(logits, target, criterion.oscillation, step)):
+            close(loss, expected)
+            close(torch.autograd.grad(loss, logits)[0], gradient)
+        criterion.step()
 
 
 def test_one_cycle_by_hand():
