@@ -60,6 +60,8 @@ class EigenResult:
             below 0.08, or after 24 products (48 for "LM", which looks beyond both ends) where the spectrum is too
             crowded for that, or fewer where ``max_basis`` leaves it no room. 1 where it found
             nothing but the noise of the products, again and again. NaN where no audit was due.
+        asymmetry: where H is not symmetric, the largest |u · H v − v · H u| of unit vectors that was seen, in units of
+            the norm of H; 0 elsewhere.
     """
 
     values: Tensor
@@ -69,6 +71,7 @@ class EigenResult:
     converged: Tensor
     status: str
     miss_probability: float
+    asymmetry: float = 0.0
 
 
 def eigsh(
@@ -127,9 +130,9 @@ def eigsh(
     op, size, options = _resolve(H, n, dtype, device, v0)
     settings = _check_settings(k, which, tol, max_hvp, max_basis, size)
     start = None if v0 is None else _check_start(v0, size, options, max_basis)
-    result, _, asymmetry = _solve(H, op, **settings, v0=start, seed=check_seed(seed), audit=True)
-    _refuse_callable(H, asymmetry)
-    _warn_unless_converged("eigsh", H, result, asymmetry)
+    result, _ = _solve(H, op, **settings, v0=start, seed=check_seed(seed), audit=True)
+    _refuse_callable(H, result)
+    _warn_unless_converged("eigsh", H, result)
     return result
 
 
@@ -223,7 +226,7 @@ class EigenTracker:
             )
         due = self._since_audit + 1 >= self._schedule["audit_every"] or self._num_asymmetric > 0
         audited = bool(audit) or old is None or due
-        result, origins, asymmetry = _solve(
+        result, origins = _solve(
             H,
             op,
             **self._settings,
@@ -231,8 +234,8 @@ class EigenTracker:
             seed=self._seed + self.num_updates,
             audit=audited,
         )
-        self._num_asymmetric += asymmetry > 0
-        _refuse_callable(H, asymmetry)
+        self._num_asymmetric += result.asymmetry > 0
+        _refuse_callable(H, result)
         self._adapt(result)
         if result.status == "non-finite product":
             self._since_audit = self._schedule["audit_every"]
@@ -244,7 +247,7 @@ class EigenTracker:
         self.num_updates += 1
         self.num_hvp += result.num_hvp
         self.result = result
-        _warn_unless_converged("EigenTracker.update", H, result, asymmetry)
+        _warn_unless_converged("EigenTracker.update", H, result)
         return result
 
     def due(self, steps_since_update: int) -> bool:
@@ -335,44 +338,47 @@ def _check_settings(k: int, which: str, tol: float, max_hvp: int, max_basis: int
     }
 
 
-def _solve(H: Operator, op: _C.SymmetricOperator, **settings: Any) -> tuple[EigenResult, list[int], float]:
-    """The result, the column of v0 that each eigenvector overlaps with, or -1, and the asymmetry if it is too large."""
+def _solve(H: Operator, op: _C.SymmetricOperator, **settings: Any) -> tuple[EigenResult, list[int]]:
+    """The result, and the column of v0 that each eigenvector overlaps with, or -1."""
     with products_with(H):
         values, rows, residuals, num_hvp, converged, status, miss, origins, asymmetry = _C.eigsh(op, **settings)
-    return EigenResult(values, rows.T, residuals, num_hvp, converged, status, miss), origins, asymmetry
+    return EigenResult(values, rows.T, residuals, num_hvp, converged, status, miss, asymmetry), origins
 
 
-def _refuse_callable(H: Operator, asymmetry: float) -> None:
+def _refuse_callable(H: Operator, result: EigenResult) -> None:
     """Of a Hessian the result's status says so."""
     if not isinstance(H, CurvatureOperator):
-        check_symmetric(H, asymmetry)
+        check_symmetric(H, result.asymmetry)
 
 
 def check_symmetric(H: Operator, asymmetry: float) -> None:
     """Refuses an operator with an asymmetry that noise does not explain."""
     if asymmetry:
+        cause = f": {_cause_of_asymmetry(H)}" if isinstance(H, CurvatureOperator) else ""
         raise ValueError(
-            f"H: expected a symmetric operator, got one that is not symmetric: {_about_asymmetry(H, asymmetry)}"
+            "H: expected a symmetric operator, got one that is not symmetric: u · H v and v · H u differ by"
+            f" {asymmetry:.1g} of the norm of H{cause}"
         )
 
 
-def _about_asymmetry(H: Operator, asymmetry: float) -> str:
-    if not isinstance(H, CurvatureOperator):
-        return f"u · H v and v · H u differ by {asymmetry:.1g} of the norm of H"
+def _cause_of_asymmetry(H: CurvatureOperator) -> str:
     suspects = H._source.suspects()
     layers = f", perhaps that of {' or '.join(suspects)}" if suspects else ", e.g. of a custom autograd Function"
-    return f"asymmetry of at least {asymmetry:.1g} of the norm: the second derivative of some layer is wrong{layers}"
+    return f"the second derivative of some layer is wrong{layers}"
 
 
-def _warn_unless_converged(name: str, H: Operator, result: EigenResult, asymmetry: float) -> None:
-    # The same words every time: Python shows a warning once for each place and text.
+def _warn_unless_converged(name: str, H: Operator, result: EigenResult) -> None:
+    # The same words every time, without numbers: Python shows a warning once for each place and text.
     if result.status in ("converged", "converged, not audited"):
         return
     if result.status == "converged, audit inconclusive":
         about = "converged, but its audit was inconclusive: eigenpairs may be missing; see miss_probability"
     else:
         about = f"stopped by {result.status} before all of its {len(result.values)} eigenpairs converged; "
-        about += _about_asymmetry(H, asymmetry) if asymmetry else "see residuals and converged of the result"
+        if isinstance(H, CurvatureOperator) and result.status == "not symmetric":
+            about += _cause_of_asymmetry(H)
+        else:
+            about += "see residuals and converged of the result"
     warnings.warn(f"{name} {about}", ConvergenceWarning, stacklevel=3)
 
 

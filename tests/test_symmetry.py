@@ -204,6 +204,23 @@ def test_a_callable_with_an_eigenvector_to_start_from(n, dtype):
             tracker.update(product(0.5), audit=tracker._num_asymmetric == 0)
 
 
+def test_a_training_loop_is_warned_once():
+    """Python's filter knows a warning by its words and place."""
+    model, x = make(WRONG["WeightNormInterface"])
+    tracker, asymmetries = EigenTracker(), set()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for _ in range(4):
+            result = tracker.update(HessianOperator(F.cross_entropy(model(x), Y), model.parameters()))
+            assert 0 < result.asymmetry < 1
+            asymmetries.add(f"{result.asymmetry:.1g}")
+            with torch.no_grad():
+                for p in model.parameters():
+                    p.mul_(1.3)
+    assert len(asymmetries) > 1
+    assert [w.category for w in caught] == [ConvergenceWarning]
+
+
 def test_gauss_newton_is_measured_too():
     """Its product J v is a second derivative, of the pullback."""
     model, x = make(lambda: scaled(Deaf.apply))
