@@ -353,7 +353,7 @@ class ModuleEnsemble:
         arguments, own = self._batch(inputs, target)
         row = self._flat[m].detach().requires_grad_()
         if not self.finite[m]:
-            return CurvatureOperator(_Recorded(no_product(row), ()), row)
+            return CurvatureOperator(_Recorded(no_product(row), (), check_params([row])), row)
         label, gamma, step = target[m] if own else target, self._gamma.member(m), self.step
 
         def loss() -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -119,6 +120,10 @@ class _MemberHessian:
     def suspects(self) -> list[str]:
         """No layer is differentiated by autograd here."""
         return []
+
+    def products(self) -> AbstractContextManager[object]:
+        """They call no module."""
+        return nullcontext()
 
 
 class PerceptronEnsemble:
