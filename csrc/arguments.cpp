@@ -107,6 +107,23 @@ void check_schedule(const ScheduleArguments& schedule, const c10::SymInt& classe
   }
 }
 
+namespace {
+
+void check_weight(const at::Tensor& weight, const c10::SymInt& classes, const at::Tensor& clock,
+                  const at::Device& device) {
+  TORCH_CHECK_TYPE(is_supported(weight.scalar_type()),
+                   "weight: expected float32, float64, float16 or bfloat16, got ", weight.scalar_type());
+  TORCH_CHECK_VALUE(weight.device() == device, "weight: expected device ", device,
+                    ", that of the logits, got ", weight.device());
+  const bool ensemble = is_ensemble(clock);
+  const bool own = ensemble && weight.dim() == 2 && weight.sym_size(0) == clock.sym_size(0);
+  TORCH_CHECK_VALUE((weight.dim() == 1 || own) && weight.sym_size(-1) == classes, "weight: expected shape (",
+                    classes, ",)", ensemble ? " or a row per member of the ensemble" : "", ", got ",
+                    weight.sym_sizes());
+}
+
+}  // namespace
+
 void check_forward(const ForwardArguments& x) {
   TORCH_CHECK_VALUE(x.reduction >= reduction_none && x.reduction <= reduction_sum,
                     "reduction: expected 0 (none), 1 (mean) or 2 (sum), got ", x.reduction);
@@ -114,7 +131,9 @@ void check_forward(const ForwardArguments& x) {
                     "label_smoothing: expected a number in [0, 1], got ", x.label_smoothing);
   const bool ensemble = x.ensemble();
   check_logits_and_target(x.logits, x.target, ensemble ? x.clock.sym_size(0) : c10::SymInt(1), ensemble);
-  check_schedule(x.schedule(), num_classes(x.logits, ensemble), x.logits.device());
+  const c10::SymInt classes = num_classes(x.logits, ensemble);
+  check_schedule(x.schedule(), classes, x.logits.device());
+  if (x.weight) check_weight(*x.weight, classes, x.clock, x.logits.device());
 }
 
 void check_derivative(const DerivativeArguments& x) {

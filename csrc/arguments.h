@@ -37,6 +37,7 @@ struct ForwardArguments {
   const at::Tensor& clock;
   const OptionalTensor& class_order;
   const OptionalTensor& table;
+  const OptionalTensor& weight;
   int64_t reduction;
   bool by_weights;
   const c10::SymInt& ignore_index;
@@ -48,24 +49,25 @@ struct ForwardArguments {
 
 template <typename Result, typename Logits = const at::Tensor&, typename... More>
 using ForwardSignature = Result(Logits, const at::Tensor&, c10::SymInt, const OptionalTensor&,
-                                const at::Tensor&, const OptionalTensor&, const OptionalTensor&, int64_t,
-                                bool, c10::SymInt, double, More...);
+                                const at::Tensor&, const OptionalTensor&, const OptionalTensor&,
+                                const OptionalTensor&, int64_t, bool, c10::SymInt, double, More...);
 
 // A function of ForwardArguments, and perhaps more, as a kernel of the dispatcher.
 template <auto function, typename Logits = const at::Tensor&, typename... More>
 auto forward_kernel(Logits logits, const at::Tensor& target, c10::SymInt step,
                     const OptionalTensor& step_tensor, const at::Tensor& clock,
-                    const OptionalTensor& class_order, const OptionalTensor& table, int64_t reduction,
-                    bool by_weights, c10::SymInt ignore_index, double label_smoothing, More... more) {
-  return function(ForwardArguments{logits, target, step, step_tensor, clock, class_order, table, reduction,
-                                   by_weights, ignore_index, label_smoothing},
+                    const OptionalTensor& class_order, const OptionalTensor& table,
+                    const OptionalTensor& weight, int64_t reduction, bool by_weights,
+                    c10::SymInt ignore_index, double label_smoothing, More... more) {
+  return function(ForwardArguments{logits, target, step, step_tensor, clock, class_order, table, weight,
+                                   reduction, by_weights, ignore_index, label_smoothing},
                   more...);
 }
 
 template <typename Op, typename Logits, typename... More>
 auto call_forward(const Op& op, Logits& logits, const ForwardArguments& x, More... more) {
-  return op.call(logits, x.target, x.step, x.step_tensor, x.clock, x.class_order, x.table, x.reduction,
-                 x.by_weights, x.ignore_index, x.label_smoothing, more...);
+  return op.call(logits, x.target, x.step, x.step_tensor, x.clock, x.class_order, x.table, x.weight,
+                 x.reduction, x.by_weights, x.ignore_index, x.label_smoothing, more...);
 }
 
 // ---- the derivative op

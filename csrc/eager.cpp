@@ -45,19 +45,19 @@ struct Arguments {
   Tensor logits, target, clock;
   c10::SymInt step = 0, ignore_index = 0;
   int64_t reduction = 0;
-  std::optional<Tensor> step_tensor, class_order, table;
+  std::optional<Tensor> step_tensor, class_order, table, weight;
   bool by_weights = false;
   double label_smoothing = 0;
 
   Arguments(PyObject* const* args, Py_ssize_t count) {
-    if (count != 8 || at::impl::torch_function_mode_enabled()) return;
+    if (count != 9 || at::impl::torch_function_mode_enabled()) return;
     plain = read_tensors(args[0], args[1]) && read_oscillation(args[2]) && read_step(args[3]) &&
-            read_options(args[4], args[5], args[6], args[7]);
+            read_weight(args[4]) && read_options(args[5], args[6], args[7], args[8]);
   }
 
   ForwardArguments unpacked() const {
-    return {logits, target,    step,       step_tensor,  clock,          class_order,
-            table,  reduction, by_weights, ignore_index, label_smoothing};
+    return {logits, target, step,      step_tensor, clock,        class_order,
+            table,  weight, reduction, by_weights,  ignore_index, label_smoothing};
   }
 
  private:
@@ -90,6 +90,12 @@ struct Arguments {
     const auto value = plain_int(object);
     step = value.value_or(0);
     return value.has_value();
+  }
+
+  bool read_weight(PyObject* object) {
+    if (object != Py_None && !THPVariable_CheckExact(object)) return false;
+    weight = tensor_or_none(object);
+    return true;
   }
 
   bool read_options(PyObject* reduction_object, PyObject* normalization, PyObject* ignore_object,

@@ -9,13 +9,15 @@
 //   step         added to step_tensor, int64 () or (E,), if that is given
 //   class_order  (C,) int64: the class raised in each turn
 //   table        [E,] S, C, float64: user-given class weights, repeated, in place of the waveform
-//   weights      [E,] C, float64: Γ(step)
+//   weight       [E,] C, any floating-point dtype: multiplies Γ(step), class by class
+//   weights      [E,] C, float64: Γ(step), times weight
 //   normalizer   [E,] 2, float64: what the loss, and what `gradient`, has been divided by. They differ only
 //   where
 //                a one-pass kernel learns of ignored rows when the gradient is already written, and in
 //                float16, which could not hold it; rescale_ mends that.
 //   finished     both are the same: the gradient is not to be rescaled
-//   reduction    0 none, 1 mean, 2 sum;   by_weights: a mean over Σ Γ_y instead of the number of samples
+//   reduction    0 none, 1 mean, 2 sum;   by_weights: a mean over Σ weights_y instead of the number of
+//   samples
 //
 // The perceptrons are M networks of one hidden layer, hidden = act(x @ w1 + b1), logits = hidden @ w2 + b2:
 //
@@ -27,7 +29,7 @@
 
 #define DYNLOSS_AFTER_LOGITS                                                                       \
   ", Tensor target, SymInt step, Tensor? step_tensor, Tensor clock, Tensor? class_order, Tensor? " \
-  "table, int reduction, bool by_weights, SymInt ignore_index, float label_smoothing"
+  "table, Tensor? weight, int reduction, bool by_weights, SymInt ignore_index, float label_smoothing"
 
 #define DYNLOSS_PERCEPTRON                                                                                  \
   " parameters, Tensor inputs, Tensor target, int hidden, int activation, int step, Tensor clock, Tensor? " \

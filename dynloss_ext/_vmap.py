@@ -78,8 +78,8 @@ def _rank(x: Tensor, dim: int | None) -> int:
 
 def _forward_rule(op: Any) -> Any:
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        logits, target, step, step_tensor, clock, class_order, table, *options = args
-        d_logits, d_target, _, d_step, d_clock, d_order, d_table = in_dims[:7]
+        logits, target, step, step_tensor, clock, class_order, table, weight, *options = args
+        d_logits, d_target, _, d_step, d_clock, d_order, d_table, d_weight = in_dims[:8]
         if d_order is not None:
             raise ValueError("class_order: vmap over the order of the classes is not supported; use a table")
         fold = _Folding(info.batch_size, logits, d_logits, _rank(clock, d_clock) == 2)
@@ -87,6 +87,8 @@ def _forward_rule(op: Any) -> Any:
             step_tensor = fold.members_first(step_tensor, d_step, 0)
         if table is not None:
             table = fold.members_first(table, d_table, 2)
+        if weight is not None:
+            weight = fold.members_first(weight, d_weight, 1)
         loss, *gradient, weights, normalizer = op(
             fold.logits(logits, d_logits),
             fold.target(target, d_target),
@@ -95,6 +97,7 @@ def _forward_rule(op: Any) -> Any:
             fold.members_first(clock, d_clock, 1),
             class_order,
             table,
+            weight,
             *options,
         )
         outputs = (

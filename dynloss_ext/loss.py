@@ -41,6 +41,22 @@ def _checked_options(
     return reduction, normalization, ignore_index, label_smoothing
 
 
+def _checked_weight(weight: Tensor | None, oscillation: Oscillation) -> Tensor | None:
+    """A float64 copy of weights of classes that are the module's own."""
+    if weight is None:
+        return None
+    check_tensor("weight", weight)
+    if not weight.is_floating_point():
+        raise TypeError(f"weight: expected a floating-point dtype, got {weight.dtype}")
+    classes, members = oscillation.num_classes, oscillation.ensemble_size
+    if weight.shape not in ((classes,), (members, classes)):
+        expected = f"({classes},)" if members is None else f"({classes},) or ({members}, {classes})"
+        raise ValueError(f"weight: expected shape {expected}, got {tuple(weight.shape)}")
+    if weight.requires_grad:
+        raise ValueError("weight: expected a constant, got a tensor that requires grad")
+    return weight.detach().to(torch.float64, copy=True, memory_format=torch.contiguous_format)
+
+
 def _checked_class_dim(logits: Tensor, oscillation: Oscillation) -> int:
     """The dimension of the classes in the logits, which have as many as the oscillation."""
     dim = class_dim(check_tensor("logits", logits).dim(), oscillation.ensemble_size is not None)
@@ -57,12 +73,15 @@ def _arguments(
     target: Tensor,
     oscillation: Oscillation,
     step: int | Tensor,
+    weight: Tensor | None,
     *options: Any,
 ) -> tuple[Any, ...]:
     """The arguments of the forward ops; what is not a tensor is checked here, tensors in csrc/arguments.cpp."""
     reduction, normalization, ignore_index, label_smoothing = _checked_options(oscillation, *options)
     _checked_class_dim(logits, oscillation)
     check_tensor("target", target)
+    if weight is not None:
+        check_tensor("weight", weight)
     clock, class_order, table = oscillation.on(logits.device)
     offset, step_tensor = 0, None
     step = plain_number(step)
@@ -89,6 +108,7 @@ def _arguments(
         clock,
         class_order,
         table,
+        weight,
         _REDUCTIONS[reduction],
         _NORMALIZATIONS[normalization],
         ignore_index,
@@ -103,12 +123,14 @@ def _are_probabilities(target: object) -> bool:
     return isinstance(target, Tensor) and target.is_floating_point()
 
 
-def _class_weights(op: Any, zero: Tensor, oscillation: Oscillation, step: int | Tensor, *finished: bool) -> Tensor:
-    """Γ, float64 (C,) or (E, 1, C): what an op hands out beside the loss of a row of zeros."""
+def _class_weights(
+    op: Any, zero: Tensor, oscillation: Oscillation, step: int | Tensor, weight: Tensor | None, *finished: bool
+) -> Tensor:
+    """Γ · weight, float64 (C,) or (E, 1, C): what an op hands out beside the loss of a row of zeros."""
     members = [] if oscillation.ensemble_size is None else [oscillation.ensemble_size]
     row = zero.expand(*members, 1, oscillation.num_classes)
     label = torch.zeros(1, dtype=torch.int64, device=zero.device)
-    *_, gamma, _ = op(*_arguments(row, label, oscillation, step, "sum", "samples", -100, 0.0), *finished)
+    *_, gamma, _ = op(*_arguments(row, label, oscillation, step, weight, "sum", "samples", -100, 0.0), *finished)
     return gamma.unsqueeze(1) if members else gamma  # type: ignore[no-any-return]
 
 
@@ -134,7 +156,13 @@ def _check_probabilities(logits: Tensor, target: Tensor, oscillation: Oscillatio
 
 
 def _of_probabilities(
-    logits: Tensor, target: Tensor, oscillation: Oscillation, step: int | Tensor, *options: Any, constants: bool
+    logits: Tensor,
+    target: Tensor,
+    oscillation: Oscillation,
+    step: int | Tensor,
+    weight: Tensor | None,
+    *options: Any,
+    constants: bool,
 ) -> tuple[Tensor, ...]:
     """The loss, or as ``constants`` the loss and its gradient."""
     reduction, _, _, smoothing = options = _checked_options(oscillation, *options)
@@ -142,13 +170,14 @@ def _of_probabilities(
     _check_probabilities(logits, target, oscillation, options)
     if constants:  # the op refuses what would differentiate them: this 0 is differentiated if the logits are
         zero = logits.flatten()[:0].sum()
-        weight = _class_weights(_ops.cross_entropy_with_gradient, zero, oscillation, step, True)
+        weights = _class_weights(_ops.cross_entropy_with_gradient, zero, oscillation, step, weight, True)
         logits, target = logits.detach(), target.detach()
     else:
-        weight = _class_weights(_ops.cross_entropy, torch.zeros((), device=logits.device), oscillation, step)
+        zero = torch.zeros((), device=logits.device)
+        weights = _class_weights(_ops.cross_entropy, zero, oscillation, step, weight)
     log_p = logits.movedim(dim, -1).log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
     q = target.movedim(dim if target.dim() == logits.dim() else -1, -1).to(log_p.dtype)
-    q = (q * (1 - smoothing) + smoothing / oscillation.num_classes) * weight.to(log_p.dtype)
+    q = (q * (1 - smoothing) + smoothing / oscillation.num_classes) * weights.to(log_p.dtype)
     rows = -(q * log_p).sum(-1)
     flat = rows.flatten(0 if oscillation.ensemble_size is None else 1)
     count = flat.shape[-1] if reduction == "mean" else 1
@@ -166,6 +195,7 @@ def dynamic_cross_entropy(
     oscillation: Oscillation,
     step: int | Tensor,
     *,
+    weight: Tensor | None = None,
     reduction: str = "mean",
     normalization: str = "samples",
     ignore_index: int = -100,
@@ -183,19 +213,22 @@ def dynamic_cross_entropy(
             bfloat16, any strides.
         target: Class indices, int64, int32 or uint8: logits' shape without its class dimension; (E, N), or (N,) for
             all members of an ensemble. Or class probabilities t (mixup, label distributions): floating-point, of the
-            logits' shape, (N, C) for all members of an ensemble. Their loss is -Σ_c Γ_c t_c log p_c a row, as in
+            logits' shape, (N, C) for all members of an ensemble. Their loss is -Σ_c w_c Γ_c t_c log p_c a row, as in
             :func:`torch.nn.functional.cross_entropy`, made of torch's own ops: slower than the fused op, differentiable
             to any order and in the target too.
         oscillation: Γ; C classes.
         step: The optimisation step s: an int, or an int64 tensor () on the logits' device, or (E,) for an ensemble.
             A tensor is read where it lies: no synchronisation, and a replayed CUDA graph sees its current value.
+        weight: Weights w of the classes, as in :func:`torch.nn.functional.cross_entropy`: class c has w_c Γ_c in place
+            of Γ_c everywhere, where Γ adds up to C and w is taken as it is, negative numbers included. (C,), or (E, C)
+            for an ensemble; of any dtype that logits may have, on their device; read where it lies, a constant.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``. Mean and sum of an ensemble give (E,).
         normalization: What a mean divides by: ``"samples"``, the number of targets that are not ignored (the paper),
-            or ``"weights"``, their Σ Γ_y (the rule of :func:`torch.nn.functional.cross_entropy`; not for
+            or ``"weights"``, their Σ w_y Γ_y (the rule of :func:`torch.nn.functional.cross_entropy`; not for
             probabilities, whose mean is over all samples there too).
         ignore_index: Rows with this target contribute nothing, not even a NaN; not for probabilities.
         label_smoothing: ε in [0, 1]: the target is (1-ε) one-hot + ε/C, or (1-ε) t + ε/C, and every class term has
-            its own weight Γ_c, as in :func:`torch.nn.functional.cross_entropy`.
+            its own weight w_c Γ_c, as in :func:`torch.nn.functional.cross_entropy`.
 
     Returns:
         The loss: () or (E,) for mean and sum, in float32 at least; for ``"none"`` the logits' shape without the
@@ -210,12 +243,12 @@ def dynamic_cross_entropy(
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     options = (reduction, normalization, ignore_index, label_smoothing)
     if _are_probabilities(target):
-        return _of_probabilities(logits, target, oscillation, step, *options, constants=False)[0]
+        return _of_probabilities(logits, target, oscillation, step, weight, *options, constants=False)[0]
     if not torch.compiler.is_compiling():
-        plain = _C.cross_entropy(logits, target, getattr(oscillation, "_plain", None), step, *options)
+        plain = _C.cross_entropy(logits, target, getattr(oscillation, "_plain", None), step, weight, *options)
         if plain is not NotImplemented:
             return plain
-    loss: Tensor = _ops.cross_entropy(*_arguments(logits, target, oscillation, step, *options))[0]
+    loss: Tensor = _ops.cross_entropy(*_arguments(logits, target, oscillation, step, weight, *options))[0]
     return loss
 
 
@@ -225,6 +258,7 @@ def loss_and_gradient(
     oscillation: Oscillation,
     step: int | Tensor,
     *,
+    weight: Tensor | None = None,
     reduction: str = "mean",
     normalization: str = "samples",
     ignore_index: int = -100,
@@ -243,13 +277,15 @@ def loss_and_gradient(
     """
     options = (reduction, normalization, ignore_index, label_smoothing)
     if _are_probabilities(target):
-        loss, gradient = _of_probabilities(logits, target, oscillation, step, *options, constants=True)
+        loss, gradient = _of_probabilities(logits, target, oscillation, step, weight, *options, constants=True)
         return loss, gradient
     if not torch.compiler.is_compiling():
-        plain = _C.cross_entropy_with_gradient(logits, target, getattr(oscillation, "_plain", None), step, *options)
+        plain = _C.cross_entropy_with_gradient(
+            logits, target, getattr(oscillation, "_plain", None), step, weight, *options
+        )
         if plain is not NotImplemented:
             return plain
-    arguments = _arguments(logits, target, oscillation, step, *options)
+    arguments = _arguments(logits, target, oscillation, step, weight, *options)
     loss, gradient, _, _ = _ops.cross_entropy_with_gradient(*arguments, True)  # finished
     return loss, gradient
 
@@ -262,11 +298,12 @@ class DynamicCrossEntropyLoss(nn.Module):
     configuration. The state of another one is an unexpected key, named with the difference: ``load_state_dict``
     raises RuntimeError, and with ``strict=False`` goes on from that step under the configuration of this module.
     ``eval()`` does not change Γ, so that a loss is the same number in both modes; ``plain_in_eval=True`` makes it
-    the plain cross-entropy there, Γ = 1, and changes nothing else.
+    the plain cross-entropy there, Γ = 1, and changes nothing else. ``weight`` is a buffer in float64, whatever dtype
+    the module is cast to, and part of the configuration.
 
     Args:
         oscillation: Γ.
-        reduction, normalization, ignore_index, label_smoothing: As for :func:`dynamic_cross_entropy`.
+        weight, reduction, normalization, ignore_index, label_smoothing: As for :func:`dynamic_cross_entropy`.
         inplace_gradient: Where a gradient is needed, writes it over the logits, which saves a tensor of their size.
             The logits are of no use afterwards. For a plain backward pass in eager mode, with mean or sum, of logits
             that a model has computed; whatever else, such as a double backward, raises RuntimeError.
@@ -280,12 +317,14 @@ class DynamicCrossEntropyLoss(nn.Module):
     """
 
     current_step: Tensor
+    weight: Tensor | None
     _plain: Oscillation | None = None
 
     def __init__(
         self,
         oscillation: Oscillation,
         *,
+        weight: Tensor | None = None,
         reduction: str = "mean",
         normalization: str = "samples",
         ignore_index: int = -100,
@@ -306,6 +345,7 @@ class DynamicCrossEntropyLoss(nn.Module):
         if plain_in_eval:
             self._plain = Oscillation(oscillation.num_classes, torch.ones_like(oscillation.amplitude), 1)
         self.register_buffer("current_step", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("weight", _checked_weight(weight, oscillation), persistent=False)
 
     def forward(self, logits: Tensor, target: Tensor, step: int | Tensor | None = None) -> Tensor:
         """The loss at ``step``, or at ``current_step``, which stays; arguments as for :func:`dynamic_cross_entropy`."""
@@ -318,7 +358,7 @@ class DynamicCrossEntropyLoss(nn.Module):
             if _are_probabilities(target):
                 raise ValueError("target: expected class indices with inplace_gradient=True, got probabilities")
             options = (self.reduction, self.normalization, self.ignore_index, self.label_smoothing)
-            arguments = _arguments(logits, target, oscillation, step, *options)
+            arguments = _arguments(logits, target, oscillation, step, self.weight, *options)
             if torch.is_grad_enabled() and logits.requires_grad:
                 loss: Tensor = _ops.cross_entropy_into_logits(*arguments)[0]
                 return loss
@@ -327,6 +367,7 @@ class DynamicCrossEntropyLoss(nn.Module):
             target,
             oscillation,
             step,
+            weight=self.weight,
             reduction=self.reduction,
             normalization=self.normalization,
             ignore_index=self.ignore_index,
@@ -334,8 +375,14 @@ class DynamicCrossEntropyLoss(nn.Module):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DynamicCrossEntropyLoss:
-        """Takes the oscillation along to another device: compiled and captured code is not to copy it there."""
+        """Takes the oscillation along to another device: compiled and captured code is not to copy it there.
+
+        The weights are described by their values, as it is: a cast, or memory without values, is not for them.
+        """
+        weight = self.weight
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if weight is not None:
+            self.weight = weight.to(self.current_step.device)
         for oscillation in (self.oscillation, self._plain):
             if oscillation is not None:
                 oscillation.on(self.current_step.device)
@@ -356,6 +403,7 @@ class DynamicCrossEntropyLoss(nn.Module):
             "normalization": self.normalization,
             "ignore_index": self.ignore_index,
             "label_smoothing": self.label_smoothing,
+            "weight": None if self.weight is None else self.weight.cpu(),
         }
 
     def get_extra_state(self) -> Tensor:

@@ -82,7 +82,7 @@ def _classes_last(x: Tensor) -> Tensor:
 class _Problem:
     """q_c = Γ_c ((1-ε) t_c + ε/C) per row, zero in ignored rows, and what the loss is divided by.
 
-    t_c are the target's probabilities, or [c = y] for class indices.
+    Γ_c is given times the weight of the class; t_c are the target's probabilities, or [c = y] for class indices.
     """
 
     def __init__(
@@ -178,11 +178,14 @@ def _per_member(
 ) -> Tensor:
     """Applies `function` to the one problem, or to each member of an ensemble."""
     steps: Any = step.tolist() if isinstance(step, Tensor) else step
+    weight = options.pop("weight")
+    weight = 1.0 if weight is None else weight.double()
     if oscillation.ensemble_size is None:
-        return function(_Problem(logits, target, weights(oscillation, steps), **options), directions)
+        return function(_Problem(logits, target, weights(oscillation, steps) * weight, **options), directions)
     results = []
     for e in range(oscillation.ensemble_size):
         gamma = weights(oscillation, steps[e] if isinstance(steps, list) else steps, e)
+        gamma = gamma * (weight[e] if isinstance(weight, Tensor) and weight.dim() == 2 else weight)
         shared = target.dim() == (2 if target.is_floating_point() else 1)
         problem = _Problem(logits[e], target if shared else target[e], gamma, **options)
         results.append(function(problem, tuple(x[e] for x in directions)))
@@ -198,6 +201,7 @@ def cross_entropy(
     oscillation: Oscillation,
     step: int | Tensor,
     *,
+    weight: Tensor | None = None,
     reduction: str = "mean",
     normalization: str = "samples",
     ignore_index: int = -100,
@@ -207,7 +211,8 @@ def cross_entropy(
 
     The target holds class indices or probabilities.
     """
-    options = {
+    options: dict[str, Any] = {
+        "weight": weight,
         "reduction": reduction,
         "normalization": normalization,
         "ignore_index": ignore_index,
@@ -224,7 +229,8 @@ def _derivative(
     directions: tuple[Tensor, ...],
     options: dict[str, Any],
 ) -> Tensor:
-    defaults = {"reduction": "mean", "normalization": "samples", "ignore_index": -100, "label_smoothing": 0.0}
+    defaults: dict[str, Any] = {"weight": None, "reduction": "mean", "normalization": "samples"}
+    defaults |= {"ignore_index": -100, "label_smoothing": 0.0}
     unknown = options.keys() - defaults.keys()
     if unknown:
         raise TypeError(f"unexpected keywords {sorted(unknown)}, expected {sorted(defaults)}")

@@ -129,6 +129,10 @@ def test_step_of_weights(error, step):
         *cases(TypeError, "step", 1.0, True, None, "3", torch.tensor(1.0), torch.tensor(1, dtype=torch.int32)),
         *cases(ValueError, "step", 2**63, -(2**63) - 1, torch.tensor([1]), torch.tensor([[1]]), torch.tensor([1, 2])),
         *cases(ValueError, "step", torch.tensor(1, device="meta")),
+        *cases(TypeError, "weight", [1.0, 1.0, 1.0], 1.0, torch.ones(3, dtype=torch.int64), torch.ones(3) > 0),
+        *cases(TypeError, "weight", np.ones(3), torch.ones(3, dtype=torch.complex64)),
+        *cases(ValueError, "weight", torch.ones(4), torch.ones(()), torch.ones(1, 3), torch.ones(0)),
+        *cases(ValueError, "weight", torch.ones(3, requires_grad=True), torch.nn.Parameter(torch.ones(3))),
         *cases(ValueError, "reduction", "avg", None, 1, ["mean"], ""),
         *cases(ValueError, "normalization", "count", None, True, ["samples"]),
         *cases(TypeError, "ignore_index", "1", 1.0, None, True, torch.tensor(1)),
@@ -142,7 +146,10 @@ def test_loss(error, name, value):
     for function in (dynamic_cross_entropy, loss_and_gradient):
         with pytest.raises(error, match=rf"{name}: expected.*got"):
             function(**arguments)
-    if name in ("oscillation", "reduction", "normalization", "ignore_index", "label_smoothing"):
+        if name in ("weight", "step"):
+            with pytest.raises(error, match=rf"{name}: expected.*got"):
+                function(**(arguments | {"target": X.softmax(1)}))
+    if name in ("oscillation", "weight", "reduction", "normalization", "ignore_index", "label_smoothing"):
         with pytest.raises(error, match=rf"{name}: expected.*got"):
             DynamicCrossEntropyLoss(**({"oscillation": OSCILLATION} | {name: value}))
 
@@ -151,6 +158,8 @@ def test_devices_must_agree():
     for arguments, name in (((X.to("meta"), Y), "target"), ((X, Y.to("meta")), "target")):
         with pytest.raises(ValueError, match=f"{name}: expected device"):
             dynamic_cross_entropy(*arguments, OSCILLATION, 3)
+    with pytest.raises(ValueError, match="weight: expected device cpu, that of the logits, got meta"):
+        dynamic_cross_entropy(X, Y, OSCILLATION, 3, weight=torch.ones(3, device="meta"))
 
 
 @pytest.mark.parametrize(
@@ -168,6 +177,15 @@ def test_devices_must_agree():
 def test_ensemble(logits, target, step, message):
     with pytest.raises(ValueError, match=message):
         dynamic_cross_entropy(logits, target, ENSEMBLE, step)
+
+
+@pytest.mark.parametrize("shape", [(3, 3), (1, 3), (2,), (2, 4), (1, 2, 3)])
+def test_weight_of_an_ensemble(shape):
+    logits, weight = torch.randn(2, 4, 3), torch.ones(shape)
+    with pytest.raises(ValueError, match=r"weight: expected shape \(3,\) or a row per member of the ensemble, got"):
+        dynamic_cross_entropy(logits, Y, ENSEMBLE, 3, weight=weight)
+    with pytest.raises(ValueError, match=r"weight: expected shape \(3,\) or \(2, 3\), got"):
+        DynamicCrossEntropyLoss(ENSEMBLE, weight=weight)
 
 
 def test_module():
@@ -203,7 +221,7 @@ def test_one_bad_target_among_many_is_named(position, index):
 
 def op_arguments(**changes):
     loss, weights, normalizer = torch.ops.dynloss.cross_entropy(
-        X, Y, 3, None, *OSCILLATION.on(X.device), 1, False, -100, 0.0
+        X, Y, 3, None, *OSCILLATION.on(X.device), None, 1, False, -100, 0.0
     )
     arguments = {"u": torch.randn(4, 3), "v": torch.randn(4, 3), "grad_output": loss, "logits": X, "target": Y}
     arguments |= {"weights": weights, "normalizer": normalizer}

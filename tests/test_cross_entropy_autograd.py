@@ -96,7 +96,7 @@ def test_gradcheck_of_every_derivative_in_all_it_depends_on(name, options):
     x, smoothing = problem.leaf(), options.get("label_smoothing", 0.0)
     choices = options.get("reduction", "mean"), options.get("normalization", "samples"), -100, smoothing
     loss, *resolved = ops.cross_entropy(
-        *_arguments(problem.logits, problem.target, problem.oscillation, problem.step, *choices)
+        *_arguments(problem.logits, problem.target, problem.oscillation, problem.step, None, *choices)
     )
     resolved = [problem.target, *resolved, -100, smoothing]
     u, v = (torch.randn_like(x, requires_grad=True) for _ in range(2))
@@ -271,7 +271,7 @@ def test_vmap_nested_unbatched_chunked_and_empty():
 
 def test_vmap_over_clock_and_table_of_the_op():
     """The schema's arguments that Python does not expose as tensors."""
-    op, rest = torch.ops.dynloss.cross_entropy, (1, False, -100, 0.0)
+    op, rest = torch.ops.dynloss.cross_entropy, (None, 1, False, -100, 0.0)
     z, y = SINGLE.logits, SINGLE.target
     singles = [Oscillation(4, a, 10) for a in (2, 3, 4.0)]
     clocks = torch.stack([o.on(z.device)[0] for o in singles])

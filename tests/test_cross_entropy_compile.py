@@ -271,7 +271,7 @@ def op_arguments(name, dtype, ensemble):
     x, y = normal(*shape, dtype=dtype).requires_grad_(), labels(4, 5)
     clock, order, table = oscillation.on(x.device)
     step = torch.tensor([1, 2, 3]) if ensemble else None
-    schedule = (x, y, 3, step, clock, order, table)
+    schedule = (x, y, 3, step, clock, order, table, None if dtype == torch.float32 else torch.rand(4))
     options = (1, True, -100, 0.1)
     if name == "cross_entropy":
         return (*schedule, *options)

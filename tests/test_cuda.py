@@ -75,7 +75,8 @@ def compare(logits, target, oscillation, step, dtype, *, place=torch.Tensor.cuda
     u, v = (torch.randn_like(logits, dtype=torch.float64).to(dtype) for _ in range(2))
     expected = derivatives(logits.double(), target, oscillation, step, u.double(), v.double(), **options)
     device_step = step.cuda() if isinstance(step, torch.Tensor) else step
-    actual = derivatives(place(logits), target.cuda(), oscillation, device_step, place(u), place(v), **options)
+    on_device = {name: x.cuda() if isinstance(x, torch.Tensor) else x for name, x in options.items()}
+    actual = derivatives(place(logits), target.cuda(), oscillation, device_step, place(u), place(v), **on_device)
     # With one class every derivative is 0, and the third what u·v - u·v leaves of its rounding.
     single = logits.dim() == 2 and logits.shape[1] == 1
     least = (u.double() * v.double()).abs().max().item() / len(logits) if single else 1e-30
@@ -126,6 +127,33 @@ def test_ensembles_equal_the_cpu(classes, shared, rows):
     for step in (77, torch.tensor([3, 50, 1000])):
         for reduction in ("mean", "none"):
             compare(randn(3, rows, classes), target, oscillation, step, torch.float32, reduction=reduction)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("classes", [2, 3, 10, 40, 1100, 10000])
+@pytest.mark.parametrize("normalization", ["samples", "weights"])
+def test_weights_of_classes_equal_the_cpu(classes, normalization, dtype):
+    ensemble = Oscillation(classes, torch.tensor([2.0, 30.0, 70.0]), torch.tensor([5, 100, 7]))
+    target, weight = labels(classes, 70, ignored=True), randn(3, classes, seed=1, dtype=dtype).abs() + 0.1
+    options = {"normalization": normalization, "label_smoothing": 0.1}
+    for step in (77, torch.tensor(77)):
+        compare(randn(70, classes), target, Oscillation(classes, 70, 100), step, dtype, weight=weight[0], **options)
+    for own in (weight[0], weight):
+        compare(randn(3, 70, classes), target, ensemble, torch.tensor([3, 50, 1000]), dtype, weight=own, **options)
+
+
+@pytest.mark.parametrize("rows", [300, 20000, 600_000])
+def test_weights_of_classes_add_one_launch(rows):
+    logits, target, weight = randn(rows, 10, dtype=torch.float32).cuda(), labels(10, rows).cuda(), torch.rand(10).cuda()
+    oscillation = Oscillation(10, 70, 10)
+
+    def call(**options):
+        return loss_and_gradient(logits, target, oscillation, 3, **options)
+
+    plain, weighted = launched_by(call), launched_by(lambda: call(weight=weight))
+    assert len(weighted) == len(plain) + 1
+    assert len([name for name in weighted if "weigh_classes" in name]) == 1
+    near(call(weight=torch.ones(10).cuda())[1], call()[1], torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -237,16 +265,17 @@ def test_gradient_in_the_place_of_the_logits(classes, dtype):
     oscillation = Oscillation(classes, 70, 100)
     target = labels(classes, 300).cuda()
     leaf = randn(300, classes, dtype=dtype).cuda().requires_grad_()
-    gradients = []
-    for inplace in (False, True):
-        criterion = DynamicCrossEntropyLoss(oscillation, inplace_gradient=inplace).cuda()
-        leaf.grad = None
-        criterion(leaf * 2, target).backward()
-        gradients.append(leaf.grad)
-    if dtype == torch.float16:  # rounded a second time when it is divided by the number of samples
-        near(gradients[1], gradients[0], dtype)
-    else:
-        assert torch.equal(*gradients)
+    for weight in (None, torch.rand(classes)):
+        gradients = []
+        for inplace in (False, True):
+            criterion = DynamicCrossEntropyLoss(oscillation, weight=weight, inplace_gradient=inplace).cuda()
+            leaf.grad = None
+            criterion(leaf * 2, target).backward()
+            gradients.append(leaf.grad)
+        if dtype == torch.float16:  # rounded a second time when it is divided by the number of samples
+            near(gradients[1], gradients[0], dtype)
+        else:
+            assert torch.equal(*gradients)
 
 
 @pytest.mark.parametrize("ignored", [False, True])
@@ -274,7 +303,7 @@ def test_offsets_beyond_32_bits(classes):
     oscillation = Oscillation(classes, 70, 100)
     picked = torch.tensor([0, 1, rows // 2, rows - 2, rows - 1], device="cuda")
     some = (logits[picked].double().cpu(), target[picked].cpu(), oscillation, 3)
-    arguments = (logits, target, 3, None, *oscillation.on(logits.device), 2, False, -100, 0.0, True)
+    arguments = (logits, target, 3, None, *oscillation.on(logits.device), None, 2, False, -100, 0.0, True)
     _, gradient, weights, normalizer = torch.ops.dynloss.cross_entropy_with_gradient(*arguments)
     near(gradient[picked], reference.gradient(*some, reduction="sum"), torch.bfloat16)
     del gradient
@@ -490,12 +519,14 @@ def test_compiled_with_graphs_equals_eager():
     )
 
 
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("probabilities", [False, True])
 @pytest.mark.parametrize("rows", [512, 20000])
-def test_replayed_graph_advances_the_oscillation(rows, probabilities):
+def test_replayed_graph_advances_the_oscillation(rows, probabilities, weighted):
     logits = randn(rows, 10, dtype=torch.float32).cuda().requires_grad_()
     target = (logits.detach().softmax(1) if probabilities else labels(10, rows, ignored=True)).cuda()
-    criterion = DynamicCrossEntropyLoss(Oscillation(10, 70, 10)).cuda()
+    weight = torch.rand(10) if weighted else None
+    criterion = DynamicCrossEntropyLoss(Oscillation(10, 70, 10), weight=weight).cuda()
 
     def training_step():
         logits.grad = None
@@ -517,7 +548,7 @@ def test_replayed_graph_advances_the_oscillation(rows, probabilities):
     captured = logits.grad
     for step in range(30):
         graph.replay()
-        expected = dynamic_cross_entropy(logits, target, criterion.oscillation, step)
+        expected = dynamic_cross_entropy(logits, target, criterion.oscillation, step, weight=criterion.weight)
         (gradient,) = torch.autograd.grad(expected, logits)
         assert torch.equal(loss, expected) and torch.equal(captured, gradient)
 
@@ -543,12 +574,12 @@ def test_function_of_the_user_is_refused_in_a_graph(module, where):
 def test_nothing_waits_for_the_device():
     logits = randn(20000, 10, dtype=torch.float32).cuda().requires_grad_()
     target, step = labels(10, 20000).cuda(), torch.tensor(3, device="cuda")
-    oscillation = Oscillation(10, 70, 10)
+    oscillation, weight = Oscillation(10, 70, 10), torch.rand(10, device="cuda")
     for given in (target, logits.detach().softmax(1)):
         dynamic_cross_entropy(logits, given, oscillation, step).backward()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            loss = dynamic_cross_entropy(logits, given, oscillation, step)
+            loss = dynamic_cross_entropy(logits, given, oscillation, step, weight=weight)
             (gradient,) = torch.autograd.grad(loss, logits, create_graph=True)
             torch.autograd.grad(gradient.sum(), logits)
         finally:

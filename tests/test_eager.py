@@ -27,16 +27,17 @@ def problem(kind, dtype=torch.float32):
 
 @pytest.mark.parametrize("kind", OSCILLATIONS)
 @pytest.mark.parametrize("step", [0, 7, torch.tensor(7)], ids=["0", "7", "tensor"])
-def test_same_bits_as_through_torch_ops(kind, step):
+@pytest.mark.parametrize("weight", [None, torch.tensor([0.5, 2.0, 0.0, 3.0])], ids=["plain", "weighted"])
+def test_same_bits_as_through_torch_ops(kind, step, weight):
     logits, target = problem(kind)
     for reduction, normalization, smoothing in itertools.product(
         ("none", "mean", "sum"), ("samples", "weights"), (0.0, 0.1)
     ):
         options = (reduction, normalization, -100, smoothing)
-        arguments = loss._arguments(logits, target, OSCILLATIONS[kind], step, *options)
-        value = _C.cross_entropy(logits, target, OSCILLATIONS[kind]._plain, step, *options)
+        arguments = loss._arguments(logits, target, OSCILLATIONS[kind], step, weight, *options)
+        value = _C.cross_entropy(logits, target, OSCILLATIONS[kind]._plain, step, weight, *options)
         assert torch.equal(value, torch.ops.dynloss.cross_entropy(*arguments)[0])
-        pair = _C.cross_entropy_with_gradient(logits, target, OSCILLATIONS[kind]._plain, step, *options)
+        pair = _C.cross_entropy_with_gradient(logits, target, OSCILLATIONS[kind]._plain, step, weight, *options)
         both = torch.ops.dynloss.cross_entropy_with_gradient(*arguments, True)
         for found, expected in zip(pair, both, strict=False):
             assert torch.equal(found, expected)
@@ -45,7 +46,7 @@ def test_same_bits_as_through_torch_ops(kind, step):
 def test_records_the_graph():
     logits, target = problem("waveform", torch.float64)
     logits.requires_grad_()
-    value = _C.cross_entropy(logits, target, OSCILLATIONS["waveform"]._plain, 7, "mean", "samples", -100, 0.0)
+    value = _C.cross_entropy(logits, target, OSCILLATIONS["waveform"]._plain, 7, None, "mean", "samples", -100, 0.0)
     assert value.grad_fn.name() == "DynamicCrossEntropyBackward"
     pair = loss_and_gradient(logits, target, OSCILLATIONS["waveform"], 7)
     assert not any(result.requires_grad for result in pair)
@@ -58,17 +59,18 @@ class Subclass(torch.Tensor):
 
 def test_leaves_alone_what_is_not_plain():
     logits, target = problem("waveform")
-    plain = [logits, target, OSCILLATIONS["waveform"]._plain, 7, "mean", "samples", -100, 0.0]
+    plain = [logits, target, OSCILLATIONS["waveform"]._plain, 7, None, "mean", "samples", -100, 0.0]
     function = Oscillation.from_function(lambda step: torch.ones(4), 4)
     others = {
         0: [logits.as_subclass(Subclass), logits.tolist(), None, logits[0, 0], logits[:, :3]],
         1: [target.as_subclass(Subclass), target.tolist()],
         2: [None, "waveform", function._plain, Oscillation(3, 2, 5)._plain],
         3: [7.0, True, "7", 2**63, -(2**63) - 1, 2**100, None],
-        4: ["max", "", None, 1, ["mean"]],
-        5: ["classes", None, False],
-        6: [1.0, True, 2**63, None],
-        7: [-0.1, 1.1, float("nan"), True, 0, "0", None],
+        4: [[1.0] * 4, 1.0, True, torch.ones(4).as_subclass(Subclass)],
+        5: ["max", "", None, 1, ["mean"]],
+        6: ["classes", None, False],
+        7: [1.0, True, 2**63, None],
+        8: [-0.1, 1.1, float("nan"), True, 0, "0", None],
     }
     for call in (_C.cross_entropy, _C.cross_entropy_with_gradient):
         assert call(*plain) is not NotImplemented
@@ -103,6 +105,6 @@ def test_errors_come_through():
     target[2] = 9
     for call in (_C.cross_entropy, _C.cross_entropy_with_gradient):
         with pytest.raises(IndexError, match="class index 9 at position 2"):
-            call(logits, target, OSCILLATIONS["waveform"]._plain, 7, "mean", "samples", -100, 0.0)
+            call(logits, target, OSCILLATIONS["waveform"]._plain, 7, None, "mean", "samples", -100, 0.0)
         with pytest.raises(TypeError, match=r"^target: "):
-            call(logits, target.double(), OSCILLATIONS["waveform"]._plain, 7, "mean", "samples", -100, 0.0)
+            call(logits, target.double(), OSCILLATIONS["waveform"]._plain, 7, None, "mean", "samples", -100, 0.0)

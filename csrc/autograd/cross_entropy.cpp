@@ -182,8 +182,17 @@ void check_strided(const Tensor& logits) {
                     logits.layout());
 }
 
+// As in torch, the weights of classes are no function of anything.
+void check_constant(const OptionalTensor& weight) {
+  TORCH_CHECK_VALUE(
+      !weight || !(torch::autograd::compute_requires_grad(*weight) || tangent_of(*weight).defined()),
+      "weight: expected a constant, got a tensor that requires grad or has a tangent; the loss is not "
+      "differentiable in it");
+}
+
 ops::Loss cross_entropy(const ForwardArguments& x) {
   check_strided(x.logits);
+  check_constant(x.weight);
   const bool requires_grad = torch::autograd::compute_requires_grad(x.logits);
   const Tensor tangent = tangent_of(x.logits);
   Tensor loss, gradient, weights, normalizer;
@@ -250,6 +259,7 @@ struct IntoLogitsBackward : public Node {
 ops::Loss cross_entropy_into_logits(const ForwardArguments& x) {
   const Tensor& logits = x.logits;
   check_strided(logits);
+  check_constant(x.weight);
   const bool requires_grad = torch::autograd::compute_requires_grad(logits);
   TORCH_CHECK(!in_transform() && !tangent_of(logits).defined() && !at::isTensorSubclassLike(logits),
               "inplace_gradient: works in eager mode and first-order reverse mode only, not under "
@@ -281,6 +291,7 @@ ops::Loss cross_entropy_into_logits(const ForwardArguments& x) {
 
 ops::LossAndGradient cross_entropy_with_gradient(const ForwardArguments& x, bool finished) {
   check_strided(x.logits);
+  check_constant(x.weight);
   const bool differentiated =
       tangent_of(x.logits).defined() || (in_transform() && torch::autograd::compute_requires_grad(x.logits));
   TORCH_CHECK(!differentiated,

@@ -173,7 +173,7 @@ struct Results {
   at::Tensor loss, gradient, weights, normalizer;
 };
 
-// Γ and the divisors of each member; returns whether any row is ignored.
+// The class weights and the divisors of each member; returns whether any row is ignored.
 bool resolve(const ForwardArguments& x, Gradient gradient, const at::Tensor& labels, int64_t classes,
              const Results& results) {
   const ScheduleData schedule(x.schedule(), classes);
@@ -182,6 +182,7 @@ bool resolve(const ForwardArguments& x, Gradient gradient, const at::Tensor& lab
   const bool own_labels = x.ensemble() && x.target.dim() == 2;
   const int64_t samples = own_labels ? x.target.size(1) : labels.numel();
   const int64_t step = x.step.expect_int(), ignore_index = x.ignore_index.expect_int();
+  const at::Tensor weight = x.weight ? x.weight->to(at::kDouble).contiguous() : at::Tensor();
   double* weights = results.weights.mutable_data_ptr<double>();
   double* normalizer = results.normalizer.mutable_data_ptr<double>();
   // float16 could not hold the gradient of a mean until a loss scale has been applied.
@@ -194,7 +195,9 @@ bool resolve(const ForwardArguments& x, Gradient gradient, const at::Tensor& lab
       ignored += samples - counted;
     }
     const int64_t offset = schedule.steps() == nullptr ? 0 : schedule.steps()[e * schedule.step_stride()];
-    if (classes > 0) write_weights(schedule.of_member(e), step + offset, weights);
+    const double* own_weight =
+        x.weight ? weight.const_data_ptr<double>() + (weight.dim() == 2 ? e * classes : 0) : nullptr;
+    if (classes > 0) write_weights(schedule.of_member(e), step + offset, own_weight, weights);
     double divisor = 1.0;
     if (x.reduction == reduction_mean)
       divisor = x.by_weights ? sum_of_label_weights(labels.const_data_ptr<int64_t>() + first, samples,

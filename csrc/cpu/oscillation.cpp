@@ -13,9 +13,10 @@ void check_class_order(const ScheduleData& schedule, int64_t classes) {
                       i, " is out of range for ", classes, " classes");
 }
 
-void write_weights(const Schedule& schedule, int64_t step, double* out) {
+void write_weights(const Schedule& schedule, int64_t step, const double* weight, double* out) {
   const ClassWeights weights = weights_at(schedule, step);
   for (int64_t c = 0; c < schedule.num_classes; ++c) out[c] = weights[c];
+  for (int64_t c = 0; weight != nullptr && c < schedule.num_classes; ++c) out[c] *= weight[c];
 }
 
 namespace {
@@ -35,7 +36,7 @@ at::Tensor oscillation_weights(const at::Tensor& steps, const at::Tensor& clock,
   double* out = weights.mutable_data_ptr<double>();
   for (int64_t s = 0; s < steps.size(0); ++s)
     for (int64_t e = 0; e < members; ++e, out += classes)
-      write_weights(schedule.of_member(e), step_list.const_data_ptr<int64_t>()[s], out);
+      write_weights(schedule.of_member(e), step_list.const_data_ptr<int64_t>()[s], nullptr, out);
   return weights;
 }
 

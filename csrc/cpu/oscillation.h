@@ -10,7 +10,7 @@ namespace dynloss::cpu {
 // Raises IndexError.
 void check_class_order(const ScheduleData& schedule, int64_t classes);
 
-// Γ (C,) of a member at a step.
-void write_weights(const Schedule& schedule, int64_t step, double* out);
+// Γ (C,) of a member at a step, times `weight` (C,) where that is not null.
+void write_weights(const Schedule& schedule, int64_t step, const double* weight, double* out);
 
 }  // namespace dynloss::cpu

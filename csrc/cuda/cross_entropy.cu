@@ -1,4 +1,5 @@
-// The cross-entropy kernels: one launch computes Γ(step), the loss, its gradient and the reduction.
+// The cross-entropy kernels: one launch computes Γ(step), the loss, its gradient and the reduction. Weights
+// of classes that multiply Γ take another one before it.
 //
 // A row stays on chip between the passes that softmax needs, where it fits:
 //   C <= 2048 (float64: 512)   1 to 32 lanes of a warp per row, in registers
@@ -34,6 +35,16 @@ __global__ void evaluate_weights(const Weights p, const Grid grid) {
     const double* table = p.table == nullptr ? nullptr : p.table + member * p.table_rows * p.classes;
     p.out[i] = weights_at({p.clock + member, p.class_order, table, p.table_rows, p.classes}, p.steps[s])[c];
   }
+}
+
+// What `weight` makes of Γ, for the launches after it.
+__global__ void weigh_classes(const Forward p, const Grid grid) {
+  const int64_t member = member_index(grid);
+  const ClassWeights gamma = gamma_of(p, member);
+  for (int64_t c = int64_t(block_in_member(grid)) * blockDim.x + threadIdx.x; c < p.classes;
+       c += int64_t(grid.blocks) * blockDim.x)
+    p.weights[member * p.classes + c] =
+        gamma[c] * load_as<double>(p.weight, p.weight_storage, member * p.weight_member_stride + c);
 }
 
 // Labels of a member other than ignore_index, of the thread's share: 16 bytes of them at a time.
@@ -391,6 +402,11 @@ cudaError_t launch_forward(const Forward& problem, cudaStream_t stream) {
   Device device;
   if (const cudaError_t error = current_device(&device); error != cudaSuccess) return error;
   const Grid grid = plan(problem, device);
+  if (problem.weight != nullptr) {
+    const cudaError_t error =
+        launch(weigh_classes, problem, problem.members, elementwise(device, problem.classes), device, stream);
+    if (error != cudaSuccess) return error;
+  }
   if (grid.count_blocks > 0) {
     Grid counting{};
     counting.threads = count_threads;

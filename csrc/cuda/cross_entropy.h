@@ -55,12 +55,15 @@ struct Forward : Problem {
   int64_t step;
   const int64_t* step_tensor;  // or null; read on the device
   int64_t step_member_stride;
+  const void* weight;  // (classes,), multiplies Γ, or null
+  Storage weight_storage;
+  int64_t weight_member_stride;
   bool mean;
   bool by_weights;
   Division division;
   void* row_loss;      // (members, rows) in the storage type: an unreduced loss; else null
   void* loss;          // (members,) float, or double for float64 storage; else null
-  double* weights;     // (members, classes)
+  double* weights;     // (members, classes): Γ, times weight
   double* normalizer;  // (members, 2)
   double* partials;    // (members, blocks, 2), if plan_forward() tells of several blocks; else null
   unsigned* arrivals;  // (members,), zero before and after the launch; null where partials is

@@ -111,6 +111,7 @@ Results forward(const ForwardArguments& x, Gradient gradient, Division division)
   const Rows input(x.logits, ensemble);
   const at::Tensor labels = x.target.contiguous();
   const ScheduleData schedule(x.schedule(), classes);
+  const at::Tensor weight = x.weight ? x.weight->contiguous() : at::Tensor();
   Forward problem;
   describe(problem, x.logits, input, labels, ensemble, ignore_index, x.label_smoothing);
   std::optional<Rows> output;
@@ -125,6 +126,9 @@ Results forward(const ForwardArguments& x, Gradient gradient, Division division)
   problem.step = x.step.expect_int();
   problem.step_tensor = schedule.steps();
   problem.step_member_stride = schedule.step_stride();
+  problem.weight = x.weight ? weight.const_data_ptr() : nullptr;
+  problem.weight_storage = x.weight ? storage_of(weight.scalar_type()) : Storage::float64;
+  problem.weight_member_stride = x.weight && weight.dim() == 2 ? classes : 0;
   problem.mean = x.reduction == reduction_mean;
   problem.by_weights = x.by_weights;
   problem.division = division;

@@ -129,14 +129,18 @@ __device__ inline double normalizer_term(const Forward& p, const ClassWeights& w
 
 // ---- forward: before and after the rows
 
-// Γ(step) is evaluated by one thread and shared.
+__device__ inline ClassWeights gamma_of(const Forward& p, int64_t member) {
+  const int64_t offset = p.step_tensor == nullptr ? 0 : p.step_tensor[member * p.step_member_stride];
+  const double* table = p.table == nullptr ? nullptr : p.table + member * p.table_rows * p.classes;
+  return weights_at({p.clock + member, p.class_order, table, p.table_rows, p.classes}, p.step + offset);
+}
+
+// Γ(step) is evaluated by one thread and shared; where classes have a weight of their own a launch before has
+// written all of it out.
 __device__ inline const ClassWeights& share_weights(const Forward& p, int64_t member) {
-  if (threadIdx.x == 0) {
-    const int64_t offset = p.step_tensor == nullptr ? 0 : p.step_tensor[member * p.step_member_stride];
-    const double* table = p.table == nullptr ? nullptr : p.table + member * p.table_rows * p.classes;
+  if (threadIdx.x == 0)
     scratch().weights =
-        weights_at({p.clock + member, p.class_order, table, p.table_rows, p.classes}, p.step + offset);
-  }
+        p.weight == nullptr ? gamma_of(p, member) : ClassWeights{p.weights + member * p.classes, 0, 1.0, 1.0};
   __syncthreads();
   return scratch().weights;
 }
@@ -145,7 +149,7 @@ __device__ inline const ClassWeights& share_weights(const Forward& p, int64_t me
 __device__ inline const ClassWeights& prepare_weights(const Forward& p, const Grid& grid) {
   const int64_t member = member_index(grid);
   const ClassWeights& weights = share_weights(p, member);
-  if (block_in_member(grid) == 0)
+  if (p.weight == nullptr && block_in_member(grid) == 0)
     for (int64_t c = threadIdx.x; c < p.classes; c += blockDim.x)
       p.weights[member * p.classes + c] = weights[c];
   return weights;

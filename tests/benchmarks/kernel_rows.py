@@ -157,7 +157,7 @@ class Inputs:
 
     def _arguments(self, i: int) -> tuple[object, ...]:
         """Of the ops, for a sum."""
-        return (self.logits[i], self.target[i], STEP, None, *self._schedule, 2, False, -100, 0.0)
+        return (self.logits[i], self.target[i], STEP, None, *self._schedule, None, 2, False, -100, 0.0)
 
     def call(self, i: int) -> Result:
         logits, target = self.logits[i], self.target[i]

@@ -173,7 +173,7 @@ def _kernel(steps: Steps, oscillation: dynloss_ext.Oscillation, calls: int = 20)
     def call() -> None:
         logits = steps.detached[steps.advance()]
         torch.ops.dynloss.cross_entropy_with_gradient(
-            logits, steps.target, steps.step, None, clock, class_order, table, *options, True
+            logits, steps.target, steps.step, None, clock, class_order, table, None, *options, True
         )
 
     side = torch.cuda.Stream()

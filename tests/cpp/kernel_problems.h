@@ -258,6 +258,7 @@ class Array {
 // ---- a problem and what it should give
 
 enum class Reduction { none, mean, sum };
+enum class ClassWeight { none, shared, own };  // by the members of an ensemble
 
 struct Options {
   Label label = Label::int64;
@@ -269,6 +270,7 @@ struct Options {
   bool table = false;
   bool class_order = false;
   bool step_tensor = false;
+  ClassWeight weight = ClassWeight::none;
   int waveform = 0;
   int ignore_every = 0;    // of so many rows one is ignored, on average
   int invalid_every = 0;   // and one has a label that is no class
@@ -291,7 +293,8 @@ struct Problem {
   std::vector<int64_t> order, steps;
   std::vector<double> table;
   int64_t table_rows = 3, step = 1234;
-  std::vector<std::vector<Real>> gamma;  // per member
+  std::vector<S> weight;                 // (classes,) or (members, classes), if there is any
+  std::vector<std::vector<Real>> gamma;  // per member, times weight
   std::vector<twin::Row> rows;           // computed when first asked for
 
   Problem(const Shape& shape, const Options& options)
@@ -303,6 +306,7 @@ struct Problem {
         v(shape, shape.out_offset, shape.of_directions()),
         out(shape, shape.out_offset, shape.of_out()) {
     make_oscillations();
+    make_weight();
     make_labels();
     make_logits();
   }
@@ -378,6 +382,16 @@ struct Problem {
     }
   }
 
+  void make_weight() {
+    if (options.weight == ClassWeight::none) return;
+    const int64_t rows = options.weight == ClassWeight::own ? shape.members : 1;
+    for (int64_t i = 0; i < rows * shape.classes; ++i)
+      weight.push_back(stored<S>(i % 5 == 2 ? 0 : uniform(0, 3)));
+    for (int64_t e = 0; e < shape.members; ++e)
+      for (int64_t c = 0; c < shape.classes; ++c)
+        gamma[e][c] *= value_of(weight[(rows > 1 ? e * shape.classes : 0) + c]);
+  }
+
   void make_labels() {
     const int64_t count = options.shared_target ? shape.rows : shape.members * shape.rows;
     const size_t size = options.label == Label::int64 ? 8 : options.label == Label::int32 ? 4 : 1;
@@ -438,7 +452,8 @@ std::string describe(const Shape& s, const Options& o, const char* what) {
          std::to_string(s.inner) + " layout " + std::to_string(static_cast<int>(s.layout)) + " offsets " +
          std::to_string(s.offset) + ", " + std::to_string(s.out_offset) + " smoothing " +
          std::to_string(o.smoothing) + " reduction " + std::to_string(static_cast<int>(o.reduction)) +
-         " label " + std::to_string(static_cast<int>(o.label)) + schedule();
+         " label " + std::to_string(static_cast<int>(o.label)) + " weight " +
+         std::to_string(static_cast<int>(o.weight)) + schedule();
 }
 
 // Compares `out` with a derivative of the given order; `scale` is what a row's is multiplied by. Where
@@ -500,6 +515,9 @@ struct ForwardRun {
     p.step = problem.step;
     p.step_tensor = options.step_tensor ? problem.steps.data() : nullptr;
     p.step_member_stride = 1;
+    p.weight = options.weight == ClassWeight::none ? nullptr : problem.weight.data();
+    p.weight_storage = storage_v<S>;
+    p.weight_member_stride = options.weight == ClassWeight::own ? shape.classes : 0;
     p.mean = options.reduction == Reduction::mean;
     p.by_weights = options.by_weights;
     p.division = options.division;
@@ -536,6 +554,7 @@ struct ForwardRun {
     f(p.class_order, memory_of(problem.order), Access::read);
     f(p.table, memory_of(problem.table), Access::read);
     f(p.step_tensor, memory_of(problem.steps), Access::read);
+    f(p.weight, memory_of(problem.weight), Access::read);
     f(p.row_loss, memory_of(row_loss), Access::write);
     f(p.loss, memory_of(loss), Access::write);
     f(p.weights, memory_of(weights), Access::write);
@@ -806,6 +825,7 @@ inline Options varied(int i) {
   o.table = i % 7 == 3;
   o.class_order = i % 2 == 1;
   o.step_tensor = i % 3 == 1;
+  o.weight = static_cast<ClassWeight>(i % 11 == 1 ? 1 : i % 11 == 5 ? 2 : 0);
   o.waveform = i % 3;
   o.ignore_every = i % 3 == 0 ? 0 : 4;
   return o;

@@ -116,6 +116,9 @@ in_parallel '"$build/guard" --cases "$guard_cases"' '"$build/perceptrons"' '"$bu
 faults=('planted member.cuh "s/p.arrivals\[member\] = 0;//"'
   'planted member.cuh "s/if (!scratch().last) return false;//"'
   'planted member.cuh "s/p.counts\[member \* grid.count_blocks + i\]/p.counts[i]/"'
+  'planted member.cuh "s/ClassWeights{p.weights + member \* p.classes,/ClassWeights{p.weights,/"'
+  'planted cross_entropy.cu "s/member \* p.weight_member_stride + c/c/"'
+  'planted cross_entropy.cu "s/gamma\[c\] \* load_as<double>(p.weight/load_as<double>(p.weight/"'
   'planted warp_rows.cuh "s/static_cast<int>(p.rows - first)/static_cast<int>(p.rows - first - 1)/"'
   'planted warp_rows.cuh "s/widen(row\[label\])/widen(row[label - 1])/"'
   # What only rows that are sure of a class show.

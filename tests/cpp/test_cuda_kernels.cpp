@@ -107,6 +107,22 @@ void test_weights_that_add_up_to_zero() {
     }
 }
 
+// The launches before the rows': labels are counted by weights that another one has written.
+template <typename S>
+void test_weights_of_classes() {
+  for (const int64_t classes : {1, 3, 10, 40, 1100, 2100})
+    for (const ClassWeight weight : {ClassWeight::shared, ClassWeight::own})
+      for (int i = 0; i < 4; ++i) {
+        Options options = varied(i);
+        options.weight = weight;
+        options.by_weights = i % 2 == 0;
+        options.division = Division::exact;
+        options.ignore_every = 4;
+        if (classes > 250 && options.label == Label::uint8) options.label = Label::int32;
+        test_all<S>({3, classes < 100 ? 1500 : 9, classes}, options);
+      }
+}
+
 void test_far_rows() {
   for (const int64_t classes : {5, 40, 1100, 2100}) {
     test_all<float>({1, 3, classes, 0, Layout::far}, varied(0));
@@ -272,6 +288,7 @@ void test_storage() {
   test_ensembles<S>();
   test_labels_and_extremes<S>();
   test_weights_that_add_up_to_zero<S>();
+  test_weights_of_classes<S>();
 }
 
 }  // namespace
@@ -286,6 +303,7 @@ int main(int argc, char** argv) {
   if (part == "faults") {
     stop_at_first = true;
     test_ensembles<float>();
+    test_weights_of_classes<float>();
     Options counted = varied(0);
     counted.division = Division::exact;
     counted.ignore_every = 9;
