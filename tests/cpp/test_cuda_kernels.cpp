@@ -110,16 +110,16 @@ void test_weights_that_add_up_to_zero() {
 // The launches before the rows': labels are counted by weights that another one has written.
 template <typename S>
 void test_weights_of_classes() {
-  for (const int64_t classes : {1, 3, 10, 40, 1100, 2100})
+  for (const int64_t classes : {3, 40, 1100, 2100})
     for (const ClassWeight weight : {ClassWeight::shared, ClassWeight::own})
-      for (int i = 0; i < 4; ++i) {
+      for (const int i : {1, 2}) {
         Options options = varied(i);
         options.weight = weight;
         options.by_weights = i % 2 == 0;
         options.division = Division::exact;
         options.ignore_every = 4;
-        if (classes > 250 && options.label == Label::uint8) options.label = Label::int32;
-        test_all<S>({3, classes < 100 ? 1500 : 9, classes}, options);
+        if (classes > 250) options.label = Label::int32;
+        test_all<S>({3, classes < 100 ? 700 : 5, classes}, options);
       }
 }
 
@@ -303,7 +303,7 @@ int main(int argc, char** argv) {
   if (part == "faults") {
     stop_at_first = true;
     test_ensembles<float>();
-    test_weights_of_classes<float>();
+    test_all<float>({3, 1, 3}, varied(0));  // no member ends at a multiple of 16 bytes, no row is ignored
     Options counted = varied(0);
     counted.division = Division::exact;
     counted.ignore_every = 9;
@@ -312,6 +312,7 @@ int main(int argc, char** argv) {
     for (const int64_t classes : {1100, 2100, 10800, 17000}) test_all<float>({1, 60, classes}, varied(1));
     for (const int64_t classes : {1, 3, 10, 17, 40, 1000, 1100, 2100})
       for (int i = 0; i < 4; ++i) test_all<float>({1, classes < 1000 ? 1100 : 9, classes}, varied(i));
+    test_weights_of_classes<float>();
   }
   if (part == "random" && argc > 3) {
     random_bits.seed(std::strtoull(argv[3], nullptr, 10));
