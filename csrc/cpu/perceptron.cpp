@@ -116,7 +116,8 @@ void PerceptronBench<T>::take(int64_t index) {
 
 template <typename T>
 void PerceptronBench<T>::set_step(int64_t step) {
-  write_weights(schedule_.of_member(is_ensemble(x_.clock) ? index_ : 0), step, gamma_.data());
+  write_weights(schedule_.of_member(is_ensemble(x_.clock) ? index_ : 0), step, /*weight=*/nullptr,
+                gamma_.data());
 }
 
 template <typename T>
