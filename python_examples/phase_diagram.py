@@ -75,9 +75,9 @@ class DiagramConfig(BaseConfig):
     shard: str | None = None  # i/n: only every n-th chunk, from the i-th on (1 to n)
     collect: bool = False  # compute nothing: write the table and the figures of a finished sweep
     chunk_members: int | None = None  # members of a chunk; none: by memory and speed
-    zoom: tuple[float, ...] = ()  # periods of the slices; none: three of them
+    slices: tuple[float, ...] = ()  # periods T of the figure of accuracy over A; none: three of them
 
-    MAY_CHANGE = BaseConfig.MAY_CHANGE | {"data", "workers", "cluster", "shard", "collect", "chunk_members", "zoom"}
+    MAY_CHANGE = BaseConfig.MAY_CHANGE | {"data", "workers", "cluster", "shard", "collect", "chunk_members", "slices"}
     OF_IMAGES: ClassVar[tuple[str, ...]] = ("preset", "synthetic", "epochs", "eig_every")
     OF_SPIRALS: ClassVar[tuple[str, ...]] = (
         *("steps", "stop", "init", "points", "noise", "data_seed", "dtype", "measure"),
@@ -271,7 +271,7 @@ def report(config: DiagramConfig, table: pa.Table) -> dict[str, Any]:
             all_of = missing | columns
             whole = diagrams.Grid.of({name: values[chosen] for name, values in all_of.items()})
             folder.write_figure(diagrams.dynamics_maps(whole, title), f"dynamics_{label}.png")
-        periods = config.zoom or tuple(np.quantile(grid.periods, (0.1, 0.5, 0.9), method="nearest"))
+        periods = config.slices or tuple(np.quantile(grid.periods, (0.1, 0.5, 0.9), method="nearest"))
         if len(grid.amplitudes) > 1:
             folder.write_figure(diagrams.slices(grid, names, periods, title), f"slices_{label}.png")
     results = {"finished": True, "members": table.num_rows, **config.configuration(), "parts": parts}

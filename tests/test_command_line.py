@@ -28,7 +28,7 @@ TRAINING = (
 )
 SPIRAL = (
     *("steps", "amplitude", "period", "closed", "stop-step", "lr", "init", "width", "points", "classes", "noise"),
-    *("data-seed", "dtype", "eig-every", "num-eigenvalues", "tol", "ntk", "density-every", "rule", "threads"),
+    *("data-seed", "dtype", "eig-every", "num-eigenvalues", "tol", "ntk", "density-every", "rule", "engine", "threads"),
     *("graphs", "checkpoint-every"),
 )
 OPTIONS = {

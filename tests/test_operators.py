@@ -499,7 +499,7 @@ def losses_that_pass_by():
     yield w, hidden.view(3), hidden.view(3)[:2].square().sum()
 
 
-@pytest.mark.parametrize(("w", "outputs", "penalty"), losses_that_pass_by())
+@pytest.mark.parametrize(("w", "outputs", "penalty"), list(losses_that_pass_by()))
 def test_gauss_newton_of_a_loss_that_passes_by_outputs(w, outputs, penalty):
     loss = outputs.exp().sum() + penalty
     for make in (

@@ -428,3 +428,14 @@ def test_networks_on_images(tmp_path, experiment):
     rows = rows_of(tmp_path)
     assert summary["members"] == len(rows) == 2 and rows[0]["amplitude"] == 1
     assert 0 <= rows[1]["validation_accuracy"] <= 1 and not rows[1]["diverged"]
+
+
+def test_help_tells_what_every_option_is(capsys):
+    with pytest.raises(SystemExit):
+        run("--help")
+    shown = capsys.readouterr().out
+    for name in phase_diagram.DiagramConfig.__dataclass_fields__:
+        assert f"--{name.replace('_', '-')}" in shown
+    with pytest.raises(SystemExit):
+        run("--resume", "--out", "nowhere/at/all")
+    assert "--resume: expected a run in" in capsys.readouterr().err
