@@ -42,15 +42,16 @@ class SpiralSweep:
         start = max(0, end - round(CLASSES * (period + 1)))
         every = 1 if self.measure != "end" else max(1, self.steps // 100)
         parts = [made.train(start, record_every=every)]
-        lambdas: list[tuple[int, Tensor]] = []
+        lambdas: list[Tensor] = []
         result = None
         stops = np.unique(np.linspace(start, end, self.eig_updates + 1).round().astype(int))
-        for stop in stops[1:] if curvature else [end]:
+        for stop in stops[1:] if curvature else []:
             parts.append(made.train(int(stop) - made.step, record_every=every))
-            if curvature:
-                result = made.eigenvalues(1, start=result, audit=result is None, vectors=True)
-                lambdas.append((made.step, result.values[:, 0]))
-        parts.append(made.train(self.steps - made.step, record_every=every))
+            result = made.eigenvalues(1, start=result, audit=result is None, vectors=True)
+            lambdas.append(result.values[:, 0])
+        if made.step < self.steps:
+            parts.append(made.train(self.steps - made.step - 1, record_every=every))
+            parts.append(made.train(1))  # its row is the last one
         if curvature:
             last = made.eigenvalues(1, start=result, audit=True).values[:, 0]
         held_out = self._held_out(made)
@@ -72,7 +73,7 @@ class SpiralSweep:
             if self.measure != "end":
                 row |= dynamics(step, weighted[:, m], made.oscillation.member(m), start, end)
             if curvature:
-                along = torch.stack([values[m] for _, values in lambdas])
+                along = torch.stack([values[m] for values in lambdas])
                 row["lambda_end"] = float(last[m])
                 row["lambda_cycle"] = float(along.nan_to_num(-torch.inf).max()) if made.finite[m] else float("nan")
             rows.append(finite_or_none(row))
