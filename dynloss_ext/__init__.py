@@ -7,11 +7,16 @@ from dynloss_ext.ensemble import ModuleEnsemble, Perceptron, PerceptronEnsemble
 from dynloss_ext.graphs import CapturedHessian, CapturedStep, DeviceRecords
 from dynloss_ext.hessian import GaussNewtonOperator, HessianOperator
 from dynloss_ext.instability import (
+    Crossing,
     Instability,
+    PeriodChange,
     PeriodSegment,
+    branch_means,
+    crossings,
     detect_instabilities,
     detect_periods,
     instability_threshold,
+    period_changes,
     stability_limit,
 )
 from dynloss_ext.loss import DynamicCrossEntropyLoss, dynamic_cross_entropy, loss_and_gradient
@@ -25,6 +30,7 @@ __all__ = [
     "CapturedHessian",
     "CapturedStep",
     "ConvergenceWarning",
+    "Crossing",
     "DeviceRecords",
     "DynamicCrossEntropyLoss",
     "EigenResult",
@@ -37,8 +43,11 @@ __all__ = [
     "Oscillation",
     "Perceptron",
     "PerceptronEnsemble",
+    "PeriodChange",
     "PeriodSegment",
     "SpectralDensity",
+    "branch_means",
+    "crossings",
     "detect_instabilities",
     "detect_periods",
     "dynamic_cross_entropy",
@@ -46,6 +55,7 @@ __all__ = [
     "instability_threshold",
     "loss_and_gradient",
     "ntk_eigenvalues",
+    "period_changes",
     "reference",
     "spectral_density",
     "stability_limit",

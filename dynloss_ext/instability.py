@@ -8,6 +8,7 @@ from step to step with period 2, 4, ... or chaotically until the weights have mo
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Iterable, Iterator
@@ -23,11 +24,16 @@ from dynloss_ext._checks import check_array, check_choice, check_count, check_nu
 from dynloss_ext.oscillation import Oscillation
 
 __all__ = [
+    "Crossing",
     "Instability",
+    "PeriodChange",
     "PeriodSegment",
+    "branch_means",
+    "crossings",
     "detect_instabilities",
     "detect_periods",
     "instability_threshold",
+    "period_changes",
     "stability_limit",
 ]
 
@@ -67,6 +73,30 @@ class PeriodSegment:
     start: int
     stop: int
     period: int | None
+
+
+@dataclass(frozen=True)
+class PeriodChange:
+    """Where the period of F changes: `step` is the first one of the segment with the period `after`."""
+
+    step: int
+    before: int | None
+    after: int | None
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """A recorded eigenvalue passes through a threshold.
+
+    Attributes:
+        step: the record in the middle of the last mean on the old side and the first on the new, the later one of two.
+        index: of the eigenvalue: 0 is the largest.
+        upward: whether it rises.
+    """
+
+    step: int
+    index: int
+    upward: bool
 
 
 def detect_instabilities(
@@ -257,6 +287,84 @@ def detect_periods(
             first = segments.pop().start
         segments.append(PeriodSegment(first, last, period))
     return segments
+
+
+def period_changes(segments: Iterable[PeriodSegment]) -> list[PeriodChange]:
+    """The changes of period along a window, from what `detect_periods` found there.
+
+    A change is known to about the length of the segments that were classified, 64 steps by default.
+    """
+    pairs = itertools.pairwise(segments)
+    return [PeriodChange(new.start, old.period, new.period) for old, new in pairs if old.period != new.period]
+
+
+def branch_means(step: Any, values: Any, *, branches: int = 2) -> tuple[Array, Array]:
+    """Means of eigenvalues over the branches of an oscillation: over each `branches` records that follow one another.
+
+    Within an instability λ jumps with F, and with period 2 records an odd number of steps apart lie on both branches.
+
+    Args:
+        step: (S,) strictly increasing steps of the records.
+        values: (S,) an eigenvalue, or (S, k) several.
+        branches: records in a mean: 2, or the period of the oscillation where every step is recorded; 1 for none.
+
+    Returns:
+        (M,) steps, each the middle record's (the later one of two), and the (M,) or (M, k) means, with
+        M = max(0, S - branches + 1).
+
+    Raises:
+        ValueError: shapes that differ, steps that do not increase, `branches` below 1.
+        TypeError: values that are not real numbers.
+    """
+    values = check_array("values", values, kinds="iuf")
+    if values.ndim not in (1, 2):
+        raise ValueError(f"values: expected shape (S,) or (S, k), got {values.shape}")
+    branches = check_count("branches", branches, 1)
+    step, _ = _series("step", step, "values", np.arange(len(values)))
+    if len(step) < branches:
+        return step[:0], values[:0].astype(np.float64)
+    with np.errstate(invalid="ignore"):  # a diverged run has infinities of both signs
+        means = sliding_window_view(values.astype(np.float64), branches, axis=0).mean(-1)
+    middle = branches // 2
+    return step[middle : middle + len(means)], means
+
+
+def crossings(
+    step: Any, values: Any, threshold: float, *, branches: int = 2, margin: float | None = None
+) -> list[Crossing]:
+    """Where recorded eigenvalues, averaged over the branches of their oscillation, pass through a threshold.
+
+    A crossing counts once the mean of `branch_means` lies beyond the threshold by more than `margin` on the other
+    side, and is dated back to where it last passed through: so neither alternation nor noise within the margin makes
+    more than one of it. None is found across records that are not finite. Means of two still alternate with period 4:
+    where every step is recorded, `branches=8` levels the periods 2, 4 and 8.
+
+    Args:
+        step: (S,) strictly increasing steps of the records.
+        values: (S,) an eigenvalue, or (S, k) several, each by itself.
+        threshold: what they cross, such as the optimizer's `stability_limit`.
+        branches: records in a mean.
+        margin: in units of `values`; by default a hundredth of the threshold's size.
+
+    Returns:
+        The crossings in order of time, and of `index` where they fall on one step.
+
+    Raises:
+        ValueError: shapes that differ, steps that do not increase, a bound out of range or not finite.
+        TypeError: values or bounds that are not real numbers.
+    """
+    threshold = check_number("threshold", threshold, -math.inf, open_low=True)
+    margin = abs(threshold) / 100 if margin is None else check_number("margin", margin, 0)
+    step, means = branch_means(step, values, branches=branches)
+    found: list[Crossing] = []
+    for index, mean in enumerate(np.atleast_2d(means.T)):
+        above = mean > threshold
+        known = np.flatnonzero(~(np.abs(mean - threshold) <= margin))  # NaN too: nothing is found across it
+        for old, new in itertools.pairwise(known):
+            if np.isfinite(mean[[old, new]]).all() and above[old] != above[new]:
+                last = old + np.flatnonzero(above[old:new] == above[old])[-1]
+                found.append(Crossing(int(step[last + branches % 2]), index, bool(above[new])))
+    return sorted(found, key=lambda crossing: (crossing.step, crossing.index))
 
 
 def stability_limit(optimizer: torch.optim.Optimizer) -> float:
