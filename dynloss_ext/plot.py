@@ -20,7 +20,7 @@ from matplotlib.ticker import FixedLocator, MaxNLocator
 from numpy.typing import NDArray
 
 from dynloss_ext._checks import check_array
-from dynloss_ext.instability import Instability, PeriodSegment, instability_threshold
+from dynloss_ext.instability import Crossing, Instability, PeriodChange, PeriodSegment, instability_threshold
 from dynloss_ext.spectrum import SpectralDensity
 
 Array = NDArray[Any]
@@ -71,6 +71,9 @@ def trajectory(
     limit: Any = None,
     ntk: Any = None,
     zoom: tuple[float, float] | None = None,
+    guides: tuple[Any, Any] | None = None,
+    crossings: Sequence[Crossing] = (),
+    changes: Sequence[PeriodChange] = (),
     class_names: Sequence[str] | None = None,
     title: str | None = None,
 ) -> Figure:
@@ -93,6 +96,10 @@ def trajectory(
         limit: the optimizer's stability limit, one number or (S,) where the learning rate changes.
         ntk: (M,) largest eigenvalue of the neural tangent kernel, for one more panel.
         zoom: (first, last) step of a second column, with at least one of the steps between them.
+        guides: (G,) steps and (G, g) values, such as the `branch_means` of the first g eigenvalues, drawn dashed over
+            these in the zoom.
+        crossings: of `limit` if that is a number, else of `threshold`, drawn there as triangles in the zoom.
+        changes: of period, drawn as vertical lines in the zoom.
         class_names: C names for the legend.
         title: a line above everything.
 
@@ -132,6 +139,9 @@ def trajectory(
     if not drawn:
         raise ValueError(f"{', '.join(per_step | per_record)}: expected at least one, got none")
 
+    guide_step = check_array("guides", () if guides is None else guides[0], 1)
+    guided = check_array("guides", np.empty((0, 0)) if guides is None else guides[1], 2, len(guide_step))
+
     everywhere = np.sort(np.concatenate([step, eig_step]))
     spans = [_span(everywhere)]
     if zoom is not None:
@@ -149,12 +159,20 @@ def trajectory(
             _eigenvalue_panel(at["eigenvalues"], eig_step[seen], records["eigenvalues"][seen], threshold, bound)
             if column == 0:
                 _legend_above(at["eigenvalues"])
+            else:
+                near = (guide_step >= first) & (guide_step <= last)
+                level = bound if isinstance(bound, float) else threshold
+                if guided.size:
+                    _guide(at["eigenvalues"], guide_step[near], guided[near], records["eigenvalues"].shape[1])
+                _mark_crossings(at["eigenvalues"], [c for c in crossings if first <= c.step <= last], level)
         if "ntk" in at:
             at["ntk"].plot(eig_step[seen], records["ntk"][seen], color="#5e3c99", lw=0.9)
             at["ntk"].set_ylabel(r"NTK $\lambda_{\max}$")
         for axis in axes[:, column]:
             _dot_lonely_points(axis)
             _mark_windows(axis, instabilities)
+        if column == 1:
+            _mark_changes(at, [change for change in changes if first <= change.step <= last])
     if zoom is not None:
         _mark_zoom(axes, zoom)
     for axis in axes[:, 1:].flat:
@@ -520,6 +538,45 @@ def _eigenvalue_panel(axis: Axes, step: Array, values: Array, threshold: float, 
     elif limit is not None and math.isfinite(limit):
         axis.axhline(limit, label=f"stability limit {limit:.3g}", **style)
     axis.set_ylabel(r"Hessian $\lambda$")
+
+
+def _guide(axis: Axes, step: Array, values: Array, eigenvalues: int) -> None:
+    """The course of the first eigenvalues, all of which step back in colour: their branches hide everything."""
+    for line in axis.get_lines()[:eigenvalues]:
+        line.set(alpha=0.35, lw=0.5)
+    for index, curve in enumerate(values.T):
+        axis.plot(step, curve, color=_guide_colour(index), lw=1.1, ls="--", zorder=3.2)
+
+
+def _mark_crossings(axis: Axes, crossings: Sequence[Crossing], level: float) -> None:
+    """A triangle for each, that points the way it goes, on the side that it comes from."""
+    for crossing in crossings:
+        colour, marker = _guide_colour(crossing.index), "^" if crossing.upward else "v"
+        axis.plot(crossing.step, level, ls="", marker=marker, ms=5, color=colour, mec="white", mew=0.4, zorder=4)
+
+
+def _mark_changes(axes: dict[str, Axes], changes: Sequence[PeriodChange]) -> None:
+    for name, axis in axes.items():
+        for change in changes:
+            axis.axvline(change.step, color="#666666", lw=0.6, ls=(0, (1, 1.5)), zorder=0.6)
+            if name == "loss":
+                words = f"{_period_name(change.before)}→{_period_name(change.after)}"
+                style: dict[str, Any] = {
+                    "fontsize": 5.5,
+                    "rotation": 90,
+                    "ha": "right",
+                    "va": "top",
+                    "color": "#444444",
+                }
+                axis.text(change.step, 0.98, words, transform=axis.get_xaxis_transform(), **style)
+
+
+def _guide_colour(index: int) -> str:
+    return EIGENVALUE_COLOURS[index % len(EIGENVALUE_COLOURS)]
+
+
+def _period_name(period: int | None) -> str:
+    return {1: "smooth", None: "chaos"}.get(period, str(period))
 
 
 def _period_colour(period: int | None) -> str:

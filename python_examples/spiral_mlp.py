@@ -166,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     config = parse_options(SpiralConfig(), __doc__, argv)
     torch.set_num_threads(config.threads)
     try:
-        run = (FusedRun if config.is_fused() else AutogradRun)(config, _task(config))
+        run = (FusedRun if config.is_fused() else AutogradRun)(config, task_of(config))
         folder = RunFolder(config.out).claim() if config.resume else None
         if folder:
             folder.restore(lambda state: load_state(run, state, run.STATE), resolve_device(config.device))
@@ -181,7 +181,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     return finish(run, folder)
 
 
-def _task(config: SpiralConfig) -> Task:
+def task_of(config: SpiralConfig) -> Task:
+    """The points and the untrained network that the options ask for."""
     if config.init not in INITIALISATIONS:
         return load_initial_values(Path(config.init))
     inputs, target = spiral_data(config.points, config.classes, config.noise, config.data_seed)

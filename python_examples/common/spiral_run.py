@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -254,8 +254,7 @@ class FusedRun(SpiralRun):
     def advance(self, end: int) -> None:
         """Up to the next eigenvalue update, the one that is due now made first: a stop may have cut it off."""
         self.measure_last_row()
-        if self.config.eig_every:
-            end = min(end, -(-self.step // self.config.eig_every) * self.config.eig_every + 1)
+        end = min(end, self._next_due(self.step) + 1)
         records = self.network.train(end - self.step)
         self.rows.extend(
             weighted_loss=records.weighted_loss[:, 0], loss=records.loss[:, 0], accuracy=records.accuracy[:, 0]
@@ -269,6 +268,11 @@ class FusedRun(SpiralRun):
     def is_complete(self) -> bool:
         return super().is_complete() and not self._lacks_eigenvalues()
 
+    def _next_due(self, row: int) -> int:
+        """The first row from this one on with eigenvalues, or the run's last."""
+        every = self.config.eig_every
+        return -(-row // every) * every if every else self.config.steps - 1
+
     def _lacks_eigenvalues(self) -> bool:
         """Of the newest row, where they are due."""
         return self.step > 0 and self._eigenvalues_due(self.step - 1) and self.curvature.step < self.step
@@ -278,3 +282,17 @@ class FusedRun(SpiralRun):
 
     def first_points(self) -> tuple[Perceptron, Tensor]:
         return self.network.member(0), self.inputs[:50]
+
+
+class WindowedRun(FusedRun):
+    """The same with eigenvalues at every step of some windows, (first, last) rows in order, and nowhere else."""
+
+    def __init__(self, config: SpiralConfig, task: Task, windows: Sequence[tuple[int, int]]) -> None:
+        super().__init__(config, task)
+        self.windows = windows
+
+    def _eigenvalues_due(self, row: int) -> bool:
+        return any(first <= row <= last for first, last in self.windows)
+
+    def _next_due(self, row: int) -> int:
+        return next((max(row, first) for first, last in self.windows if row <= last), self.config.steps - 1)
