@@ -123,3 +123,10 @@ def test_the_script_goes_on_and_counts(tmp_path, capsys):
     assert "by swaps" in capsys.readouterr().out
     for row in summary["coincidences"]:
         assert 0 <= row["hits"] <= row["count"]
+
+
+@pytest.mark.parametrize("option", ["--seeds", "--steps", "--period", "--width"])
+def test_bad_options_end_the_program_with_their_name(tmp_path, capsys, option):
+    with pytest.raises(SystemExit):
+        bifurcation_crossings.main([option, "0", "--out", str(tmp_path)])
+    assert f"{option}: expected at least 1, got 0" in capsys.readouterr().err

@@ -260,6 +260,7 @@ def test_tensors_are_accepted(run):
         ({"zoom": (0, np.inf)}, r"zoom: expected .* got \(0.0, inf\)"),
         ({"zoom": (np.nan, 100)}, r"zoom: expected .* got \(nan, 100.0\)"),
         ({"zoom": (0, 1, 2)}, "zoom: expected 2 rows, got 3"),
+        ({"guides": ([0, 1], np.zeros((3, 2)))}, "guides: expected 2 rows, got 3"),
     ],
 )
 def test_trajectory_refuses_arrays_that_do_not_fit(run, change, message):
