@@ -166,6 +166,15 @@ def stretches_of(rows: Sequence[Row], events: str, segment: int, eigenvalue: int
     ]
 
 
+def is_below(window: dict[str, Any], step: int, eigenvalue: int) -> bool:
+    """Whether the mean of an eigenvalue over its branches is below the threshold at a step: its last crossing fell."""
+    passed = [c for c in window["crossings"] if (c["eigenvalue"], c["of"]) == (eigenvalue, "mean")]
+    before = [c for c in passed if c["step"] <= step]
+    if before:
+        return not before[-1]["upward"]
+    return bool(passed[0]["upward"]) if passed else eigenvalue > 1  # λ₁ is above where it never crosses
+
+
 # ---- the report
 
 
@@ -208,6 +217,10 @@ def report(config: CrossingsConfig, table: pa.Table) -> dict[str, Any]:
             of: [sum((c["eigenvalue"], c["of"]) == (k, of) for w in windows for c in w["crossings"]) for k in (1, 2, 3)]
             for of in LEVELS
         },
+        "below_at_second_bifurcation": [
+            sum(is_below(w, step, k) for w in windows for step in EVENTS["second bifurcation"](w, 64))
+            for k in (1, 2, 3)
+        ],
         "coincidences": results,
     }
     folder.write_figure(figure(rows), dpi=110)

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import json
+from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 import bifurcation_crossings
 from common.coincidences import Stretch, coincidences
 from common.spiral_run import FusedRun, WindowedRun
 from spiral_mlp import SpiralConfig, task_of
+
+FOLDER = Path(bifurcation_crossings.__file__).parent / "figures" / "bifurcation_crossings"
 
 
 def test_hits_are_events_with_a_mark_near():
@@ -102,6 +107,25 @@ def test_events_are_rises_of_the_period_in_order():
     }
 
 
+def test_below_is_before_a_rise_and_after_a_fall():
+    window = {
+        "crossings": [
+            {"of": "mean", "step": 10, "eigenvalue": 2, "upward": True},
+            {"of": "upper", "step": 12, "eigenvalue": 2, "upward": False},
+            {"of": "mean", "step": 20, "eigenvalue": 2, "upward": False},
+        ]
+    }
+    assert [bifurcation_crossings.is_below(window, step, 2) for step in (0, 9, 10, 19, 20)] == [
+        True,
+        True,
+        False,
+        False,
+        True,
+    ]
+    assert not bifurcation_crossings.is_below(window, 15, 1)
+    assert bifurcation_crossings.is_below(window, 15, 3)
+
+
 def test_levels_of_an_alternating_eigenvalue():
     values = np.where(np.arange(40)[:, None] % 2, 3.0, 1.0)
     for kind, expected in (("mean", 2.0), ("upper", 3.0)):
@@ -130,3 +154,15 @@ def test_bad_options_end_the_program_with_their_name(tmp_path, capsys, option):
     with pytest.raises(SystemExit):
         bifurcation_crossings.main([option, "0", "--out", str(tmp_path)])
     assert f"{option}: expected at least 1, got 0" in capsys.readouterr().err
+
+
+def test_the_committed_figures_are_of_one_run():
+    """The counts follow from the committed table."""
+    rows = pq.read_table(FOLDER / "table.parquet").to_pylist()
+    summary = json.loads((FOLDER / "summary.json").read_text())
+    assert summary["seeds"] == len(rows)
+    for result in summary["coincidences"][::17]:
+        keys = (result["events"], result["segment"], result["eigenvalue"], result["of"])
+        found = coincidences(bifurcation_crossings.stretches_of(rows, *keys), result["within"], pairings=1)
+        assert (found.count, found.hits) == (result["count"], result["hits"])
+        assert found.p_shifts == pytest.approx(result["p_shifts"], rel=1e-9)
