@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 def report(config: TrainingConfig, record: Record) -> dict[str, Any]:
     """Finds the instabilities in the finished run, draws the figure and adds both to the folder."""
     folder, metrics, limit = RunFolder(config.out), record.metrics, record.summary["stability_limit"]
-    analysis = oscillations(metrics)
+    analysis = oscillations(metrics, limit)
     crossings = upward_crossings(metrics["eig_step"], metrics["eigenvalues"], limit, hold=config.period / 5)
     summary = folder.write_summary(record.summary | analysis.summary() | {"limit_crossings": crossings})
     size = f"width {config.width}, {summary['num_training_images']} images"
@@ -98,7 +98,7 @@ def report(config: TrainingConfig, record: Record) -> dict[str, Any]:
     return summary
 
 
-def oscillations(metrics: Metrics) -> Analysis:
+def oscillations(metrics: Metrics, limit: float | None = None) -> Analysis:
     """Windows in which F jumps to and fro.
 
     Here F falls by more than the usual 1e-3 a step while it is perfectly smooth; so the jumps are those of
@@ -107,7 +107,7 @@ def oscillations(metrics: Metrics) -> Analysis:
     loss = metrics["weighted_loss"]
     alternating = np.zeros_like(loss)
     alternating[1:-1] = loss[1:-1] - (loss[:-2] + loss[2:]) / 2
-    return analyse(metrics, signal=alternating, loss_jump=1e-3, max_gap=10)
+    return analyse(metrics, signal=alternating, limit=limit, loss_jump=1e-3, max_gap=10)
 
 
 def upward_crossings(eig_step: Array, eigenvalues: Array, limit: float, hold: float) -> list[int]:

@@ -52,6 +52,7 @@ def smoke(script: ModuleType, out: Path, *options: str) -> dict[str, Any]:
 
 def test_bifurcations(tmp_path: Path) -> None:
     summary = smoke(myrtle5_bifurcations, tmp_path / "run")
+    assert summary["crossed"] == summary["stability_limit"]
     assert summary == json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["stability_limit"] == pytest.approx(2 / 0.05)
     assert "threshold" in summary
