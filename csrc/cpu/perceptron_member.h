@@ -286,6 +286,12 @@ struct Perceptron {
                                       to, C, 1);
       });
     });
+    backward_biases<along>(out);
+  }
+
+  template <bool along>
+  void backward_biases(T* out) const {
+    const Planes<T> from = along ? logits_along() : logits();
     for (int64_t c = 0; c < C; ++c) {
       Vec<T> sum{};
       for (int64_t n = 0; n < samples; n += width<T>) sum += load(from[c] + n);
@@ -309,6 +315,120 @@ struct Perceptron {
   }
 };
 
+// ---- few inputs and classes
+//
+// Where a unit's weights and sums, and what a sample has of inputs and classes, fit into registers, hidden
+// values are computed on the way back a second time: that is less than to bring them from the second cache.
+
+template <typename T, Activation A, int D, int C, bool along>
+struct FewPlanes {
+  static constexpr int units = VECTOR_BYTES == 64 && !along ? 2 : 1;
+  using Block = Perceptron<T, A>;
+
+  // A hidden unit by the parameters or a direction.
+  struct Unit {
+    T input[D], bias, output[C];
+
+    DYNLOSS_ALWAYS_INLINE_MEMBER Unit(const PerceptronShape& shape, const T* flat, int64_t h) {
+      unrolled<D>([&](int d) DYNLOSS_ALWAYS_INLINE_LAMBDA { input[d] = flat[d * shape.hidden + h]; });
+      bias = flat[shape.b1() + h];
+      unrolled<C>([&](int c) DYNLOSS_ALWAYS_INLINE_LAMBDA { output[c] = flat[shape.w2() + h * C + c]; });
+    }
+    DYNLOSS_ALWAYS_INLINE_MEMBER Vec<T> before(const Vec<T>* x) const {
+      Vec<T> sum = broadcast(bias);
+      unrolled<D>([&](int d) DYNLOSS_ALWAYS_INLINE_LAMBDA { sum += input[d] * x[d]; });
+      return sum;
+    }
+    DYNLOSS_ALWAYS_INLINE_MEMBER Vec<T> back(const Vec<T>* g) const {
+      Vec<T> sum = output[0] * g[0];
+      unrolled<C - 1>([&](int c) DYNLOSS_ALWAYS_INLINE_LAMBDA { sum += output[c + 1] * g[c + 1]; });
+      return sum;
+    }
+  };
+
+  static void forward(const Block& block, const T* v) {
+    const PerceptronMember<T>& member = block.member;
+    const PerceptronShape& shape = block.shape;
+    const T* p = member.parameters;
+    constexpr int most = along ? tile_vectors / 2 : tile_vectors;
+    in_tiles<most>(block.vectors, [&]<int V>(int64_t vector) DYNLOSS_ALWAYS_INLINE_LAMBDA {
+      const int64_t n = vector * width<T>;
+      Vec<T> x[V][D], z[V][C], y[V][C];
+      unrolled<V>([&](int k) DYNLOSS_ALWAYS_INLINE_LAMBDA {
+        unrolled<D>([&](int d) DYNLOSS_ALWAYS_INLINE_LAMBDA {
+          x[k][d] = load(block.inputs()[d] + n + k * width<T>);
+        });
+        unrolled<C>([&](int c) DYNLOSS_ALWAYS_INLINE_LAMBDA {
+          z[k][c] = broadcast(p[shape.b2() + c]);
+          if constexpr (along) y[k][c] = broadcast(v[shape.b2() + c]);
+        });
+      });
+      for (int64_t h = 0; h < shape.hidden; ++h) {
+        const Unit unit(shape, p, h), change(shape, along ? v : p, h);
+        unrolled<V>([&](int k) DYNLOSS_ALWAYS_INLINE_LAMBDA {
+          const Vec<T> value = activated<A, T>(unit.before(x[k]));
+          unrolled<C>([&](int c) DYNLOSS_ALWAYS_INLINE_LAMBDA { z[k][c] += value * unit.output[c]; });
+          if constexpr (along) {
+            const Vec<T> moved = times_slope<A, T>(change.before(x[k]), value);
+            unrolled<C>([&](int c) DYNLOSS_ALWAYS_INLINE_LAMBDA {
+              y[k][c] += value * change.output[c];
+              y[k][c] += moved * unit.output[c];
+            });
+          }
+        });
+      }
+      unrolled<V>([&](int k) DYNLOSS_ALWAYS_INLINE_LAMBDA {
+        unrolled<C>([&](int c) DYNLOSS_ALWAYS_INLINE_LAMBDA {
+          store(member.logits + c * member.block + n + k * width<T>, z[k][c]);
+          if constexpr (along) store(member.logits_along + c * member.block + n + k * width<T>, y[k][c]);
+        });
+      });
+    });
+  }
+
+  static void backward(const Block& block, const T* v, T* out) {
+    const PerceptronShape& shape = block.shape;
+    const T* p = block.member.parameters;
+    constexpr int of_unit = D + 1 + C;
+    in_tiles<units>(shape.hidden, [&]<int I>(int64_t h) DYNLOSS_ALWAYS_INLINE_LAMBDA {
+      Vec<T> sums[I * of_unit] = {};
+      for (int64_t n = 0; n < block.samples; n += width<T>) {
+        Vec<T> x[D], g[C], r[C];
+        unrolled<D>([&](int d) DYNLOSS_ALWAYS_INLINE_LAMBDA { x[d] = load(block.inputs()[d] + n); });
+        unrolled<C>([&](int c) DYNLOSS_ALWAYS_INLINE_LAMBDA {
+          g[c] = load(block.logits()[c] + n);
+          if constexpr (along) r[c] = load(block.logits_along()[c] + n);
+        });
+        unrolled<I>([&](int i) DYNLOSS_ALWAYS_INLINE_LAMBDA {
+          Vec<T>* sum = sums + i * of_unit;
+          const Unit unit(shape, p, h + i), change(shape, along ? v : p, h + i);
+          const Vec<T> value = activated<A, T>(unit.before(x));
+          Vec<T> back = unit.back(along ? r : g), moved{};
+          if constexpr (along) {
+            moved = times_slope<A, T>(change.before(x), value);
+            back += change.back(g);
+          }
+          back = times_slope<A, T>(back, value);
+          if constexpr (along && A == Activation::tanh) back -= T(2) * value * moved * unit.back(g);
+          unrolled<D>([&](int d) DYNLOSS_ALWAYS_INLINE_LAMBDA { sum[d] += back * x[d]; });
+          sum[D] += back;
+          unrolled<C>([&](int c) DYNLOSS_ALWAYS_INLINE_LAMBDA {
+            sum[D + 1 + c] += value * (along ? r[c] : g[c]);
+            if constexpr (along) sum[D + 1 + c] += moved * g[c];
+          });
+        });
+      }
+      add_lanes<T, I * of_unit>(sums, [&](int k) {
+        const int64_t unit = h + k / of_unit, place = k % of_unit;
+        return out + (place < D    ? place * shape.hidden + unit
+                      : place == D ? shape.b1() + unit
+                                   : shape.w2() + unit * C + place - D - 1);
+      });
+    });
+    block.template backward_biases<along>(out);
+  }
+};
+
 // f of every block of the member's samples, with the activation known.
 template <typename T, typename F>
 DYNLOSS_ALWAYS_INLINE void in_blocks(const PerceptronMember<T>& member, F&& f) {
@@ -321,28 +441,35 @@ DYNLOSS_ALWAYS_INLINE void in_blocks(const PerceptronMember<T>& member, F&& f) {
   }
 }
 
+// The way there and back of a block; only there, if `out` is null. The numbers of inputs and classes of the
+// spirals are known to the compiler.
+template <bool along, typename T, Activation A>
+void run_block(const Perceptron<T, A>& block, const T* v, PerceptronSums* sums, T* out) {
+  using Few = FewPlanes<T, A, 2, 3, along>;
+  const bool few = A == Activation::relu && block.shape.inputs == 2 && block.shape.classes == 3;
+  if (few)
+    Few::forward(block, v);
+  else
+    block.template forward<along>(v);
+  if (block.shape.classes == 3)
+    block.template rows<3, along>(sums);
+  else
+    block.template rows<0, along>(sums);
+  if (out == nullptr) return;
+  if (few)
+    Few::backward(block, v, out);
+  else
+    block.template backward<along>(v, out);
+}
+
 template <typename T>
 void evaluate_perceptron(const PerceptronMember<T>& member, PerceptronSums* sums, T* gradient) {
-  in_blocks(member, [&](const auto& block) {
-    block.template forward<false>(nullptr);
-    if (member.shape.classes == 3)
-      block.template rows<3, false>(sums);
-    else
-      block.template rows<0, false>(sums);
-    if (gradient != nullptr) block.template backward<false>(nullptr, gradient);
-  });
+  in_blocks(member, [&](const auto& block) { run_block<false, T>(block, nullptr, sums, gradient); });
 }
 
 template <typename T>
 void multiply_perceptron(const PerceptronMember<T>& member, const T* v, T* product) {
-  in_blocks(member, [&](const auto& block) {
-    block.template forward<true>(v);
-    if (member.shape.classes == 3)
-      block.template rows<3, true>(nullptr);
-    else
-      block.template rows<0, true>(nullptr);
-    block.template backward<true>(v, product);
-  });
+  in_blocks(member, [&](const auto& block) { run_block<true, T>(block, v, nullptr, product); });
 }
 
 template <typename T>
