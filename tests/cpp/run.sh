@@ -138,12 +138,12 @@ faults=('planted member.cuh "s/p.arrivals\[member\] = 0;//"'
 while IFS=: read -r file line _; do # every single barrier must be missed, and every wait for copies
   faults+=("planted $file ${line}d")
 done < <(cd "$csrc/cuda" && {
-  grep -nE '__sync(threads|warp)\(\);' ./* | grep -v 'no shuffle is a fence'
+  grep -nE '__sync(threads|warp)\(\);' ./* | grep -v -e 'no shuffle is a fence' -e perceptron.cu
   grep -Hn 'wait_for_copies' ./warp_rows.cuh
 })
 faults+=('in_perceptrons "s/if (step == end \&\& !due) break;/if (step == end) break;/"'
   'in_perceptrons "s/member.sums\[i\] = next;/p[i] = next;/"'
-  'in_perceptrons "s/const int end = (slice + 1)/const int end = slice/"'
+  'in_perceptrons "s/end = (slice + 1)/end = slice/"'
   'in_perceptrons "s/std::max(plan.slices, least_slices)/plan.slices/"')
 while IFS=: read -r line _; do
   faults+=("in_perceptrons ${line}d")
