@@ -525,8 +525,8 @@ def test_every_command_can_be_filled(plan: str, tmp_path: Path) -> None:
     module = Path(runner.fill(sass, sass.command, 100)[-1])
     assert module.parent == tmp_path / "tree/dynloss_ext"
     assert (Path(dynloss_ext.__file__).parent / module.name).exists()
-    files = [f"tests/test_{name}.py" for name in ("cuda", "cuda_curvature", "cuda_graphs")]
-    assert words[-7:] == ["-n", "8", "--dist", "worksteal", *files]
+    files = [f"tests/test_{name}.py" for name in ("cuda", "cuda_curvature", "cuda_graphs", "cuda_perceptron")]
+    assert words[-8:] == ["-n", "8", "--dist", "worksteal", *files]
 
 
 def test_a_script_without_an_option_of_the_plan_fails_the_dry_run(tmp_path: Path) -> None:
