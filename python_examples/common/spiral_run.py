@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -39,7 +40,7 @@ Operator = TypeVar("Operator", bound=CurvatureOperator)
 BLOCK = 500  # steps between two looks at the metrics: one host synchronisation and one progress update
 
 
-class SpiralRun:
+class SpiralRun(ABC):
     """The state of one run: network, clock, recorded rows. All in STATE goes through the checkpoint.
 
     Attributes:
@@ -60,18 +61,19 @@ class SpiralRun:
         self.rows = Table("weighted_loss", "loss", "accuracy")
         self.density_rows = Table("density_step", "density_grid", "density", "density_stderr")
 
+    @abstractmethod
     def advance(self, end: int) -> None:
         """One update or more, up to step `end`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def measure_last_row(self) -> None:
         """What no further update measures."""
-        raise NotImplementedError
 
     def is_complete(self) -> bool:
         """Whether nothing is left to do."""
         return len(self.rows) >= self.config.steps
 
+    @abstractmethod
     def collect(self) -> None:
         """Move the finished rows into the table."""
 
@@ -79,9 +81,9 @@ class SpiralRun:
         """Why steps or products are plain calls; None where they are replayed as CUDA graphs."""
         return None
 
+    @abstractmethod
     def first_points(self) -> tuple[torch.nn.Module, Tensor]:
         """The network and what its neural tangent kernel is of: the first 50 points, as in the authors' notebook."""
-        raise NotImplementedError
 
     def metrics(self) -> dict[str, NDArray[Any]]:
         """Everything recorded, as it goes into metrics.npz."""
@@ -264,6 +266,9 @@ class FusedRun(SpiralRun):
     def measure_last_row(self) -> None:
         if self._lacks_eigenvalues():
             self._track_curvature(self.step - 1, lambda: self.network.hessian(0))
+
+    def collect(self) -> None:
+        """They are there from the beginning."""
 
     def is_complete(self) -> bool:
         return super().is_complete() and not self._lacks_eigenvalues()
