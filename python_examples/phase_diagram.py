@@ -24,7 +24,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
-import torch
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from tqdm import tqdm
 
@@ -76,8 +76,11 @@ class DiagramConfig(BaseConfig):
     collect: bool = False  # compute nothing: write the table and the figures of a finished sweep
     chunk_members: int | None = None  # members of a chunk; none: by memory and speed
     slices: tuple[float, ...] = ()  # periods T of the figure of accuracy over A; none: three of them
+    against: Path | None = None  # table.parquet of another sweep over the same members, whose accuracy is subtracted
 
-    MAY_CHANGE = BaseConfig.MAY_CHANGE | {"data", "workers", "cluster", "shard", "collect", "chunk_members", "slices"}
+    MAY_CHANGE = BaseConfig.MAY_CHANGE | {
+        *("data", "workers", "cluster", "shard", "collect", "chunk_members", "slices", "against"),
+    }
     OF_IMAGES: ClassVar[tuple[str, ...]] = ("preset", "synthetic", "epochs", "eig_every")
     OF_SPIRALS: ClassVar[tuple[str, ...]] = (
         *("steps", "stop", "init", "points", "noise", "data_seed", "dtype", "measure"),
@@ -104,6 +107,12 @@ class DiagramConfig(BaseConfig):
         good = index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)
         self.require("shard", good, "i/n with 1 <= i <= n")
         return int(index) - 1, int(count)
+
+    @property
+    def rival(self) -> str:
+        """What figures call the sweep in --against."""
+        place = self.against or Path()
+        return place.parent.name if place.name == "table.parquet" else place.stem
 
     def training(self) -> TrainingConfig:
         """The options of a run on CIFAR-10, but for what its member says."""
@@ -165,6 +174,7 @@ class DiagramConfig(BaseConfig):
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     config = parse_options(DiagramConfig(), __doc__, argv)
     members, configuration, work = config.members(), config.configuration(), config.work()
+    other = None if config.against is None else other_columns(config, members)
     size = config.chunk_members
     if size is None and not config.collect and not (config.out / "sweep.json").exists():
         size = _chunk_members(config, members, work)
@@ -178,7 +188,26 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         if missing:
             print(f"{len(chunks) - len(missing)} of {len(chunks)} chunks are finished; other shards have the rest")
             return {"finished": False}
-    return report(config, folder.collect(chunks))
+    return report(config, folder.collect(chunks), other)
+
+
+def other_columns(config: DiagramConfig, members: Sequence[Member]) -> dict[str, Any]:
+    """The table --against names, if it has these members: what differs between the sweeps is something else."""
+    try:
+        columns = _columns(config, pq.read_table(config.against))
+    except (OSError, pa.ArrowException) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"--against: expected the table.parquet of a sweep, got {config.against}: {reason}") from error
+    names = ("width", "lr", "amplitude", "period", "seed")
+    theirs = set(zip(*(columns[name].tolist() for name in names if name in columns), strict=True))
+    absent = {tuple(float(member[name]) for name in names) for member in members} - theirs
+    if absent:
+        example = ", ".join(f"{name} {value:g}" for name, value in zip(names, min(absent), strict=True))
+        raise ValueError(
+            f"--against: expected all of this sweep's {len(members)} members, {len(absent)} are not in "
+            f"{config.against}: {example}, ..."
+        )
+    return columns
 
 
 def _grid(config: DiagramConfig) -> dict[str, Any]:
@@ -237,17 +266,13 @@ def _compute(
                 resources=resources,
             )
         else:
-            torch.set_num_threads(os.cpu_count() or 1)
             run_here(folder, todo, work, tell)
 
 
-def report(config: DiagramConfig, table: pa.Table) -> dict[str, Any]:
-    """The figures and the summary of a finished sweep."""
+def report(config: DiagramConfig, table: pa.Table, other: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The figures and the summary of a finished sweep; beside another one, if its columns are given."""
     folder = RunFolder(config.out)
-    columns = {name: _numbers(table.column(name)) for name in table.column_names}
-    if "lambda_cycle" in columns:
-        columns["relative_lambda"] = columns["lambda_cycle"] * columns["lr"] / 2
-    _count_diverged_as_chance(config, columns)
+    columns = _columns(config, table)
     accuracies = {"final_accuracy": "training accuracy", "validation_accuracy": "held-out accuracy"}
     names = {name: label for name, label in accuracies.items() if np.isfinite(columns[name]).any()}
     parts: dict[str, Any] = {}
@@ -266,6 +291,11 @@ def report(config: DiagramConfig, table: pa.Table) -> dict[str, Any]:
             continue
         figure, parts[label]["gain"] = diagrams.mean_and_gain(grid, names, title)
         folder.write_figure(figure, f"accuracy_{label}.png", dpi=150)
+        if other is not None:
+            chosen = (other["width"] == width) & (other["lr"] == rate)
+            theirs = diagrams.Grid.of({name: values[chosen] for name, values in other.items()})
+            figure, parts[label]["against"] = diagrams.mean_and_gain(grid, names, title, (theirs, config.rival))
+            folder.write_figure(figure, f"against_{label}.png", dpi=150)
         if "richest_period" in columns:
             missing = {"relative_lambda": np.full_like(columns["seed"], np.nan)}
             all_of = missing | columns
@@ -278,15 +308,24 @@ def report(config: DiagramConfig, table: pa.Table) -> dict[str, Any]:
     summary = folder.write_summary(results)
     for label, part in parts.items():
         print(f"{label}: {part['members']} members, {part['diverged']} diverged")
-        for name, gain in part.get("gain", {}).items():
-            print(
-                f"  {name}: A = 1 {gain['plain']:.4f} ± {gain['plain_standard_error']:.4f}; largest gain "
-                f"{gain['largest_gain']:+.4f} ± {gain['its_standard_error']:.4f} at A = {gain['at_amplitude']:g}, "
-                f"T = {gain['at_period']:g}; of {gain['cells']} cells {gain['significant_gains']} gain and "
-                f"{gain['significant_losses']} lose significantly"
-            )
+        for kind, rival in (("gain", "A = 1"), ("against", config.rival)):
+            for name, gain in part.get(kind, {}).items():
+                print(
+                    f"  {name}: {rival} {gain['plain']:.4f} ± {gain['plain_standard_error']:.4f}; largest gain "
+                    f"{gain['largest_gain']:+.4f} ± {gain['its_standard_error']:.4f} at A = {gain['at_amplitude']:g}, "
+                    f"T = {gain['at_period']:g}; of {gain['cells']} cells {gain['significant_gains']} gain and "
+                    f"{gain['significant_losses']} lose significantly"
+                )
     print(f"files in {folder.path}")
     return summary
+
+
+def _columns(config: DiagramConfig, table: pa.Table) -> dict[str, Any]:
+    columns = {name: _numbers(table.column(name)) for name in table.column_names}
+    if "lambda_cycle" in columns:
+        columns["relative_lambda"] = columns["lambda_cycle"] * columns["lr"] / 2
+    _count_diverged_as_chance(config, columns)
+    return columns
 
 
 def _numbers(column: pa.ChunkedArray) -> NDArray[Any]:

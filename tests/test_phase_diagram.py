@@ -4,6 +4,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -443,3 +444,38 @@ def test_help_tells_what_every_option_is(capsys):
     with pytest.raises(SystemExit):
         run("--resume", "--out", "nowhere/at/all")
     assert "--resume: expected a run in" in capsys.readouterr().err
+
+
+# ---- two sweeps beside each other
+
+
+def test_a_sweep_against_another_one(tmp_path, capsys):
+    run(*SMALL, "--stop", 1, "--measure", "end", "--out", tmp_path / "never")
+    other = tmp_path / "never" / "table.parquet"
+    found = run(*SMALL, "--stop", 0.5, "--measure", "end", "--out", tmp_path / "half", "--against", other)
+    gain = found["parts"]["width6_lr1"]["against"]["final_accuracy"]
+    ours, theirs = (
+        np.array([row["final_accuracy"] for row in rows_of(tmp_path / name) if row["amplitude"] != 1]).reshape(4, 2)
+        for name in ("half", "never")
+    )
+    assert gain["plain"] == pytest.approx(theirs.mean()) and gain["cells"] == 4
+    assert (ours != theirs).any() and gain["largest_gain"] == pytest.approx((ours - theirs).mean(1).max())
+    assert (tmp_path / "half" / "against_width6_lr1.png").stat().st_size > 1000
+    assert "final_accuracy: never " in capsys.readouterr().out
+
+
+def test_a_table_that_is_no_sweep_or_of_other_members(tmp_path, capsys):
+    run(*SMALL, "--measure", "end", "--out", tmp_path / "first")
+    table = tmp_path / "first" / "table.parquet"
+    for options, message in (
+        (
+            ["--against", table, "--seeds", 3],
+            "--against: expected all of this sweep's 15 members, 5 are not in .*: width 6",
+        ),
+        (["--against", tmp_path / "no.parquet"], "--against: expected the table.parquet of a sweep, got .*no.parquet"),
+        (["--against", SCRIPT], "--against: expected the table.parquet of a sweep, got .*phase_diagram.py"),
+    ):
+        with pytest.raises((SystemExit, ValueError)) as error:
+            run(*SMALL, *options, "--measure", "end", "--out", tmp_path / "second")
+        assert re.search(message, str(error.value) + capsys.readouterr().err)
+        assert not (tmp_path / "second" / "chunks").exists()

@@ -122,13 +122,16 @@ def _map(axis: Axes, grid: Grid, values: Array, **options: Any) -> Any:
     return image
 
 
-def mean_and_gain(grid: Grid, names: Mapping[str, str], title: str | None = None) -> tuple[Figure, dict[str, Any]]:
+def mean_and_gain(
+    grid: Grid, names: Mapping[str, str], title: str | None = None, other: tuple[Grid, str] | None = None
+) -> tuple[Figure, dict[str, Any]]:
     """For each column a map of its mean over seeds, and one of its gain over A = 1, paired by seed.
 
     Args:
         grid: of the sweep.
         names: column -> what it is called.
         title: a line above everything.
+        other: the same grid of another sweep, and its name: the gain is then over its members with the same A and T.
 
     Returns:
         The figure, and per column the largest gain, where it is, and how many cells gain and lose significantly.
@@ -138,12 +141,13 @@ def mean_and_gain(grid: Grid, names: Mapping[str, str], title: str | None = None
         figure = Figure(figsize=(7.9, 0.8 + 2.9 * len(names)), layout="constrained")
         axes = figure.subplots(len(names), 2, squeeze=False)
         for (name, label), (left, right) in zip(names.items(), axes, strict=True):
-            values, plain = grid.cells(name), grid.plain(name)
+            values = grid.cells(name)
+            plain, rival = (grid.plain(name), "A = 1") if other is None else (other[0].cells(name), other[1])
             with np.errstate(invalid="ignore"):
                 mean = np.nanmean(values, -1) if np.isfinite(values).any() else values[..., 0]
             baseline = float(np.nanmean(plain)) if np.isfinite(plain).any() else math.nan
             figure.colorbar(_map(left, grid, mean, cmap="viridis"), ax=left)
-            left.set_title(f"{label} (A = 1: {baseline:.3f})")
+            left.set_title(f"{label} ({rival}: {baseline:.3f})")
             gain, p = paired_gain(values, plain)
             clear = significant(p)
             reach = float(np.nanmax(np.abs(gain), initial=1e-3))
@@ -151,14 +155,14 @@ def mean_and_gain(grid: Grid, names: Mapping[str, str], title: str | None = None
             image = _map(right, grid, shown, cmap="RdBu", norm=TwoSlopeNorm(0, -reach, reach))
             right.set_facecolor(NOT_SIGNIFICANT)
             figure.colorbar(image, ax=right)
-            right.set_title(f"gain over A = 1, paired by {len(grid.seeds)} seeds")
+            right.set_title(f"gain over {rival}, paired by {len(grid.seeds)} seeds")
             if np.isfinite(gain).any():
                 best = np.unravel_index(int(np.nanargmax(gain)), gain.shape)
                 found[name] = {
                     "plain": baseline,
                     "plain_standard_error": _standard_error(plain),
                     "largest_gain": float(gain[best]),
-                    "its_standard_error": _standard_error(values[best] - plain),
+                    "its_standard_error": _standard_error((values - plain)[best]),
                     "at_amplitude": float(grid.amplitudes[best[0]]),
                     "at_period": float(grid.periods[best[1]]),
                     "cells": int(np.isfinite(p).sum()),
@@ -278,13 +282,13 @@ def fine_map(grid: Grid, name: str, label: str, title: str | None = None) -> Fig
     with matplotlib.rc_context(plot.STYLE):
         figure = Figure(figsize=(6.4, 5.4), layout="constrained")
         axis = figure.subplots()
-        image = _map(axis, grid, ranked(values), cmap="twilight_shifted", norm=Normalize(0, 1))
+        image = _map(axis, grid, ranked(values), cmap="magma", norm=Normalize(0, 1))
         bar = figure.colorbar(image, ax=axis, label=f"{label}, by rank")
         finite = np.sort(values[np.isfinite(values)])
         if len(finite):
             places = np.linspace(0, 1, 6)
             marks = finite[(places * (len(finite) - 1)).round().astype(int)]
-            bar.set_ticks(places.tolist(), labels=[f"{mark:.3g}" for mark in marks])
+            bar.set_ticks(places.tolist(), labels=[f"{mark:.4g}" for mark in marks])
         if title:
             axis.set_title(title)
     return figure

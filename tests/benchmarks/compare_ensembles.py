@@ -1,6 +1,6 @@
 """Times training steps and Hessian products of the spiral network, one and a thousand members, beside all that does it.
 
-    python tests/benchmarks/compare_ensembles.py --json tests/benchmarks/results/ensembles_cpu.json
+    python tests/benchmarks/compare_ensembles.py --json results/ensembles_cpu.json --figure results/ensembles_cpu.png
     python tests/benchmarks/compare_ensembles.py --members 64 --rounds 3   # short
 
 All contenders run by turns in one process, the minimum of the rounds counts: microseconds per member and step or
@@ -9,7 +9,7 @@ product. "fused" is `PerceptronEnsemble`; "autograd" the loop of the general los
 "jax" a jitted scan, of one member or vmapped over them (extra `bench`). Each does the same full-batch gradient descent
 on the same data, recorded once per call. The peak is that of fused multiply-adds measured here, of one thread; a step's
 arithmetic is that of its matrix products, of the forward pass and of the backward pass to the weights and to the hidden
-layer.
+layer. The figure is of the cost against the numbers of members, hidden units and points, three decades of each.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from machine import machine, one_line
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "python_examples"))
 
@@ -35,6 +36,11 @@ from common.spiral import SpiralMLP, spiral_data
 from dynloss_ext import HessianOperator, Oscillation, PerceptronEnsemble, dynamic_cross_entropy, loss_and_gradient
 
 AMPLITUDE, PERIOD, RATE = 70.0, 5000.0, 1.0
+SIZES = {
+    "M": (1, 3, 10, 30, 100, 300, 1000),
+    "H": (1, 3, 10, 30, 100, 300, 1000),
+    "N": (12, 30, 120, 300, 1200, 3000, 12000),
+}
 CLASSES, FEATURES = 3, 2
 
 Work = Callable[[], object]
@@ -58,7 +64,7 @@ class Autograd:
         inputs, self.target = spiral_data(samples // CLASSES)
         self.inputs = inputs.t().to(dtype).contiguous().t()
         self.model = SpiralMLP.initialised("glorot-normal", FEATURES, hidden, CLASSES, 0).to(dtype)
-        self.params = list(self.model.parameters())
+        self.params: list[Tensor] = list(self.model.parameters())
         self.oscillation, self.step = Oscillation(CLASSES, AMPLITUDE, PERIOD), 0
 
     def steps(self, count: int) -> None:
@@ -258,7 +264,7 @@ def scaling(rounds: int) -> dict[str, Any]:
     """Cost of a step of one member against N and H, and of all against M: microseconds."""
     torch.set_num_threads(1)
     result: dict[str, Any] = {}
-    for name, sizes in (("M", (1, 10, 100, 1000)), ("H", (3, 10, 30, 100, 300, 1000)), ("N", (30, 90, 300, 900, 3000))):
+    for name, sizes in SIZES.items():
         contenders: dict[str, tuple[Work, int]] = {}
         for size in sizes:
             made = ensemble(
@@ -275,12 +281,34 @@ def _training(made: PerceptronEnsemble, count: int) -> Work:
     return lambda: made.train(count, record_every=count)
 
 
+def draw(costs: dict[str, dict[int, float]], title: str, path: Path) -> None:
+    """Microseconds a step against M, H and N, on logarithmic axes, beside proportionality to the largest size."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    labels = {"M": "members M (H = 100, N = 300)", "H": "hidden units H (N = 300)", "N": "points N (H = 100)"}
+    figure, row = plt.subplots(1, 3, figsize=(9, 3), sharey=True, layout="constrained")
+    for axes, (name, cost) in zip(row, costs.items(), strict=True):
+        sizes, times = list(cost), list(cost.values())
+        axes.loglog(sizes, [times[-1] * size / sizes[-1] for size in sizes], color="0.7", label="proportional")
+        axes.loglog(sizes, times, "o-", markersize=4, label="measured")
+        axes.set_xlabel(labels[name])
+    row[0].set_ylabel("µs per step of all members")
+    row[0].legend(frameon=False, fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--members", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--figure", type=Path)
     options = parser.parse_args(argv)
     results: dict[str, Any] = {"machine": machine() | {"threads": options.threads}, "peak": {}, "results": []}
     for dtype in (torch.float64, torch.float32):
@@ -294,6 +322,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if options.json:
         with atomic_write(options.json) as file:
             file.write((json.dumps(results, indent=2) + "\n").encode())
+    if options.figure:
+        draw(results["scaling"], "A step of the spiral perceptron, float64, one thread", options.figure)
     return results
 
 
