@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
@@ -40,7 +40,7 @@ class Source(Protocol):
         """Names of nodes of the graph whose second derivative may be wrong."""
 
     def products(self) -> AbstractContextManager[object]:
-        """In which products leave no trace."""
+        """In which products can be had and leave no trace."""
 
 
 class _Recorded:
@@ -60,16 +60,16 @@ class _Recorded:
         """Those of the recorded graph."""
         return suspects(self._roots)
 
-    def products(self) -> AbstractContextManager[object]:
+    @contextmanager
+    def products(self) -> Iterator[None]:
         """Checkpoints call their modules again."""
-        return buffers_kept(self._params)
+        with double_backward(), buffers_kept(self._params):
+            yield
 
 
-@contextmanager
-def products_with(H: object) -> Iterator[None]:
+def products_with(H: object) -> AbstractContextManager[object]:
     """In which products with an operator or a callable are asked for."""
-    with double_backward(), H._source.products() if isinstance(H, CurvatureOperator) else nullcontext():
-        yield
+    return H._source.products() if isinstance(H, CurvatureOperator) else double_backward()
 
 
 class CurvatureOperator:
