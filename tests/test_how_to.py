@@ -15,9 +15,12 @@ from matplotlib import pyplot
 
 FOLDER = Path(__file__).parent.parent / "docs" / "how_to"
 SCRIPTS = {path.stem: path for path in sorted(FOLDER.glob("plot_*.py"))}
-SLOW = {"plot_several_processes"}  # other processes, each importing torch
+SLOW = {"plot_several_processes", "plot_phase_diagram_on_a_cluster"}  # processes, each importing torch
 OPTIONAL = {
+    "plot_hugging_face_trainer": ("transformers", "accelerate"),
+    "plot_lightning": ("lightning",),
     "plot_migrating": ("pyhessian", "hessian_eigenthings"),
+    "plot_phase_diagram_on_a_cluster": ("pyarrow", "tqdm", "tyro", "dask", "distributed"),
 }
 
 
