@@ -385,7 +385,9 @@ def stability_limit(optimizer: torch.optim.Optimizer) -> float:
         or settings with which no curvature converges: heavy ball with β >= 1, or β > 0 and τ >= 1.
     """
     if type(optimizer) is not torch.optim.SGD:
-        raise ValueError(f"optimizer: expected SGD (no limit is known for others), got {type(optimizer).__name__}")
+        raise ValueError(
+            f"optimizer: expected a torch.optim.SGD (no limit is known for others), got {type(optimizer).__name__}"
+        )
     names = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
     settings = {tuple(float(group[name]) for name in names) for group in optimizer.param_groups}
     if len(settings) != 1:

@@ -1,7 +1,8 @@
 """Figures from recorded arrays. Nothing here computes: detect and measure first, then draw.
 
 Every function returns a `matplotlib.figure.Figure` made without pyplot, so no window opens, no backend is
-chosen and nothing has to be closed.
+chosen and nothing has to be closed. `matplotlib.pyplot.figure(figure)` (matplotlib 3.11) hands one to pyplot, whose
+`show` then shows it.
 """
 
 from __future__ import annotations

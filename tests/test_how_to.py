@@ -19,7 +19,6 @@ SLOW = {"plot_several_processes", "plot_phase_diagram_on_a_cluster"}  # processe
 OPTIONAL = {
     "plot_hugging_face_trainer": ("transformers", "accelerate"),
     "plot_lightning": ("lightning",),
-    "plot_migrating": ("pyhessian", "hessian_eigenthings"),
     "plot_phase_diagram_on_a_cluster": ("pyarrow", "tqdm", "tyro", "dask", "distributed"),
 }
 
@@ -38,6 +37,7 @@ def test_how_to(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     if "plt.figure(plot." in source and tuple(map(int, re.findall(r"\d+", matplotlib.__version__)[:2])) < (3, 11):
         pytest.skip(f"{name} needs matplotlib 3.11, whose pyplot takes figures made elsewhere")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(FOLDER)  # as `python docs/how_to/NAME.py` and the gallery do
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)  # the other tests keep theirs
     pyplot.close("all")
     backend = matplotlib.get_backend()

@@ -506,8 +506,10 @@ def test_limit_of_a_tensor_learning_rate_and_of_zero():
 
 def test_unknown_limits_are_refused():
     a, b = torch.zeros(1, requires_grad=True), torch.zeros(1, requires_grad=True)
-    with pytest.raises(ValueError, match=r"optimizer: expected SGD .* got Adam"):
+    with pytest.raises(ValueError, match=r"optimizer: expected a torch.optim.SGD .* got Adam"):
         stability_limit(torch.optim.Adam([a]))
+    with pytest.raises(ValueError, match=r"optimizer: expected a torch.optim.SGD .* got float"):
+        stability_limit(0.1)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"optimizer: expected equal .* got parameter groups that differ"):
         stability_limit(torch.optim.SGD([{"params": [a], "lr": 0.1}, {"params": [b], "lr": 0.2}]))
     with pytest.raises(ValueError, match=r"optimizer: expected .* got maximize=True"):

@@ -28,7 +28,8 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pyarrow.parquet
 
-script = Path(__file__).parents[2] / "python_examples" / "phase_diagram.py"
+here = Path(globals().get("__file__", "plot.py")).resolve()  # the gallery has no __file__, but runs in its folder
+script = here.parents[2] / "python_examples" / "phase_diagram.py"
 grid = "--amplitudes 10 30 --periods 50 200 800 --widths 10 --seeds 12 --steps 12000 --measure end"
 
 # %%

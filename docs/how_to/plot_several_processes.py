@@ -57,9 +57,11 @@ def work(rank: int, folder: str) -> None:
 
 # %%
 # Both processes make the same calls and get the same numbers; one that fails makes the other raise instead of wait. The
-# guard is for processes that are spawned, which read this file once more; under ``torchrun`` it is not needed.
+# guard is for processes that are spawned, which read this file once more; under ``torchrun`` neither is needed.
 
 if __name__ == "__main__":
+    from plot_several_processes import work  # by a name that spawned processes can import
+
     with tempfile.TemporaryDirectory() as folder:
         multiprocessing.spawn(work, (folder,), nprocs=2)
         first, second = (torch.load(f"{folder}/{rank}.pt") for rank in range(2))
