@@ -38,18 +38,12 @@ labels = words.mode(1).values - 1
 sentences = [{"input_ids": words[i], "labels": labels[i]} for i in range(300)]
 held_out, held_out_labels = words[300:], labels[300:]
 
-config = BertConfig(
-    vocab_size=4,
-    hidden_size=16,
-    num_hidden_layers=1,
-    num_attention_heads=2,
-    intermediate_size=32,
-    max_position_embeddings=8,
-    num_labels=3,
-    initializer_range=0.2,
-    hidden_dropout_prob=0.0,
-    attention_probs_dropout_prob=0.0,
-)
+small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+no_dropout = {
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}  # the Hessian of a random loss is refused
+config = BertConfig(vocab_size=4, max_position_embeddings=8, num_labels=3, initializer_range=0.2, **small, **no_dropout)
 model = BertForSequenceClassification(config)
 oscillation = Oscillation(num_classes=3, amplitude=10, period=40)
 
@@ -76,19 +70,10 @@ class Curvature(TrainerCallback):
 # The rest is the Trainer's own.
 
 curvature = Curvature()
+rate = {"learning_rate": 5e-3, "lr_scheduler_type": "constant"}
+quiet = {"report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
 with tempfile.TemporaryDirectory() as folder:
-    arguments = TrainingArguments(
-        output_dir=folder,
-        max_steps=240,
-        per_device_train_batch_size=50,
-        learning_rate=5e-3,
-        lr_scheduler_type="constant",
-        use_cpu=True,
-        report_to="none",
-        save_strategy="no",
-        logging_strategy="no",
-        disable_tqdm=True,
-    )
+    arguments = TrainingArguments(folder, max_steps=240, per_device_train_batch_size=50, use_cpu=True, **rate, **quiet)
     trainer = Trainer(model, arguments, train_dataset=sentences, compute_loss_func=loss_func, callbacks=[curvature])
     trainer.remove_callback(PrinterCallback)
     trainer.train()

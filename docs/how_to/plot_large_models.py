@@ -18,7 +18,7 @@ torch.manual_seed(0)
 torch.set_num_threads(1)
 layers = [torch.nn.Conv2d(3, 16, 3), torch.nn.ReLU(), torch.nn.Conv2d(16, 16, 3), torch.nn.ReLU()]
 model = torch.nn.Sequential(*layers, torch.nn.AdaptiveAvgPool2d(4), torch.nn.Flatten(), torch.nn.Linear(256, 10))
-images, labels = torch.randn(128, 3, 16, 16), torch.randint(10, (128,))
+images, labels = torch.randn(64, 3, 16, 16), torch.randint(10, (64,))
 size = sum(p.numel() for p in model.parameters())
 
 # %%
@@ -55,11 +55,11 @@ def graph_bytes(batch: torch.Tensor) -> int:
     return sum(kept.values())
 
 
-batch_sizes = [128, 48, 16, 4]
-graphs = [graph_bytes(torch.arange(128)[:n]) / 2**20 for n in batch_sizes]
+batch_sizes = [64, 24, 8, 4]
+graphs = [graph_bytes(torch.arange(64)[:n]) / 2**20 for n in batch_sizes]
 for n, megabytes in zip(batch_sizes, graphs, strict=True):
-    batched = HessianOperator.from_batches(loss_of, model.named_parameters(), torch.arange(128).split(n))
-    print(f"batches of {n:3}: {megabytes:6.2f} MiB, λ₁ = {eigsh(batched, k=1, tol=1e-4).values[0]:.5f}")
+    batched = HessianOperator.from_batches(loss_of, model.named_parameters(), torch.arange(64).split(n))
+    print(f"batches of {n:2}: {megabytes:6.2f} MiB, λ₁ = {eigsh(batched, k=1, tol=1e-4).values[0]:.5f}")
 
 plt.style.use(plot.STYLE)
 figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")

@@ -4,10 +4,9 @@ The spectral density of a network, and what others have published
 
 The Hessian of a trained classifier has a well-known shape. Sagun et al. (arXiv 1706.04454) found a *bulk* of
 eigenvalues close to 0 and a few *outliers* to its right, about as many as there are classes. Papyan (arXiv
-1901.08244) traced them to the means of the gradients of each class, of which there are C. Ghorbani et al. (arXiv
-1901.10159) drew the density by Lanczos quadrature for networks as large as those of ImageNet: before training it
-reaches to either side of 0, and most of its negative part is gone after few steps. Here is the same for a small
-network on made-up data of C = 10 classes.
+1901.08244) traced them to means of gradients over the samples of a class. Ghorbani et al. (arXiv 1901.10159) drew the
+density by Lanczos quadrature for networks as large as those of ImageNet: its negative part, there before training, is
+mostly gone after few steps. Here is the same for a small network on made-up data of C = 10 classes.
 """
 
 import matplotlib.pyplot as plt
@@ -64,11 +63,11 @@ axes[1].set_xlabel(r"eigenvalue $\lambda$")
 plt.show()
 
 # %%
-# What agrees: before training bulk and outliers are one, negative eigenvalues as large as positive ones; afterwards
-# the negative part is a fiftieth of λ₁, and nine outliers stand apart from the bulk. That is C - 1: the same number
-# added to all logits changes no loss, which takes one direction away.
+# What agrees: before training there is no gap between bulk and outliers, and the bulk reaches as far to the left of 0
+# as to the right; afterwards the most negative eigenvalue is a fiftieth of λ₁, and nine outliers stand apart. That is
+# C - 1: the same number added to all logits changes no loss, which takes one direction away.
 #
-# What one should not conclude: that outliers always number C - 1. With labels that are all right, this network learns
-# them by heart, the loss vanishes, and the gap with it. And the heights of the peaks are not to be read: one
-# eigenvalue of 1250 is a peak of 0.08 whatever it is, times what eight random probes make of it; a hundred steps of
+# What one should not conclude: that outliers always number C - 1. Where all labels are right, this network learns
+# them by heart, and the gap narrows while the loss vanishes. And the heights of the peaks are not to be read: one
+# eigenvalue of 1250 is a peak of 0.08 whichever it is, times what eight random probes make of it; a hundred steps of
 # Lanczos show the bulk's outline, not its levels.
