@@ -15,7 +15,12 @@ from matplotlib import pyplot
 
 FOLDER = Path(__file__).parent.parent / "docs" / "how_to"
 SCRIPTS = {path.stem: path for path in sorted(FOLDER.glob("plot_*.py"))}
-SLOW = {"plot_several_processes", "plot_phase_diagram_on_a_cluster"}  # processes, each importing torch
+SLOW = {
+    "plot_hugging_face_trainer",
+    "plot_lightning",
+    "plot_phase_diagram_on_a_cluster",  # these two start processes, each importing torch
+    "plot_several_processes",
+}
 OPTIONAL = {
     "plot_hugging_face_trainer": ("transformers", "accelerate"),
     "plot_lightning": ("lightning",),

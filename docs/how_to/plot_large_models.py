@@ -68,7 +68,7 @@ for m, n, top in zip(bases, numbers, found, strict=True):
     left.annotate(f" {m}", (n, top.num_hvp), va="bottom")
 left.set(xlabel=f"vectors of {size} numbers held", ylabel="Hessian-vector products", title="max_basis, by the dots")
 right.loglog(batch_sizes, graphs, "o-", color=plot.CLASS_COLOURS[1])
-right.set(xlabel="samples in a batch", ylabel="MiB kept for the backward pass", title="from_batches", ylim=(0.05, 10))
+right.set(xlabel="samples in a batch", ylabel="MiB kept for the backward pass", title="from_batches", ylim=(0.05, 5))
 right.set_xticks(batch_sizes, batch_sizes)
 right.minorticks_off()
 plt.show()
