@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "tools"))
 from target_torch import TORCH_REQUIREMENT, find_torch  # noqa: E402
 
+VERSION = re.findall(r'^__version__ = "(.+)"$', (ROOT / "dynloss_ext" / "__init__.py").read_text(), re.MULTILINE)[0]
 REQUIREMENTS = ["numpy>=1.24", "matplotlib>=3.7"]
 CUDA_ARCHITECTURES = ("8.0", "9.0", "10.0", "12.0")
 # Without OpenMP at::parallel_for would silently be a loop.
@@ -108,8 +109,8 @@ def build_with_note(build_info: dict[str, Any]) -> type:
     return BuildWithNote
 
 
-def extension() -> dict[str, Any]:
-    """The arguments of setup() that build the extension against the torch that is importable."""
+def extension() -> tuple[dict[str, Any], dict[str, Any]]:
+    """The arguments of setup() that build against the torch that is importable, and the note on the build."""
     if not Path(sysconfig.get_path("include"), "Python.h").is_file():
         sys.exit("Python.h was not found: install the Python headers (Debian: apt-get install python3-dev)")
     import torch
@@ -157,15 +158,23 @@ def extension() -> dict[str, Any]:
             "nvcc": [*NVCC_FLAGS, f"--threads={os.environ.get('MAX_JOBS') or os.cpu_count()}"],  # architectures at once
         },
     )
-    return {"ext_modules": [module], "cmdclass": {"build_ext": build_with_note(build_info)}}
+    return {"ext_modules": [module], "cmdclass": {"build_ext": build_with_note(build_info)}}, build_info
+
+
+def version_for(torch_minor: str, cuda: str | None) -> str:
+    """Of a build: 0.2.0+torch2.13, or 0.2.0+torch2.13.cu13 with CUDA kernels, which fit one major version."""
+    return f"{VERSION}+torch{torch_minor}" + (f".cu{cuda.split('.')[0]}" if cuda else "")
 
 
 if "sdist" in sys.argv:  # sources fit every supported torch and need none
-    setup(install_requires=[TORCH_REQUIREMENT, *REQUIREMENTS])
+    setup(version=VERSION, install_requires=[TORCH_REQUIREMENT, *REQUIREMENTS])
 else:
     torch_version = find_torch()
     if torch_version is None:
         sys.exit(f"{TORCH_REQUIREMENT} is needed to build dynloss_ext, and was not found")
     minor = ".".join(torch_version.split(".")[:2])
+    options, build_info = extension()
     # A binary that uses ATen fits only the minor version that it was compiled for.
-    setup(install_requires=[f"torch=={minor}.*", *REQUIREMENTS], **extension())
+    setup(
+        version=version_for(minor, build_info["cuda"]), install_requires=[f"torch=={minor}.*", *REQUIREMENTS], **options
+    )

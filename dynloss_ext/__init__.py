@@ -24,7 +24,7 @@ from dynloss_ext.ntk import ntk_eigenvalues
 from dynloss_ext.oscillation import Oscillation
 from dynloss_ext.spectrum import Estimate, SpectralDensity, spectral_density, trace
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "CapturedHessian",

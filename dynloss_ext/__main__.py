@@ -1,4 +1,4 @@
-"""`python -m dynloss_ext`: what is installed, how it was built, and which kernels run here."""
+"""`python -m dynloss_ext`, or `dynloss-ext`: what is installed, how it was built, and which kernels run here."""
 
 from __future__ import annotations
 
@@ -40,5 +40,9 @@ def report() -> str:
     return "\n".join(lines)
 
 
-if __name__ == "__main__":
+def main() -> None:
     print(report())
+
+
+if __name__ == "__main__":
+    main()

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import runpy
 import shutil
 import subprocess
 import sys
+import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
+import setuptools
 import torch
 
 import dynloss_ext
@@ -74,6 +77,14 @@ def test_report_names_versions_build_and_devices() -> None:
     assert result.returncode == 0, result.stderr
     for text in (dynloss_ext.__version__, torch.__version__, BUILD_INFO.compiler, "cpu: ", "cuda"):
         assert text in result.stdout
+
+
+def test_the_command_prints_the_report() -> None:
+    command = re.findall(r'^dynloss-ext = "(.+):(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    ((module, function),) = command
+    called, run = python("-c", f"from {module} import {function}; {function}()"), python("-m", "dynloss_ext")
+    assert called.returncode == 0, called.stderr
+    assert called.stdout == run.stdout != "\n"
 
 
 def environment(folder: Path, torch_version: str | None = None) -> Path:
@@ -176,20 +187,25 @@ def test_cuda_is_chosen_by_torch_nvcc_and_wish(
         choose("13.0")
 
 
-def find_torch(python: Path, installer: Sequence[str | Path], cwd: Path, **environ: str) -> str | None:
-    """What find_torch answers to a build that `python` runs, isolated as by pip, called by `installer`."""
+def isolated_build(
+    do: str, python: Path, installer: Sequence[str | Path], cwd: Path, **environ: str
+) -> subprocess.CompletedProcess[str]:
+    """Does `do`, with tools/ importable, in a build that `python` runs, isolated as by pip, called by `installer`."""
     overlay = cwd / "overlay"
     overlay.mkdir(exist_ok=True)
     hide = "import sys; sys.path = [path for path in sys.path if '-packages' not in path]"
     (overlay / "sitecustomize.py").write_text(hide)
-    search = (
-        f"{hide}; sys.path.insert(0, {str(ROOT / 'tools')!r}); import json, target_torch;"
-        " print(json.dumps([target_torch.find_torch(), sys.path]))"
-    )
-    start = f"import subprocess; subprocess.run([{str(python)!r}, '-c', {search!r}], check=True)"
+    build = f"{hide}; sys.path.insert(0, {str(ROOT / 'tools')!r}); {do}"
+    start = f"import subprocess, sys; sys.exit(subprocess.run([{str(python)!r}, '-c', {build!r}]).returncode)"
     command = [installer[0], "-c", start, *installer[1:]]
     environ = {"PATH": os.environ["PATH"], "PYTHONPATH": str(overlay), "PYTHONNOUSERSITE": "1"} | environ
-    result = subprocess.run(command, cwd=cwd, env=environ, capture_output=True, text=True)
+    return subprocess.run(command, cwd=cwd, env=environ, capture_output=True, text=True)
+
+
+def find_torch(python: Path, installer: Sequence[str | Path], cwd: Path, **environ: str) -> str | None:
+    """What find_torch answers in an isolated build."""
+    search = "import json, target_torch; print(json.dumps([target_torch.find_torch(), sys.path]))"
+    result = isolated_build(search, python, installer, cwd, **environ)
     assert result.returncode == 0, result.stderr
     version, path = json.loads(result.stdout)
     assert path[-1].endswith("site-packages") is (version is not None)
@@ -217,13 +233,79 @@ def test_torch_is_found_where_the_build_has_an_interpreter_of_its_own(tmp_path: 
     assert find_torch(isolated, [bare], folder) == "2.12.0"
 
 
-@pytest.mark.parametrize(
-    ("version", "fits"),
-    [("2.10.1", False), ("2.11.0", True), ("2.14.1+cu130", True), ("2.15.0", False), ("3.12.0", False)],
-)
-def test_only_a_supported_torch_is_built_against(tmp_path: Path, version: str, fits: bool) -> None:
+@pytest.mark.parametrize("version", ["2.11.0", "2.14.1+cu130", "2.15.0"])
+def test_a_supported_torch_is_built_against(tmp_path: Path, version: str) -> None:
     target = environment(tmp_path / "target", version)
-    assert find_torch(target, [sys.executable], tmp_path) == (version if fits else None)
+    assert find_torch(target, [sys.executable], tmp_path) == version
+
+
+def link_setuptools(folder: Path) -> Path:
+    """Makes setuptools, and nothing that lies beside it, importable from `folder`."""
+    folder.mkdir(exist_ok=True)
+    for pattern in ("setuptools*", "_distutils_hack"):
+        for part in Path(setuptools.__file__).parents[1].glob(pattern):
+            (folder / part.name).symlink_to(part)
+    return folder
+
+
+@pytest.mark.parametrize("version", ["2.9.0", "2.10.1+cpu", "2.16.0", "2.99.0", "3.12.0"])
+def test_a_torch_that_is_not_supported_stops_the_build_before_another_is_fetched(tmp_path: Path, version: str) -> None:
+    target = environment(tmp_path / "target", version)
+    backend = link_setuptools(tmp_path / "backend")
+    ask = (
+        f"sys.path.append({str(backend)!r}); import build_backend; print(build_backend.get_requires_for_build_wheel())"
+    )
+    result = isolated_build(ask, target, [sys.executable], tmp_path)
+    assert result.returncode == 1 and result.stdout == ""
+    refusal = (
+        rf"dynloss_ext builds against torch>=2\.11,<2\.\d+, but {tmp_path / 'target'} has torch {re.escape(version)}: "
+    )
+    assert re.match(refusal, result.stderr), result.stderr
+
+
+@pytest.mark.parametrize("version", ["2.9.0", "2.99.0"])
+def test_pip_without_isolation_leaves_a_torch_that_is_not_supported(tmp_path: Path, version: str) -> None:
+    target = environment(tmp_path / "target", version)
+    (packages,) = (tmp_path / "target").glob("lib/python*/site-packages")
+    link_setuptools(packages)
+    before = sorted(packages.iterdir())
+    install = ["pip", "--python", target, "install", "--no-index", "--no-deps", "--no-build-isolation", ROOT]
+    result = subprocess.run([sys.executable, "-m", *install], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert f"has torch {version}: nothing was installed" in result.stdout + result.stderr
+    assert sorted(packages.iterdir()) == before
+
+
+def test_a_build_says_which_torch_it_is_for(setup_script: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    version = dynloss_ext.__version__
+    assert setup_script["version_for"]("2.13", None) == f"{version}+torch2.13"
+    assert setup_script["version_for"]("2.13", "13.0") == f"{version}+torch2.13.cu13"
+    options: dict[str, Any] = {}
+    monkeypatch.setattr(sys, "argv", ["setup.py", "egg_info"])
+    monkeypatch.setenv("DYNLOSS_EXT_CUDA", "0")
+    monkeypatch.setattr("setuptools.setup", lambda **given: options.update(given))
+    runpy.run_path(str(ROOT / "setup.py"))
+    minor = ".".join(torch.__version__.split(".")[:2])
+    assert options["version"] == f"{version}+torch{minor}"
+    assert f"torch=={minor}.*" in options["install_requires"]
+
+
+def test_the_source_distribution_brings_examples_tests_and_documentation(tmp_path: Path) -> None:
+    wanted = ["csrc/op.cpp", "docs/index.md", "python_examples/common/run.py", "tests/data/x.npz", "CHANGELOG.md"]
+    unwanted = ["docs/_build/html/index.html", "python_examples/x.pyc", "runs/a.npy", "dynloss_ext/_C.so", ".venv/x.py"]
+    for name in [*wanted, *unwanted]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copy(ROOT / "dynloss_ext" / "__init__.py", tmp_path / "dynloss_ext")
+    shutil.copytree(ROOT / "tools", tmp_path / "tools")
+    subprocess.run([sys.executable, "setup.py", "-q", "sdist"], cwd=tmp_path, check=True, capture_output=True)
+    name = f"dynloss_ext-{dynloss_ext.__version__}"
+    with tarfile.open(tmp_path / "dist" / f"{name}.tar.gz") as archive:
+        brought = {member.removeprefix(f"{name}/") for member in archive.getnames()}
+    assert brought.issuperset([*wanted, "tools/target_torch.py", "tools/build_backend.py"])
+    assert not brought.intersection(unwanted)
 
 
 def setup_with(folder: Path, version: str) -> subprocess.CompletedProcess[str]:

@@ -6,7 +6,6 @@ from setuptools.build_meta import (
     build_editable,
     build_sdist,
     build_wheel,
-    get_requires_for_build_sdist,
     prepare_metadata_for_build_editable,
     prepare_metadata_for_build_wheel,
 )
@@ -22,6 +21,10 @@ __all__ = [
     "prepare_metadata_for_build_editable",
     "prepare_metadata_for_build_wheel",
 ]
+
+
+def get_requires_for_build_sdist(config_settings: object = None) -> list[str]:
+    return []  # setuptools would run setup.py to find out, which needs a torch for all but the sdist itself
 
 
 def get_requires_for_build_wheel(config_settings: object = None) -> list[str]:

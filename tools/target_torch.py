@@ -17,33 +17,44 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-TORCH_REQUIREMENT = "torch>=2.11,<2.15"
-_FIRST_MINOR, _LAST_MINOR = (2, 11), (2, 14)
+TORCH_REQUIREMENT = "torch>=2.11,<2.16"
+_FIRST_MINOR, _LAST_MINOR = (2, 11), (2, 15)
 
 _ISOLATING = ("PYTHONPATH", "PYTHONNOUSERSITE")
 _QUERY = """
 import importlib.metadata, json, sys
 paths = [path for path in sys.path if path.endswith("-packages")]
-print(json.dumps([sys.implementation.cache_tag, importlib.metadata.version("torch"), paths]))
+print(json.dumps([sys.implementation.cache_tag, importlib.metadata.version("torch"), paths, sys.prefix]))
 """
 
 
 def find_torch() -> str | None:
-    """Makes the torch to build against importable; returns its version, or None if none fits."""
-    tag, version, paths = sys.implementation.cache_tag, "", []
+    """Makes the torch to build against importable; returns its version, or None if there is none.
+
+    Raises:
+        SystemExit: There is one that is not supported: an installer that went on would replace it.
+    """
+    tag, version, paths, prefix = sys.implementation.cache_tag, None, [], sys.prefix
     try:
         version = importlib.metadata.version("torch")
     except importlib.metadata.PackageNotFoundError:
-        tag, version, paths = next(filter(None, map(_ask, _target_pythons())), (tag, "0.0", []))
-    minor = tuple(map(int, version.split(".")[:2]))
-    if tag != sys.implementation.cache_tag or not _FIRST_MINOR <= minor <= _LAST_MINOR:
+        for answer in filter(None, map(_ask, _target_pythons())):
+            tag, version, paths, prefix = answer
+            break
+    if version is None or tag != sys.implementation.cache_tag:
         return None
+    if not _FIRST_MINOR <= tuple(map(int, version.split(".")[:2])) <= _LAST_MINOR:
+        sys.exit(
+            f"dynloss_ext builds against {TORCH_REQUIREMENT}, but {prefix} has torch {version}: nothing was installed"
+            f" or replaced; install another torch there first (pip install '{TORCH_REQUIREMENT}'), or use another"
+            " environment"
+        )
     sys.path.extend(path for path in paths if path not in sys.path)
     return version
 
 
-def _ask(python: str) -> tuple[str, str, list[str]] | None:
-    """The tag, the torch version and the package folders of an interpreter; None if it has no torch."""
+def _ask(python: str) -> tuple[str, str, list[str], str] | None:
+    """The tag, the torch version, the package folders and the prefix of an interpreter; None if it has no torch."""
     # pip isolates a build through these two variables alone.
     environ = {name: value for name, value in os.environ.items() if name not in _ISOLATING}
     command = [python, "-c", _QUERY]
@@ -51,8 +62,8 @@ def _ask(python: str) -> tuple[str, str, list[str]] | None:
         answer = subprocess.run(command, env=environ, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
-    tag, version, paths = json.loads(answer.stdout)
-    return tag, version, paths
+    tag, version, paths, prefix = json.loads(answer.stdout)
+    return tag, version, paths, prefix
 
 
 def _target_pythons() -> Iterator[str]:
