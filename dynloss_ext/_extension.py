@@ -47,7 +47,7 @@ def check_torch(build: BuildInfo, torch_version: str, torch_cuda: str | None) ->
     if built != found:
         raise ImportError(
             f"dynloss_ext was built for torch {built}, found {found}: reinstall dynloss_ext with"
-            " `pip install --force-reinstall --no-deps .` in its source folder"
+            f" `pip install --force-reinstall --no-deps .` in its source folder, or from a wheel for torch {found}"
         )
     if build.cuda is not None and (torch_cuda or "").split(".")[0] != build.cuda.split(".")[0]:
         raise ImportError(
