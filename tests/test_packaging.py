@@ -308,6 +308,23 @@ def test_the_source_distribution_brings_examples_tests_and_documentation(tmp_pat
     assert not brought.intersection(unwanted)
 
 
+def test_what_is_tried_is_what_is_supported() -> None:
+    target = runpy.run_path(str(ROOT / "tools" / "target_torch.py"))
+    (major, first), (_, last) = target["_FIRST_MINOR"], target["_LAST_MINOR"]
+    assert target["TORCH_REQUIREMENT"] == f"torch>={major}.{first},<{major}.{last + 1}"
+    minors = [f"{major}.{minor}" for minor in range(first, last + 1)]
+    lists = {
+        "tools/build_wheels.sh": re.findall(
+            r'set -- "\$python":\{(.+)\}', (ROOT / "tools/build_wheels.sh").read_text()
+        ),
+        "checks.yml": re.findall(r"torch: \[(.+)\]", (ROOT / ".github/workflows/checks.yml").read_text()),
+    }
+    for name, (versions,) in lists.items():
+        assert re.findall(r"\d+\.\d+(?=\.)", versions) == minors, name
+    rows = re.findall(r"^\| (\S+) \| (\d+\.\d+)\.\d+ \|", (ROOT / "tests/MATRIX.md").read_text(), re.MULTILINE)
+    assert rows == [(f"3.{python}", minor) for python in range(10, 14) for minor in minors]
+
+
 def setup_with(folder: Path, version: str) -> subprocess.CompletedProcess[str]:
     """tools/setup.sh with a Python that knows its version alone."""
     (folder / "tools").mkdir()
