@@ -60,8 +60,8 @@ class EigenResult:
             below 0.08, or after 24 products (48 for "LM", which looks beyond both ends) where the spectrum is too
             crowded for that, or fewer where ``max_basis`` leaves it no room. 1 where it found
             nothing but the noise of the products, again and again. NaN where no audit was due.
-        asymmetry: where H is not symmetric, the largest |u · H v − v · H u| of unit vectors that was seen, in units of
-            the norm of H; 0 elsewhere.
+        asymmetry: where H is not symmetric, the largest ``|u · H v − v · H u|`` of unit vectors that was seen,
+            in units of the norm of H; 0 elsewhere.
     """
 
     values: Tensor
@@ -90,7 +90,7 @@ def eigsh(
 ) -> EigenResult:
     """The k extreme eigenpairs of a symmetric operator by thick-restart Lanczos (Wu & Simon, SIAM J. Matrix Anal. 22).
 
-    A pair counts as converged when ‖H v − θ v‖ ≤ max(tol·|θ|, ε^(2/3)·max|θ|). Before convergence is claimed, the
+    A pair counts as converged when ``‖H v − θ v‖ ≤ max(tol·|θ|, ε^(2/3)·max|θ|)``. Before convergence is claimed, the
     complement of the basis is searched from a random vector, since a Krylov space does not show a second
     eigenvector of the same eigenvalue; the result's ``miss_probability`` says how well.
 
@@ -126,6 +126,14 @@ def eigsh(
 
     Warns:
         ConvergenceWarning: not every pair converged, or the audit was inconclusive; ``status`` says why.
+
+    Example:
+        >>> spectrum = torch.arange(1.0, 101.0, dtype=torch.float64)
+        >>> result = eigsh(lambda v: spectrum * v, k=2, tol=1e-6, n=100, dtype=torch.float64)
+        >>> result.values.round(decimals=6)
+        tensor([100.,  99.], dtype=torch.float64)
+        >>> result.status, bool((result.residuals < 1e-4).all())
+        ('converged', True)
     """
     op, size, options = _resolve(H, n, dtype, device, v0)
     settings = _check_settings(k, which, tol, max_hvp, max_basis, size)
@@ -165,6 +173,18 @@ class EigenTracker:
             is passed over: the next one starts from, and is matched with, the one before.
         num_updates: number of updates so far.
         num_hvp: number of products so far.
+
+    Example:
+        >>> model, x = torch.nn.Linear(2, 1), torch.tensor([[3.0, 0.0], [0.0, 1.0]])
+        >>> optimizer, tracker = torch.optim.SGD(model.parameters(), lr=0.1), EigenTracker(k=1)
+        >>> for _ in range(5):
+        ...     H = HessianOperator(model(x).square().mean(), model.parameters())
+        ...     largest = tracker.update(H).values
+        ...     for p, gradient in zip(model.parameters(), H.gradients):
+        ...         p.grad = gradient.clone()  # no second backward pass
+        ...     optimizer.step()
+        >>> print(f"{largest[0]:.3f}", tracker.num_updates)
+        10.123 5
     """
 
     def __init__(

@@ -180,6 +180,15 @@ class HessianOperator(CurvatureOperator):
         gradients: the recorded gradient of each parameter (None where the loss does not depend on it). A training
             step that uses these pays for no backward pass of its own; ``detach().clone()`` them, as autograd may hand
             out one number seen many times. Empty for `from_batches`.
+
+    Example:
+        >>> x = torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=True)
+        >>> H = HessianOperator(x[0] ** 2 * x[1], [x])
+        >>> H @ torch.tensor([1.0, 0.0], dtype=torch.float64)
+        tensor([4., 2.], dtype=torch.float64)
+        >>> H.to_dense()
+        tensor([[4., 2.],
+                [2., 0.]], dtype=torch.float64)
     """
 
     gradients: tuple[Tensor | None, ...] = ()
@@ -266,6 +275,13 @@ class GaussNewtonOperator(CurvatureOperator):
     Raises:
         TypeError, ValueError: as `HessianOperator`; the graph of the loss reaches params beside outputs, as with a
             penalty on the parameters. RuntimeError: as there.
+
+    Example:
+        >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> outputs = x[:1] * x[1:]
+        >>> GaussNewtonOperator((outputs**2).sum() / 2, outputs, [x]).to_dense()
+        tensor([[4., 2.],
+                [2., 1.]])
     """
 
     def __init__(self, loss: Tensor, outputs: Tensor, params: Parameters) -> None:

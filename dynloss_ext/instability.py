@@ -151,6 +151,13 @@ def detect_instabilities(
 
     Warns:
         UserWarning: one window covers the whole run, so that its bound told nothing apart.
+
+    Example:
+        >>> step = np.arange(3000)
+        >>> jumping = (1000 <= step) & (step < 1200)  # F alternates there
+        >>> loss = 0.5 + np.where(jumping, 0.1 * (-1.0) ** step, 0)
+        >>> detect_instabilities(step, loss, step, np.where(jumping, 2.1, 1.9))
+        [Instability(start=999, stop=1200, lambda_start=1.9, lambda_stop=1.9)]
     """
     epsilon = _epsilon(loss)
     step, loss = _series("step", step, "loss", loss)
@@ -194,6 +201,10 @@ def instability_threshold(instabilities: Iterable[Instability]) -> float:
     """Mean largest eigenvalue over the starts and stops of all windows; NaN if there is none.
 
     This is the horizontal line of the paper's Fig. 4, to be compared with `stability_limit`.
+
+    Example:
+        >>> instability_threshold([Instability(100, 200, 2.0, 2.5), Instability(300, 400, 1.5, math.nan)])
+        2.0
     """
     values = [value for window in instabilities for value in (window.lambda_start, window.lambda_stop)]
     finite = [value for value in values if math.isfinite(value)]
@@ -255,6 +266,13 @@ def detect_periods(
     Raises:
         ValueError: bad shapes or bounds, a step that is missing within the window, or a `drive` that is an ensemble.
         TypeError: values or bounds that are not real numbers, or a `max_period` or `segment` that is no integer.
+
+    Example:
+        >>> step = np.arange(256)
+        >>> loss = np.where(step < 128, 0.1 * (-1.0) ** step, 0.1 * np.cos(step * np.pi / 2))
+        >>> segments = detect_periods(step, loss)
+        >>> segments
+        [PeriodSegment(start=0, stop=127, period=2), PeriodSegment(start=128, stop=255, period=4)]
     """
     epsilon = _epsilon(loss)
     step, loss = _series("step", step, "loss", loss)
@@ -293,6 +311,10 @@ def period_changes(segments: Iterable[PeriodSegment]) -> list[PeriodChange]:
     """The changes of period along a window, from what `detect_periods` found there.
 
     A change is known to about the length of the segments that were classified, 64 steps by default.
+
+    Example:
+        >>> period_changes([PeriodSegment(0, 127, 2), PeriodSegment(128, 255, 4)])
+        [PeriodChange(step=128, before=2, after=4)]
     """
     pairs = itertools.pairwise(segments)
     return [PeriodChange(new.start, old.period, new.period) for old, new in pairs if old.period != new.period]
@@ -315,6 +337,10 @@ def branch_means(step: Any, values: Any, *, branches: int = 2) -> tuple[Array, A
     Raises:
         ValueError: shapes that differ, steps that do not increase, `branches` below 1.
         TypeError: values that are not real numbers.
+
+    Example:
+        >>> branch_means([0, 25, 50], [1.0, 3.0, 1.0])
+        (array([25, 50]), array([2., 2.]))
     """
     values = check_array("values", values, kinds="iuf")
     if values.ndim not in (1, 2):
@@ -352,6 +378,11 @@ def crossings(
     Raises:
         ValueError: shapes that differ, steps that do not increase, a bound out of range or not finite.
         TypeError: values or bounds that are not real numbers.
+
+    Example:
+        >>> step = np.arange(0, 100, 10)
+        >>> crossings(step, 1.5 + step / 80, threshold=2.0, branches=1)
+        [Crossing(step=50, index=0, upward=True)]
     """
     threshold = check_number("threshold", threshold, -math.inf, open_low=True)
     margin = abs(threshold) / 100 if margin is None else check_number("margin", margin, 0)
@@ -383,6 +414,13 @@ def stability_limit(optimizer: torch.optim.Optimizer) -> float:
     Raises:
         ValueError: an optimizer other than SGD, `maximize=True`, parameter groups that differ in these settings,
         or settings with which no curvature converges: heavy ball with β >= 1, or β > 0 and τ >= 1.
+
+    Example:
+        >>> weights = [torch.zeros(1, requires_grad=True)]
+        >>> stability_limit(torch.optim.SGD(weights, lr=0.5))
+        4.0
+        >>> stability_limit(torch.optim.SGD(weights, lr=0.5, momentum=0.5, nesterov=True))
+        3.0
     """
     if type(optimizer) is not torch.optim.SGD:
         raise ValueError(

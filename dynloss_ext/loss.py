@@ -238,6 +238,18 @@ def dynamic_cross_entropy(
     Raises:
         ValueError, TypeError: an argument is not as described; the message names it.
         IndexError: on CPU, a target outside [0, C). On CUDA its loss and gradient are NaN instead.
+
+    Example:
+        >>> logits = torch.tensor([[2.0, 0.0, 0.0], [0.0, 1.0, 0.0]], requires_grad=True)
+        >>> target = torch.tensor([0, 2])
+        >>> oscillation = Oscillation(3, amplitude=70, period=5000)
+        >>> dynamic_cross_entropy(logits, target, oscillation, 0)  # Γ = 1: torch's own
+        tensor(0.8955, grad_fn=<DynamicCrossEntropyBackward>)
+        >>> loss = dynamic_cross_entropy(logits, target, oscillation, 2500)  # Γ = 2.92, 0.04, 0.04
+        >>> loss.backward()
+        >>> logits.grad
+        tensor([[-0.3106,  0.1553,  0.1553],
+                [ 0.0044,  0.0120, -0.0164]])
     """
     if reduction == "none" and isinstance(logits, Tensor) and torch.is_autocast_enabled(logits.device.type):
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -274,6 +286,12 @@ def loss_and_gradient(
     Raises:
         As :func:`dynamic_cross_entropy`; RuntimeError where a ``torch.func`` transform or forward mode would
         differentiate through it.
+
+    Example:
+        >>> logits, target = torch.zeros(2, 2), torch.tensor([0, 1])
+        >>> loss_and_gradient(logits, target, Oscillation(2, amplitude=3, period=10), step=5)
+        (tensor(0.6931), tensor([[-0.3750,  0.3750],
+                [ 0.1250, -0.1250]]))
     """
     options = (reduction, normalization, ignore_index, label_smoothing)
     if _are_probabilities(target):

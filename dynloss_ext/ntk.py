@@ -29,7 +29,7 @@ def ntk_eigenvalues(model: nn.Module, inputs: Tensor, k: int = 1, *, outputs: st
     refuses the model (recurrent layers, state that is updated in place), by N · C backward passes.
 
     Args:
-        model: maps (N, ...) to (N, C), each sample by itself; its parameters, `.grad`s, buffers and mode stay as they
+        model: maps (N, ...) to (N, C), each sample by itself; its parameters, gradients, buffers and mode stay as they
             are, as does torch's random state.
         inputs: (N, ...).
         k: how many, at most N ("mean") or N C ("full").
@@ -42,6 +42,11 @@ def ntk_eigenvalues(model: nn.Module, inputs: Tensor, k: int = 1, *, outputs: st
         TypeError, ValueError: naming the argument; among others, a model that is random (dropout in training mode) or
             whose BatchNorm takes its statistics from the batch.
         RuntimeError: a gradient is not finite.
+
+    Example:
+        >>> line = nn.Linear(2, 1)
+        >>> ntk_eigenvalues(line, torch.tensor([[3.0, 0.0], [0.0, 1.0]]), k=2)  # of [[10, 1], [1, 2]]
+        tensor([10.1231,  1.8769], dtype=torch.float64)
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")

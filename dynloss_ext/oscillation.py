@@ -143,6 +143,14 @@ class Oscillation:
 
         Raises:
             TypeError, ValueError: naming the argument.
+
+        Example:
+            >>> warm_up = torch.tensor([[2.0, 1.0], [1.5, 1.0], [1.0, 1.0]])
+            >>> Oscillation.from_table(warm_up, stop_step=3).weights(torch.arange(4))
+            tensor([[2.0000, 1.0000],
+                    [1.5000, 1.0000],
+                    [1.0000, 1.0000],
+                    [1.0000, 1.0000]], dtype=torch.float64)
         """
         if not isinstance(gamma, Tensor):
             raise TypeError(f"gamma: expected a tensor of shape (S, C) or (E, S, C), got {type(gamma).__name__}")
@@ -184,6 +192,11 @@ class Oscillation:
         Args:
             function: Called with the step (an int); returns finite weights >= 0 of shape (C,).
             num_classes: Number of classes C.
+
+        Example:
+            >>> decaying = Oscillation.from_function(lambda step: torch.tensor([1 + 2.0**-step, 1.0]), num_classes=2)
+            >>> decaying.weights(2)
+            tensor([1.2500, 1.0000], dtype=torch.float64)
         """
         check_callable("function", function)
         self = cls.__new__(cls)

@@ -74,6 +74,10 @@ def perceptron_values(
 
     Raises:
         TypeError, ValueError: naming the argument.
+
+    Example:
+        >>> [tuple(value.shape) for value in perceptron_values("glorot-normal", 2, 100, 3, seed=0)]
+        [(2, 100), (100,), (100, 3), (3,)]
     """
     glorot = check_choice("scheme", scheme, INITIALISATIONS) == "glorot-normal"
     for name, count in (("inputs", inputs), ("hidden", hidden), ("classes", classes)):
@@ -159,6 +163,16 @@ class PerceptronEnsemble:
         step: the number of updates so far; all losses, gradients and products are at the weights Γ(step).
         finite: (M,) bool: a member whose next parameters would not be finite keeps the last finite ones and is trained
             no more; its records, eigenvalues and products are NaN from then on.
+
+    Example:
+        >>> inputs, target = torch.randn(30, 2, generator=torch.Generator().manual_seed(0)), torch.arange(30) % 3
+        >>> amplitudes = torch.tensor([1.0, 70.0])
+        >>> ensemble = PerceptronEnsemble(inputs, target, Oscillation(3, amplitudes, period=50), hidden=10, lr=1.0)
+        >>> records = ensemble.train(200, record_every=100)
+        >>> records.step, records.accuracy.shape
+        (tensor([  0, 100]), torch.Size([2, 2]))
+        >>> ensemble.eigenvalues(k=1).converged.all()
+        tensor(True)
     """
 
     def __init__(

@@ -107,6 +107,11 @@ def trajectory(
     Raises:
         ValueError: an array whose length differs from its steps', a zoom without a step inside, nothing to draw.
         TypeError: an array of anything but real numbers.
+
+    Example:
+        >>> figure = trajectory([0, 1, 2], accuracy=[0.3, 0.5, 0.6], eig_step=[0, 2], eigenvalues=[[1.0], [2.1]])
+        >>> len(figure.axes)  # a panel each
+        2
     """
     threshold = instability_threshold(instabilities) if threshold is None else threshold
     step, eig_step = check_array("step", step, 1), check_array("eig_step", eig_step, 1)
@@ -208,6 +213,11 @@ def phase_diagram(
     Raises:
         ValueError: `values` or `spread` of another shape than (m, n), no period or no amplitude.
         TypeError: an array of anything but real numbers.
+
+    Example:
+        >>> figure = phase_diagram([10, 100], [2, 20], [[0.50, 0.52], [0.55, 0.61]], baseline=0.5)
+        >>> figure.axes[0].get_xlabel()
+        'period $T$ (steps)'
     """
     periods, amplitudes = check_array("periods", periods, 1), check_array("amplitudes", amplitudes, 1)
     values = check_array("values", values, 2, len(amplitudes))

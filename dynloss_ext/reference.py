@@ -43,7 +43,12 @@ def _raw_weight(waveform: str, amplitude: float, period: float, t: float) -> flo
 
 
 def weights(oscillation: Oscillation, step: int, member: int | None = None) -> Tensor:
-    """Γ(step) of one oscillation, or of one member of an ensemble: (C,) float64."""
+    """Γ(step) of one oscillation, or of one member of an ensemble: (C,) float64.
+
+    Example:
+        >>> weights(Oscillation(3, amplitude=70, period=5000), 2500)
+        tensor([2.9167, 0.0417, 0.0417], dtype=torch.float64)
+    """
 
     def of_member(values: Any) -> Any:
         return values if member is None else values[member]

@@ -1,7 +1,5 @@
 """Captured steps and Hessians with a pretended device: what a graph would do is done by plain calls."""
 
-import doctest
-
 import pytest
 import torch
 from curvature_problems import Spiral, loss_of, mlp
@@ -350,7 +348,3 @@ def test_a_random_loss_has_no_hessian():
 def test_a_bad_loss(loss, message):
     with pytest.raises(TypeError, match=message):
         CapturedHessian(loss, mlp())
-
-
-def test_the_examples_of_the_docstrings():
-    assert doctest.testmod(graphs, globs=vars(graphs) | {"torch": torch}).failed == 0

@@ -1,0 +1,225 @@
+"""Figures and tables of the benchmark page, made of the committed JSON in tests/benchmarks/results by each build.
+
+    python docs/tables/benchmark_pages.py docs/generated
+
+writes NAME.md, which docs/benchmarks.md includes, and its figures; conf.py calls it at every build. Nothing is measured
+here: under each figure stands the command that measures it anew.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+RESULTS = Path(__file__).resolve().parents[2] / "tests" / "benchmarks" / "results"
+COLOURS = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#999999", "#f0e442"]
+Json = dict[str, Any]
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+    """In Markdown; the first column is of words, the others are of numbers."""
+    head = list(head)
+    lines = [head, ["---", *["--:"] * (len(head) - 1)], *rows]
+    return "".join("| " + " | ".join(str(cell) for cell in line) + " |\n" for line in lines)
+
+
+def number(value: float) -> str:
+    """Three digits, without an exponent where that is shorter."""
+    return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
+
+
+def machine_line(machine: Json, **more: object) -> str:
+    """One line that says what was measured on."""
+    gpu = machine.get("gpu", {}).get("name")
+    parts = [gpu] if gpu else []
+    parts.append(f"{machine['processor']}, {machine['threads']} thread{'s' * (machine['threads'] != 1)}")
+    parts += [f"torch {machine['torch']}", f"Python {machine['python']}"]
+    parts += [f"{name} {version}" for name, version in machine.get("versions", {}).items()]
+    parts += [f"{name} {value}" for name, value in more.items() if value]
+    return f"*Machine: {'; '.join(parts)}.*\n"
+
+
+def bars(path: Path, groups: list[str], series: dict[str, list[float | None]], label: str) -> None:
+    """Horizontal bars on a logarithmic scale, a group of them per case; None leaves a gap."""
+    height = 0.8 / len(series)
+    figure = Figure(figsize=(7.5, 0.8 + len(groups) * (0.25 + 0.16 * len(series))), layout="constrained")
+    axis = figure.subplots()
+    for i, (name, values) in enumerate(series.items()):
+        places = [group + (i - (len(series) - 1) / 2) * height for group in range(len(groups))]
+        shown = [(place, value) for place, value in zip(places, values, strict=True) if value is not None]
+        colour = COLOURS[i % len(COLOURS)]
+        drawn = axis.barh([p for p, _ in shown], [v for _, v in shown], height, label=name, color=colour)
+        axis.bar_label(drawn, [number(v) for _, v in shown], padding=2, fontsize=6)
+    axis.set_yticks(range(len(groups)), groups, fontsize=8)
+    axis.invert_yaxis()
+    axis.set_xscale("log")
+    axis.margins(x=0.1)
+    axis.set_xlabel(label)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside upper center", ncols=5, fontsize=7, frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def columns(rows: list[Json]) -> list[str]:
+    """The keys of all rows, in the order of their first appearance."""
+    return list(dict.fromkeys(key for row in rows for key in row))
+
+
+def loss_cpu(result: Json, path: Path) -> str:
+    cases = result["cases"]
+    names = columns(list(cases.values()))
+    times = {name: [row.get(name) for row in cases.values()] for name in names}
+    times = {name: [x if isinstance(x, float) else None for x in row] for name, row in times.items()}
+    bars(path.with_suffix(".png"), list(cases), times, result["unit"])
+    rows = ([case, *(number(x[i]) if x[i] is not None else "" for x in times.values())] for i, case in enumerate(cases))
+    return f"![Microseconds by shape]({path.stem}.png)\n\n{table(['logits', *names], rows)}\n" + machine_line(
+        result["machine"], instructions=result["machine"].get("instruction_set")
+    )
+
+
+def eigensolvers(result: Json, path: Path) -> str:
+    parts = []
+    for problem, run in result.items():
+        solvers = run["solvers"]
+        image = path.with_name(f"{path.stem}_{problem}.png")
+        milliseconds = [1e3 * solver["seconds_median"] for solver in solvers.values()]
+        bars(image, list(solvers), {"median milliseconds per state": milliseconds}, "milliseconds")
+        rows = [
+            [name, f"{s['products']:.1f}", number(1e3 * s["seconds_median"]), f"{s['worst_error']:.0e}"]
+            for name, s in solvers.items()
+        ]
+        settings = run["settings"]
+        parts.append(
+            f"### {problem}: {run['parameters']:,} parameters, {settings['dtype']}, {settings['states']} states\n\n"
+            f"![Milliseconds per state]({image.name})\n\n"
+            f"{table(['solver', 'products', 'ms', 'worst relative error'], rows)}\n"
+            f"A product takes {number(1e3 * run['driver']['product_seconds_median'])} ms; what the driver costs beyond"
+            f" its products is {run['driver']['overhead_median']:.1%} of them.\n\n{machine_line(run['machine'])}"
+        )
+    return "\n".join(parts)
+
+
+def ensembles(result: Json, path: Path) -> str:
+    rows = result["results"]
+    names = columns([row["microseconds"] for row in rows])
+    times = {name: [row["microseconds"].get(name) for row in rows] for name in names}
+    bars(path.with_suffix(".png"), [row["title"] for row in rows], times, "microseconds")
+    cells = ([r["title"], *(number(t[i]) if t[i] else "" for t in times.values())] for i, r in enumerate(rows))
+    text = f"![Microseconds]({path.stem}.png)\n\n{table(['', *names], cells)}\n"
+    for axis, times_of in result.get("scaling", {}).items():
+        row = [f"µs per step over {axis}", *map(number, times_of.values())]
+        text += table([axis, *times_of], [row]) + "\n"
+    return text + machine_line(result["machine"])
+
+
+def memory(result: Json, path: Path) -> str:
+    rows = (
+        [
+            run["max_basis"],
+            run["products"],
+            f"{run['peak_bytes'] / 1e9:.2f}",
+            f"{run['added_vectors']:.1f}",
+            run["bound_vectors"],
+        ]
+        for run in result["eigsh"]
+    )
+    head = ["max_basis", "products", "peak, GB", "vectors of P numbers added", "the docstring's bound"]
+    return f"{result['parameters']:,} parameters, k = {result['k']}.\n\n{table(head, rows)}"
+
+
+def gpu_check(result: Json, path: Path) -> str:
+    stages = result["stages"]
+    text = ""
+    if kernels := stages.get("kernels", {}).get("numbers", {}).get("rows"):
+        shares: dict[str, dict[int, float]] = {}
+        for name, row in kernels.items():
+            size, dtype, reduction = [*name.split("-"), ""][:3]
+            if reduction == "sum" and 2e8 < row.get("bytes", 0) < 8e8:
+                shares.setdefault(dtype, {})[int(size.split("x")[1])] = row["of_copy"]
+        classes = sorted({c for row in shares.values() for c in row})
+        if classes:
+            cells = ([dtype, *(f"{row[c]:.2f}" if c in row else "" for c in classes)] for dtype, row in shares.items())
+            text += (
+                "Loss and gradient as a part of what a copy of the same bytes reaches, by the number of classes:\n\n"
+            )
+            text += table(["classes", *map(str, classes)], cells) + "\n"
+            image = path.with_name(f"{path.stem}_kernels.png")
+            _kernel_figure(image, shares)
+            text += f"![Part of a copy's bandwidth]({image.name})\n\n"
+    if contenders := stages.get("contenders", {}).get("numbers", {}).get("rows"):
+        losses = {n: {c: r["us"] for c, r in row.items() if isinstance(r, dict)} for n, row in contenders.items()}
+        losses = {name: row for name, row in losses.items() if row}
+        names = columns(list(losses.values()))
+        image = path.with_name(f"{path.stem}_contenders.png")
+        bars(image, list(losses), {c: [row.get(c) for row in losses.values()] for c in names}, "microseconds, median")
+        cells = ([n, *(number(row[c]) if c in row else "" for c in names)] for n, row in losses.items())
+        text += (
+            f"Forward and backward pass, medians:\n\n![Microseconds]({image.name})\n\n{table(['', *names], cells)}\n"
+        )
+    if training := stages.get("training", {}).get("numbers", {}).get("images_per_second"):
+        rows = ([net, way, f"{r['median']:,.0f}"] for net, ways in training.items() for way, r in ways.items())
+        text += "Training on made-up images:\n\n" + table(["network", "how", "images/s"], rows) + "\n"
+    if graphs := stages.get("graphs", {}).get("numbers", {}).get("rows"):
+        rows = (
+            [name, f"{r['plain_per_second']:,.0f}", f"{r['replayed_per_second']:,.0f}", f"{r['speedup']:.1f}"]
+            for name, r in graphs.items()
+            if "speedup" in r
+        )
+        text += "Steps and products replayed as CUDA graphs:\n\n"
+        text += table(["", "plain, 1/s", "replayed, 1/s", "ratio"], rows) + "\n"
+    if passed := stages.get("correctness", {}).get("numbers", {}).get("passed"):
+        text += f"Tests passed on this card: {passed}.\n\n"
+    outcome = ", ".join(f"{name} {stage['result']}" for name, stage in stages.items())
+    more = {
+        "driver": result["machine"].get("driver"),
+        "commit": result.get("commit"),
+        "on": result.get("started", "")[:10],
+    }
+    return f"{text}Stages: {outcome}.\n\n{machine_line(result['machine'], **more)}"
+
+
+def _kernel_figure(path: Path, shares: dict[str, dict[int, float]]) -> None:
+    figure = Figure(figsize=(6.5, 3), layout="constrained")
+    axis = figure.subplots()
+    for (dtype, row), colour in zip(shares.items(), COLOURS, strict=False):
+        classes = sorted(row)
+        axis.semilogx(classes, [row[c] for c in classes], "o-", ms=3, lw=1, color=colour, label=dtype)
+    axis.set(xlabel="classes", ylabel="part of a copy's bandwidth", ylim=(0, 1))
+    axis.legend(frameon=False)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
+def other(result: Json, path: Path) -> str:
+    """What has no page of its own yet: its file as it stands."""
+    return f"```json\n{json.dumps(result, indent=1)[:4000]}\n```\n"
+
+
+RENDERERS: dict[str, Callable[[Json, Path], str]] = {
+    r"loss_cpu.*": loss_cpu,
+    r"eigensolvers.*": eigensolvers,
+    r"ensembles.*": ensembles,
+    r"memory_.*": memory,
+    r"gpu_check_.*": gpu_check,
+}
+
+
+def write(folder: Path) -> None:
+    """A page and its figures for each file of results; a page that says the same is left alone, for a build to skip."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for source in sorted(RESULTS.glob("*.json")):
+        render = next((r for pattern, r in RENDERERS.items() if re.fullmatch(pattern, source.stem)), other)
+        page = folder / f"{source.stem}.md"
+        text = render(json.loads(source.read_text()), page)
+        if not page.exists() or page.read_text() != text:
+            page.write_text(text)
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]))

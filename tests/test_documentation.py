@@ -1,0 +1,68 @@
+"""The examples of the docstrings and of the pages run, and the reference leaves no name out."""
+
+import doctest
+import importlib
+import inspect
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+
+import dynloss_ext
+from dynloss_ext import plot, reference
+
+DOCS = Path(__file__).parent.parent / "docs"
+MODULES = sorted({info.name for info in pkgutil.iter_modules(dynloss_ext.__path__)} - {"_C", "__main__"})
+FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+MADE = {"_build", "gallery", "generated"}  # by the build
+PAGES = {
+    str(p.relative_to(DOCS)): p.read_text() for p in DOCS.rglob("*.md") if p.relative_to(DOCS).parts[0] not in MADE
+}
+
+
+def run(test: doctest.DocTest) -> str:
+    """What fails in it; empty if nothing does."""
+    report: list[str] = []
+    doctest.DocTestRunner(verbose=False, optionflags=FLAGS).run(test, out=report.append)
+    return "".join(report)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_the_examples_of_docstrings_run(name: str) -> None:
+    module = importlib.import_module(f"dynloss_ext.{name}")
+    names = {"torch": __import__("torch"), **vars(dynloss_ext), **vars(module)}
+    for test in doctest.DocTestFinder(exclude_empty=True).find(module, globs=names):
+        assert not (failures := run(test)), failures
+
+
+def test_what_is_called_most_has_an_example() -> None:
+    """Every public function, and every class that is not just a result."""
+    results = {"Crossing", "Estimate", "EigenResult", "Instability", "PeriodChange", "PeriodSegment", "SpectralDensity"}
+    for name in set(dynloss_ext.__all__) - results - {"reference", "ConvergenceWarning", "Perceptron"}:
+        assert ">>>" in inspect.getdoc(getattr(dynloss_ext, name)), name
+
+
+@pytest.mark.parametrize("page", [page for page, text in PAGES.items() if "```pycon" in text])
+def test_the_sessions_of_a_page_run(page: str) -> None:
+    """All blocks of a page as one session."""
+    session = "\n".join(re.findall(r"^```pycon\n(.*?)^```", PAGES[page], re.DOTALL | re.MULTILINE))
+    test = doctest.DocTestParser().get_doctest(session, {}, page, page, 0)
+    assert not (failures := run(test)), failures
+
+
+def test_the_reference_has_every_public_name() -> None:
+    pages = "".join(text for page, text in PAGES.items() if page.startswith("reference/"))
+    listed = set(re.findall(r"auto(?:function|class|exception):: (\w+)", pages))
+    assert set(dynloss_ext.__all__) - {"reference"} <= listed
+    assert "automodule:: dynloss_ext.reference" in pages and reference.__all__
+    drawn = re.search(r"automodule:: dynloss_ext\.plot\n   :members: (.*)", pages)[1].split(", ")
+    public = inspect.getmembers(plot, inspect.isfunction)
+    assert set(drawn) == {name for name, f in public if f.__module__ == plot.__name__ and name[0] != "_"}
+
+
+def test_the_files_that_pages_name_exist() -> None:
+    for page, text in PAGES.items():
+        for name in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", text):
+            if not name.startswith("generated/"):
+                assert (DOCS / page).parent.joinpath(name).exists(), (page, name)
