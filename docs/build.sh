@@ -1,6 +1,8 @@
 #!/bin/sh
 # Builds the documentation into docs/_build/html; a warning is an error: sh docs/build.sh [options of sphinx-build]
-# Needs the package with its extra `docs`, and no network. `-D plot_gallery=0` leaves the how-to scripts unexecuted.
+# Needs the package with its extra `docs`, in $PATH or .venv, and no network. `-D plot_gallery=0` leaves the how-to scripts alone.
+# Not `python -m sphinx`: from here the sources would hide an installed package.
 set -eu
 cd "$(dirname "$0")/.."
-exec "${PYTHON:-python}" -m sphinx -W --keep-going -b html "$@" docs docs/_build/html
+command -v sphinx-build >/dev/null || PATH="$PWD/.venv/bin:$PATH"
+exec sphinx-build -W --keep-going -b html "$@" docs docs/_build/html

@@ -266,7 +266,7 @@ class DeviceRecords:
         self._count.add_(1)
 
     def read(self) -> Tensor:
-        """The rows since the last reading, (n, *shape) on the CPU, the oldest first.
+        """The rows since the last reading, ``(n, *shape)`` on the CPU, the oldest first.
 
         Raises:
             RuntimeError: more than ``capacity`` rows were appended since then; the next reading starts after them.
