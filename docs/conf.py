@@ -8,7 +8,7 @@ from pathlib import Path
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
 sys.path.insert(0, str(DOCS / "tables"))
-import benchmark_pages  # noqa: E402
+import measured  # noqa: E402
 
 import dynloss_ext  # noqa: E402
 
@@ -86,7 +86,7 @@ def mirror() -> None:
 
 def setup(app):
     def prepare(app):
-        benchmark_pages.write(DOCS / "generated")
+        measured.write(DOCS / "generated")
         mirror()
 
     def read(app, name, source):

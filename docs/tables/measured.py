@@ -1,9 +1,9 @@
-"""Figures and tables of the benchmark page, made of the committed JSON in tests/benchmarks/results by each build.
+"""Figures and tables of what was measured, made by each build of the site of JSON in tests/benchmarks/results and here.
 
-    python docs/tables/benchmark_pages.py docs/generated
+    python docs/tables/measured.py docs/generated
 
-writes NAME.md, which docs/benchmarks.md includes, and its figures; conf.py calls it at every build. Nothing is measured
-here: under each figure stands the command that measures it anew.
+writes NAME.md, which a page includes, and its figures; conf.py calls it at every build. Nothing is measured here: the
+page says which command does it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-RESULTS = Path(__file__).resolve().parents[2] / "tests" / "benchmarks" / "results"
+TABLES = Path(__file__).resolve().parent
+RESULTS = TABLES.parents[1] / "tests" / "benchmarks" / "results"
 COLOURS = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#999999", "#f0e442"]
 Json = dict[str, Any]
 
@@ -196,6 +197,31 @@ def _kernel_figure(path: Path, shares: dict[str, dict[int, float]]) -> None:
     figure.savefig(path, dpi=150)
 
 
+def noise_floors(result: Json, path: Path) -> str:
+    rows = (
+        [
+            f"{row['network']}, P = {row['parameters']:,}",
+            row["precision"],
+            *(f"{row[name]:.0e}" if row[name] else "0" for name in ("noise", "residual", "error")),
+            row["products"],
+            row["status"],
+        ]
+        for row in result["rows"]
+    )
+    head = ["network", "arithmetic", "noise of a product", "residual reached", "error of λ₁", "products", "status"]
+    return f"{table(head, rows)}\n{machine_line(result['machine'])}"
+
+
+def torch_derivatives(result: Json, path: Path) -> str:
+    def cell(value: float | str) -> str:
+        if isinstance(value, str):
+            return value
+        return "right" if value < 1e-6 else f"**wrong by {value:.0%}**"
+
+    rows = ([layer, *map(cell, row.values())] for layer, row in result["rows"].items())
+    return f"{table(['layer', *columns(list(result['rows'].values()))], rows)}\n{machine_line(result['machine'])}"
+
+
 def other(result: Json, path: Path) -> str:
     """What has no page of its own yet: its file as it stands."""
     return f"```json\n{json.dumps(result, indent=1)[:4000]}\n```\n"
@@ -207,13 +233,15 @@ RENDERERS: dict[str, Callable[[Json, Path], str]] = {
     r"ensembles.*": ensembles,
     r"memory_.*": memory,
     r"gpu_check_.*": gpu_check,
+    r"noise_floors": noise_floors,
+    r"torch_derivatives": torch_derivatives,
 }
 
 
 def write(folder: Path) -> None:
     """A page and its figures for each file of results; a page that says the same is left alone, for a build to skip."""
     folder.mkdir(parents=True, exist_ok=True)
-    for source in sorted(RESULTS.glob("*.json")):
+    for source in [*sorted(RESULTS.glob("*.json")), *sorted(TABLES.glob("*.json"))]:
         render = next((r for pattern, r in RENDERERS.items() if re.fullmatch(pattern, source.stem)), other)
         page = folder / f"{source.stem}.md"
         text = render(json.loads(source.read_text()), page)
