@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -47,23 +48,31 @@ def machine_line(machine: Json, **more: object) -> str:
 
 
 def bars(path: Path, groups: list[str], series: dict[str, list[float | None]], label: str) -> None:
-    """Horizontal bars on a logarithmic scale, a group of them per case; None leaves a gap."""
-    height = 0.8 / len(series)
-    figure = Figure(figsize=(7.5, 0.8 + len(groups) * (0.25 + 0.16 * len(series))), layout="constrained")
+    """Horizontal bars on a logarithmic scale, a group of them per case; where a value is None there is no bar."""
+    places: dict[str, list[float]] = {name: [] for name in series}
+    shown: dict[str, list[float]] = {name: [] for name in series}
+    ticks, top = [], 0.0
+    for group in range(len(groups)):
+        first = top
+        for name, values in series.items():
+            if (value := values[group]) is not None:
+                places[name].append(top)
+                shown[name].append(value)
+                top += 1
+        ticks.append((first + top - 1) / 2)
+        top += 1
+    figure = Figure(figsize=(7.5, 0.9 + 0.15 * top), layout="constrained")
     axis = figure.subplots()
-    for i, (name, values) in enumerate(series.items()):
-        places = [group + (i - (len(series) - 1) / 2) * height for group in range(len(groups))]
-        shown = [(place, value) for place, value in zip(places, values, strict=True) if value is not None]
-        colour = COLOURS[i % len(COLOURS)]
-        drawn = axis.barh([p for p, _ in shown], [v for _, v in shown], height, label=name, color=colour)
-        axis.bar_label(drawn, [number(v) for _, v in shown], padding=2, fontsize=6)
-    axis.set_yticks(range(len(groups)), groups, fontsize=8)
-    axis.invert_yaxis()
+    for (name, at), colour in zip(places.items(), COLOURS * len(series), strict=False):
+        drawn = axis.barh(at, shown[name], 1, label=name, color=colour)
+        axis.bar_label(drawn, [number(value) for value in shown[name]], padding=2, fontsize=6)
+    axis.set_yticks(ticks, ["\n".join(textwrap.wrap(name, 32)) for name in groups], fontsize=7)
+    axis.set_ylim(top - 1, -1)
     axis.set_xscale("log")
     axis.margins(x=0.1)
     axis.set_xlabel(label)
     axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside upper center", ncols=5, fontsize=7, frameon=False)
+    figure.legend(loc="outside upper center", ncols=6, fontsize=7, frameon=False)
     figure.savefig(path, dpi=150)
 
 
@@ -239,12 +248,20 @@ RENDERERS: dict[str, Callable[[Json, Path], str]] = {
 
 
 def write(folder: Path) -> None:
-    """A page and its figures for each file of results; a page that says the same is left alone, for a build to skip."""
+    """A page and its figures for each file of results, and others.md for those that benchmarks.md does not include.
+
+    A page that says the same as before is left alone, for a build to skip.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    for source in [*sorted(RESULTS.glob("*.json")), *sorted(TABLES.glob("*.json"))]:
+    shown = (TABLES.parent / "benchmarks.md").read_text()
+    pages, others = {}, ""
+    for source in sorted([*RESULTS.glob("*.json"), *TABLES.glob("*.json")]):
         render = next((r for pattern, r in RENDERERS.items() if re.fullmatch(pattern, source.stem)), other)
-        page = folder / f"{source.stem}.md"
-        text = render(json.loads(source.read_text()), page)
+        pages[source.stem] = text = render(json.loads(source.read_text()), folder / f"{source.stem}.md")
+        if source.parent == RESULTS and f"generated/{source.stem}.md" not in shown:
+            others += f"### {source.stem}\n\n{text}\n"
+    for name, text in {**pages, "others": others or "None.\n"}.items():
+        page = folder / f"{name}.md"
         if not page.exists() or page.read_text() != text:
             page.write_text(text)
 
