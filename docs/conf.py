@@ -26,7 +26,8 @@ myst_heading_anchors = 3
 # `eigsh` in a docstring is a link where there is something of that name, and code where not.
 default_role = "py:obj"
 autodoc_member_order = "bysource"
-autodoc_typehints = "none"  # the signatures have them
+autodoc_typehints_format = "short"
+python_maximum_signature_line_length = 90
 autodoc_class_signature = "mixed"
 napoleon_use_rtype = False
 napoleon_use_ivar = True

@@ -59,3 +59,8 @@ def test_the_reference_has_every_public_name() -> None:
     drawn = re.search(r"automodule:: dynloss_ext\.plot\n   :members: (.*)", pages)[1].split(", ")
     public = inspect.getmembers(plot, inspect.isfunction)
     assert set(drawn) == {name for name, f in public if f.__module__ == plot.__name__ and name[0] != "_"}
+
+
+def test_the_citation_is_of_this_version() -> None:
+    citation = (DOCS.parent / "CITATION.cff").read_text()
+    assert re.search(r"^version: (.*)$", citation, re.MULTILINE)[1] == dynloss_ext.__version__.partition("+")[0]
