@@ -2,7 +2,9 @@
 
 import doctest
 import importlib
+import importlib.util
 import inspect
+import json
 import pkgutil
 import re
 from pathlib import Path
@@ -64,3 +66,19 @@ def test_the_reference_has_every_public_name() -> None:
 def test_the_citation_is_of_this_version() -> None:
     citation = (DOCS.parent / "CITATION.cff").read_text()
     assert re.search(r"^version: (.*)$", citation, re.MULTILINE)[1] == dynloss_ext.__version__.partition("+")[0]
+
+
+def test_every_committed_result_is_drawn(tmp_path: Path) -> None:
+    """By what the build calls: a page for each file, with the machine that is known, and the figures that it shows."""
+    spec = importlib.util.spec_from_file_location("measured", DOCS / "tables" / "measured.py")
+    measured = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(measured)
+    measured.write(tmp_path)
+    for source in (*measured.RESULTS.glob("*.json"), *measured.TABLES.glob("*.json")):
+        page = (tmp_path / f"{source.stem}.md").read_text()
+        if any(re.fullmatch(pattern, source.stem) for pattern in measured.RENDERERS):
+            assert ("*Machine: " in page) == ('"machine"' in source.read_text()), source.name
+        for figure in re.findall(r"!\[[^]]*\]\(([^)]+)\)", page):
+            assert (tmp_path / figure).is_file(), (source.name, figure)
+    ours = json.loads((measured.RESULTS / "loss_cpu_2_threads.json").read_text())["cases"]["512x10-float32"]["ours"]
+    assert f"| 512x10-float32 | {ours:.3g} |" in (tmp_path / "loss_cpu_2_threads.md").read_text()
