@@ -115,6 +115,15 @@ def eigensolvers(result: Json, path: Path) -> str:
     return "\n".join(parts)
 
 
+def products(result: Json, path: Path) -> str:
+    solvers = ["ours", "SciPy", "SciPy ncv=24"]
+    rows = (
+        [name, *(f"{row[s][0]} ({row[s][1]:.0e})" for s in solvers), f"{row['status']}, {row['miss_probability']:.2f}"]
+        for name, row in result.items()
+    )
+    return table(["eigenvalues", *solvers, "status and miss probability of ours"], rows)
+
+
 def ensembles(result: Json, path: Path) -> str:
     rows = result["results"]
     names = columns([row["microseconds"] for row in rows])
@@ -239,6 +248,7 @@ def other(result: Json, path: Path) -> str:
 RENDERERS: dict[str, Callable[[Json, Path], str]] = {
     r"loss_cpu.*": loss_cpu,
     r"eigensolvers.*": eigensolvers,
+    r"products": products,
     r"ensembles.*": ensembles,
     r"memory_.*": memory,
     r"gpu_check_.*": gpu_check,
