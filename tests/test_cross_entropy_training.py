@@ -5,7 +5,7 @@ import io
 import os
 import pickle
 import re
-import socket
+from datetime import timedelta
 
 import numpy as np
 import pytest
@@ -500,10 +500,11 @@ class WithLoss(nn.Module):
         return self.criterion(self.network(x), y)
 
 
-def data_parallel_worker(rank, world, port, folder):
-    os.environ.update(GLOO_SOCKET_IFNAME="lo", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+def data_parallel_worker(rank, world, folder):
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
+    limits = {"rank": rank, "world_size": world, "timeout": timedelta(seconds=60)}
+    torch.distributed.init_process_group("gloo", f"file://{folder}/store", **limits)  # no port for others to take
     try:
         module = WithLoss()
         parallel = nn.parallel.DistributedDataParallel(module)
@@ -521,12 +522,9 @@ def data_parallel_worker(rank, world, port, folder):
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_distributed_data_parallel_equals_one_process(world, tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     context = torch.multiprocessing.get_context("fork" if world == 1 else "spawn")
     workers = [
-        context.Process(target=data_parallel_worker, args=(rank, world, port, str(tmp_path)), daemon=True)
+        context.Process(target=data_parallel_worker, args=(rank, world, str(tmp_path)), daemon=True)
         for rank in range(world)
     ]
     for worker in workers:
