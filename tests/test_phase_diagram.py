@@ -459,6 +459,7 @@ def test_a_sweep_against_another_one(tmp_path, capsys):
         for name in ("half", "never")
     )
     assert gain["plain"] == pytest.approx(theirs.mean()) and gain["cells"] == 4
+    assert gain["plain_standard_error"] == pytest.approx(theirs.mean(0).std(ddof=1) / 2**0.5)  # two seeds, not 8 values
     assert (ours != theirs).any() and gain["largest_gain"] == pytest.approx((ours - theirs).mean(1).max())
     assert (tmp_path / "half" / "against_width6_lr1.png").stat().st_size > 1000
     assert "final_accuracy: never " in capsys.readouterr().out

@@ -160,7 +160,8 @@ def mean_and_gain(
                 best = np.unravel_index(int(np.nanargmax(gain)), gain.shape)
                 found[name] = {
                     "plain": baseline,
-                    "plain_standard_error": _standard_error(plain),
+                    # over seeds: the cells of another sweep share theirs
+                    "plain_standard_error": _standard_error(_mean(plain.reshape(-1, plain.shape[-1]).T)),
                     "largest_gain": float(gain[best]),
                     "its_standard_error": _standard_error((values - plain)[best]),
                     "at_amplitude": float(grid.amplitudes[best[0]]),
