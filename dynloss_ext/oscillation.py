@@ -426,7 +426,7 @@ class Oscillation:
         """
         elapsed = check_step("step", step) - self._start_step
         turns = [
-            max(-(2**63), min(elapsed // Fraction(turn), 2**63 - 1))
+            max(-(2**63), min(elapsed // (int(turn) if turn.is_integer() else Fraction(turn)), 2**63 - 1))
             for turn in self._clock[..., 2].reshape(-1).tolist()
         ]
         return torch.tensor(turns, device="cpu").view(self._clock.shape[:-1])

@@ -35,14 +35,15 @@ class CurvatureTracker:
         self.rows = Table("eig_step", "eigenvalues", "residuals", "num_hvp", "converged", *also)
         self.latest = math.nan  # λ_max of the newest row
         self.step = 0  # of the last update
+        self._turn = oscillation.turn(0)  # that it belongs to
 
     def update(self, row: int, hessian: CurvatureOperator, **also: Any) -> None:
         """Records the eigenvalues after update `row`, with the weights of step row + 1; nothing if it is stopped."""
         step, before = row + 1, self.tracker.state_dict()
-        new_turn = not torch.equal(self.oscillation.turn(step), self.oscillation.turn(self.step))
+        turn = self.oscillation.turn(step)
         try:
             with interruptible():
-                result = self.tracker.update(hessian, audit=new_turn)
+                result = self.tracker.update(hessian, audit=not torch.equal(turn, self._turn))
         except Stopped:
             self.tracker.load_state_dict(before)
             raise
@@ -54,7 +55,7 @@ class CurvatureTracker:
             converged=result.converged,
             **also,
         )
-        self.step, self.latest = step, float(result.values[0])
+        self.step, self._turn, self.latest = step, turn, float(result.values[0])
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """The columns of metrics.npz, with their types and shapes even before the first row."""
@@ -76,6 +77,7 @@ class CurvatureTracker:
         if len(self.rows):
             arrays = self.rows.arrays()
             self.step, self.latest = int(arrays["eig_step"][-1]) + 1, float(arrays["eigenvalues"][-1, 0])
+            self._turn = self.oscillation.turn(self.step)
 
 
 def hessian_of_batches(
