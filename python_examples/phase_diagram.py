@@ -67,8 +67,9 @@ class DiagramConfig(BaseConfig):
     preset: Literal["paper", "cpu", "smoke"] = "paper"  # of the experiment's own script
     data: Path | None = None  # folder with CIFAR-10, or the archive itself
     synthetic: bool = False  # a small made-up data set instead
-    epochs: int | None = None  # none: the preset's
+    epochs: int | None = None  # none: the preset's; others keep the shares of its course: of lr, of the oscillation
     eig_every: int = 0  # steps between Hessian eigenvalues; 0: never
+    eig_images: int | None = None  # training images for the Hessian; none: all
     # who computes
     workers: int = 0  # processes on this machine; 0: this one alone
     cluster: str | None = None  # or the address of a Dask scheduler, whose workers see --out
@@ -81,7 +82,7 @@ class DiagramConfig(BaseConfig):
     MAY_CHANGE = BaseConfig.MAY_CHANGE | {
         *("data", "workers", "cluster", "shard", "collect", "chunk_members", "slices", "against"),
     }
-    OF_IMAGES: ClassVar[tuple[str, ...]] = ("preset", "synthetic", "epochs", "eig_every")
+    OF_IMAGES: ClassVar[tuple[str, ...]] = ("preset", "synthetic", "epochs", "eig_every", "eig_images")
     OF_SPIRALS: ClassVar[tuple[str, ...]] = (
         *("steps", "stop", "init", "points", "noise", "data_seed", "dtype", "measure"),
     )
@@ -91,7 +92,7 @@ class DiagramConfig(BaseConfig):
             self.require(name, getattr(self, name) >= 1, "at least 1")
         for name in ("workers", "seed", "data_seed", "noise", "eig_every"):
             self.require(name, getattr(self, name) >= 0, "0 or more")
-        for name in ("epochs", "chunk_members"):
+        for name in ("epochs", "eig_images", "chunk_members"):
             self.require(name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1, or none")
         self.require("stop", 0 <= self.stop <= 1, "a share from 0 to 1")
         self.require("resume", not self.resume, "no --resume: a sweep always goes on with what is missing")
@@ -119,8 +120,12 @@ class DiagramConfig(BaseConfig):
         script: Any = {"myrtle5": myrtle5_cifar10, "wrn": wrn28_10_cifar10}[self.experiment]
         preset = script.PRESETS[self.preset]
         own = {field.name: getattr(preset, field.name) for field in dataclasses.fields(TrainingConfig)}
-        own |= {"data": self.data, "synthetic": self.synthetic, "device": self.device, "eig_every": self.eig_every}
-        return TrainingConfig(**own | ({} if self.epochs is None else {"epochs": self.epochs}))
+        own |= {name: getattr(self, name) for name in ("data", "synthetic", "device", "eig_every", "eig_images")}
+        if self.epochs is not None:
+            course = {name: own[name] for name in ("peak_epoch", "stop_epoch") if own[name] is not None}
+            own |= {name: max(1, round(epoch / preset.epochs * self.epochs)) for name, epoch in course.items()}
+            own["epochs"] = self.epochs
+        return TrainingConfig(**own)
 
     def check_data(self) -> None:
         if self.experiment != "spiral":

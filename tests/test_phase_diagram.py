@@ -435,6 +435,12 @@ def test_networks_on_images(tmp_path, experiment):
     assert 0 <= rows[1]["validation_accuracy"] <= 1 and not rows[1]["diverged"]
 
 
+def test_other_epochs_keep_the_course_of_the_preset():
+    config = phase_diagram.DiagramConfig(experiment="myrtle5", preset="cpu", synthetic=True, epochs=15, eig_images=20)
+    training = config.training()
+    assert (training.epochs, training.peak_epoch, training.stop_epoch, training.eig_images) == (15, 6, 13, 20)
+
+
 def test_help_tells_what_every_option_is(capsys):
     with pytest.raises(SystemExit):
         run("--help")
