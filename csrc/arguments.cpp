@@ -90,9 +90,9 @@ void check_schedule(const ScheduleArguments& schedule, const c10::SymInt& classe
     const bool fits = table.scalar_type() == at::kDouble && table.dim() == clock.dim() + 1 &&
                       table.sym_size(-1) == classes && table.sym_size(-2) > 0 &&
                       (clock.dim() == 1 || table.sym_size(0) == clock.sym_size(0));
-    TORCH_CHECK_VALUE(fits && table.device() == device, "oscillation: its table has shape ",
-                      table.sym_sizes(), ", expected float64 (S, ", classes, ") or (E, S, ", classes, ") on ",
-                      device);
+    TORCH_CHECK_VALUE(fits && table.device() == device, "oscillation: expected a table of float64 (S, ",
+                      classes, ") or (E, S, ", classes, ") on ", device, ", got ", table.scalar_type(), " ",
+                      table.sym_sizes(), " on ", table.device());
   }
   if (schedule.step_tensor) {
     const at::Tensor& step = *schedule.step_tensor;
@@ -181,8 +181,8 @@ void check_labels(const at::Tensor& labels, int64_t classes, int64_t ignore_inde
   if (!bad) return;
   for (int64_t i = 0; i < count; ++i)
     TORCH_CHECK_INDEX((label[i] >= 0 && label[i] < classes) || label[i] == ignore_index,
-                      "target: class index ", label[i], " at position ", i, " is out of range for ", classes,
-                      " classes");
+                      "target: expected class indices from 0 to ", classes - 1, ", got ", label[i],
+                      " at position ", i);
 }
 
 }  // namespace dynloss

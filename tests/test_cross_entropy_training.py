@@ -433,11 +433,11 @@ def test_inplace_gradient_refuses_what_it_would_get_wrong():
         normal(6, 4).requires_grad_(),
         labels(4, 6),
     )
-    with pytest.raises(RuntimeError, match="cannot be differentiated"):
+    with pytest.raises(RuntimeError, match="differentiated again"):
         torch.autograd.grad(criterion(x * 1, y), x, create_graph=True)
     for leaf in (x, x.view(3, 2, 4).view(6, 4), x[:3]):
         before = x.detach().clone()
-        with pytest.raises(RuntimeError, match="is a leaf"):
+        with pytest.raises(RuntimeError, match="a leaf that requires grad"):
             criterion(leaf, y[: len(leaf)])
         assert torch.equal(x.detach(), before)
     with pytest.raises(RuntimeError, match=r"internal overlap|single memory location"):
@@ -470,7 +470,7 @@ def test_inplace_gradient_leaves_inference_and_bad_targets_alone():
         close(criterion(x.clone().requires_grad_(), y), expected)
     logits = x.clone().requires_grad_() * 1
     y[3] = 9
-    with pytest.raises(IndexError, match="target: class index 9 at position 3"):
+    with pytest.raises(IndexError, match="target: expected class indices from 0 to 3, got 9 at position 3"):
         criterion(logits, y)
     assert torch.equal(logits, before)
     assert torch.equal(x, before)

@@ -114,9 +114,9 @@ def test_refusals_are_loud() -> None:
     leaf, target, (_, inplace) = pair((40, 3), torch.float64)
     with pytest.raises(RuntimeError, match="leaf that requires grad"):
         inplace(leaf, target)
-    with pytest.raises(RuntimeError, match="cannot be differentiated"):
+    with pytest.raises(RuntimeError, match=r"differentiated again \(create_graph=True\)"):
         torch.autograd.grad(inplace(leaf * 1, target), leaf, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"not under torch\.func"):
+    with pytest.raises(RuntimeError, match=r"expected False under torch\.func"):
         torch.func.grad(lambda z: inplace(z * 1, target))(leaf.detach())
     probabilities = leaf.softmax(-1)  # saved by softmax for its backward
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):

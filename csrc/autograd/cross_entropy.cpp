@@ -236,10 +236,9 @@ struct IntoLogitsBackward : public Node {
   variable_list apply(variable_list&& grads) override {
     const Tensor& grad_output = grads[0];
     if (!grad_output.defined() || !task_should_compute_output(0)) return {Tensor()};
-    TORCH_CHECK(
-        !at::GradMode::is_enabled(),
-        "inplace_gradient: the logits have been overwritten, so the gradient cannot be differentiated "
-        "(create_graph=True); use inplace_gradient=False");
+    TORCH_CHECK(!at::GradMode::is_enabled(),
+                "inplace_gradient: expected False where the gradient is differentiated again "
+                "(create_graph=True), got True: the logits have been overwritten");
     std::lock_guard<std::mutex> lock(mutex_);
     Tensor gradient = gradient_.unpack();
     const Tensor normalizer = normalizer_;
@@ -261,14 +260,15 @@ ops::Loss cross_entropy_into_logits(const ForwardArguments& x) {
   check_strided(logits);
   check_constant(x.weight);
   const bool requires_grad = torch::autograd::compute_requires_grad(logits);
-  TORCH_CHECK(!in_transform() && !tangent_of(logits).defined() && !at::isTensorSubclassLike(logits),
-              "inplace_gradient: works in eager mode and first-order reverse mode only, not under "
-              "torch.func, forward "
-              "mode or torch.compile");
+  TORCH_CHECK(
+      !in_transform() && !tangent_of(logits).defined() && !at::isTensorSubclassLike(logits),
+      "inplace_gradient: expected False under torch.func, in forward mode and under torch.compile, got "
+      "True");
   const Tensor owner = logits.is_view() ? Tensor(logits._base()) : logits;
-  TORCH_CHECK(!(owner.is_leaf() && owner.requires_grad()),
-              "inplace_gradient: logits is a leaf that requires grad, or a view of one, and would be "
-              "overwritten; expected the output of a model");
+  TORCH_CHECK(
+      !(owner.is_leaf() && owner.requires_grad()),
+      "inplace_gradient: expected the output of a model to overwrite, got logits that are a leaf that "
+      "requires grad, or a view of one");
   at::assert_no_internal_overlap(logits);
   TORCH_CHECK_VALUE(x.reduction != reduction_none,
                     "inplace_gradient: expected reduction 'mean' or 'sum', got 'none'");
@@ -294,10 +294,10 @@ ops::LossAndGradient cross_entropy_with_gradient(const ForwardArguments& x, bool
   check_constant(x.weight);
   const bool differentiated =
       tangent_of(x.logits).defined() || (in_transform() && torch::autograd::compute_requires_grad(x.logits));
-  TORCH_CHECK(!differentiated,
-              "loss_and_gradient: its results are constants to autograd, and cannot be differentiated by a "
-              "torch.func "
-              "transform or in forward mode; use dynamic_cross_entropy there");
+  TORCH_CHECK(
+      !differentiated,
+      "loss_and_gradient: expected no transform of torch.func and no forward mode that differentiate its "
+      "results, which are constants, got one: use dynamic_cross_entropy there");
   at::AutoDispatchBelowADInplaceOrView guard;
   return ops::cross_entropy_with_gradient(x, finished);
 }

@@ -9,8 +9,8 @@ namespace dynloss::cpu {
 void check_class_order(const ScheduleData& schedule, int64_t classes) {
   const int64_t* order = schedule.class_order();
   for (int64_t i = 0; order != nullptr && i < classes; ++i)
-    TORCH_CHECK_INDEX(order[i] >= 0 && order[i] < classes, "class_order: class ", order[i], " at position ",
-                      i, " is out of range for ", classes, " classes");
+    TORCH_CHECK_INDEX(order[i] >= 0 && order[i] < classes, "class_order: expected classes from 0 to ",
+                      classes - 1, ", got ", order[i], " at position ", i);
 }
 
 void write_weights(const Schedule& schedule, int64_t step, const double* weight, double* out) {
