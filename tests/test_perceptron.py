@@ -295,7 +295,7 @@ def test_operands_in_any_layout():
     ({"inputs": lambda x: x[:0]}, "inputs: expected shape"),
     ({"target": lambda x: x.int()}, "target: expected int64"),
     ({"target": lambda x: x[:-1]}, "target: expected shape"),
-    ({"target": lambda x: x + 3}, "target: class index"),
+    ({"target": lambda x: x + 3}, "target: expected class indices"),
     ({"hidden": lambda x: 0}, "hidden: expected at least 1"),
     ({"oscillation": lambda x: Oscillation(3, torch.ones(5), 9)}, "clock: expected shape"),
     ({"step": lambda x: -1}, "step: expected 0 or more"),
