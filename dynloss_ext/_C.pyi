@@ -61,6 +61,7 @@ class PythonOperator(SymmetricOperator):
         size: int,
         like: Tensor,
         noisy: Callable[[Tensor], Tensor] | None = None,
+        parts: Sequence[SymmetricOperator] = (),
     ) -> None: ...
 
 class Perceptrons:

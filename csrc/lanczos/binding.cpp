@@ -188,8 +188,10 @@ void bind_lanczos(py::module_& module) {
            py::arg("outputs"), py::arg("output_gradient"), py::arg("dummy"), py::arg("pullback"),
            py::arg("parameters"));
   py::class_<PythonOperator, SymmetricOperator, std::shared_ptr<PythonOperator>>(module, "PythonOperator")
-      .def(py::init<py::function, int64_t, const at::Tensor&, std::optional<py::function>>(),
-           py::arg("product"), py::arg("size"), py::arg("like"), py::arg("noisy") = py::none());
+      .def(py::init<py::function, int64_t, const at::Tensor&, std::optional<py::function>,
+                    std::vector<std::shared_ptr<SymmetricOperator>>>(),
+           py::arg("product"), py::arg("size"), py::arg("like"), py::arg("noisy") = py::none(),
+           py::arg("parts") = py::tuple());
   module.def("eigsh", &run_eigsh, py::arg("op"), py::kw_only(), py::arg("k"), py::arg("which"),
              py::arg("tol"), py::arg("v0"), py::arg("max_hvp"), py::arg("max_basis"), py::arg("seed"),
              py::arg("audit"));

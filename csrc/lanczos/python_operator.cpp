@@ -5,6 +5,7 @@
 #include <ATen/ops/empty_like.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <algorithm>
 #include <string>
 #include <utility>
 
@@ -13,9 +14,11 @@ namespace py = pybind11;
 namespace dynloss {
 
 PythonOperator::PythonOperator(py::function product, int64_t size, const at::Tensor& like,
-                               std::optional<py::function> noisy)
+                               std::optional<py::function> noisy,
+                               std::vector<std::shared_ptr<SymmetricOperator>> parts)
     : product_(std::move(product)),
       noisy_(std::move(noisy)),
+      parts_(std::move(parts)),
       size_(size),
       options_(like.options()),
       grad_mode_(at::GradMode::is_enabled()) {}
@@ -23,6 +26,15 @@ PythonOperator::PythonOperator(py::function product, int64_t size, const at::Ten
 at::Tensor PythonOperator::apply(const at::Tensor& v) { return call(product_, v); }
 
 at::Tensor PythonOperator::apply_noisily(const at::Tensor& v) { return call(noisy_.value_or(product_), v); }
+
+bool PythonOperator::is_differentiated() const {
+  return noisy_.has_value() && std::all_of(parts_.begin(), parts_.end(),
+                                           [](const auto& part) { return part->is_differentiated(); });
+}
+
+void PythonOperator::check_values() const {
+  for (const auto& part : parts_) part->check_values();
+}
 
 at::Tensor PythonOperator::call(const py::function& product_of, const at::Tensor& v) const {
   const py::gil_scoped_acquire gil;
