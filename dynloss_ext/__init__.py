@@ -17,12 +17,19 @@ from dynloss_ext.instability import (
     detect_periods,
     instability_threshold,
     period_changes,
-    stability_limit,
 )
 from dynloss_ext.loss import DynamicCrossEntropyLoss, dynamic_cross_entropy, loss_and_gradient
 from dynloss_ext.ntk import ntk_eigenvalues
 from dynloss_ext.oscillation import Oscillation
-from dynloss_ext.spectrum import Estimate, SpectralDensity, spectral_density, trace
+from dynloss_ext.spectrum import (
+    DiagonalEstimate,
+    Estimate,
+    SpectralDensity,
+    diagonal,
+    spectral_density,
+    trace,
+)
+from dynloss_ext.stability import batch_sharpness, preconditioner, stability_limit
 
 __version__ = "0.2.0"
 
@@ -32,6 +39,7 @@ __all__ = [
     "ConvergenceWarning",
     "Crossing",
     "DeviceRecords",
+    "DiagonalEstimate",
     "DynamicCrossEntropyLoss",
     "EigenResult",
     "EigenTracker",
@@ -46,16 +54,19 @@ __all__ = [
     "PeriodChange",
     "PeriodSegment",
     "SpectralDensity",
+    "batch_sharpness",
     "branch_means",
     "crossings",
     "detect_instabilities",
     "detect_periods",
+    "diagonal",
     "dynamic_cross_entropy",
     "eigsh",
     "instability_threshold",
     "loss_and_gradient",
     "ntk_eigenvalues",
     "period_changes",
+    "preconditioner",
     "reference",
     "spectral_density",
     "stability_limit",

@@ -113,6 +113,7 @@ class BatchSums:
         if self._group is None:  # another process's batches may reach the others
             warn_of_unreached(self._params, self._reached, stacklevel=3)
         self._weight = weight
+        self.params = self._params
         self.size = sum(p.numel() for p in self._params)
         self.like = torch.empty(0, dtype=self._params[0].dtype, device=self._device)
 

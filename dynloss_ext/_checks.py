@@ -135,11 +135,12 @@ Parameters = Iterable[Tensor] | Iterable[tuple[str, Tensor]]
 
 
 class Params(list[Tensor]):
-    """Parameters that something is to be differentiated by, and what to call each in a message."""
+    """Parameters that something is to be differentiated by, and what to call each in a message: ``named``, by its
+    own name."""
 
-    def __init__(self, params: Iterable[Tensor], labels: list[str]) -> None:
+    def __init__(self, params: Iterable[Tensor], labels: list[str], named: bool = False) -> None:
         super().__init__(params)
-        self.labels = labels
+        self.labels, self.named = labels, named
 
 
 def is_sharded(p: Tensor) -> bool:
@@ -160,7 +161,7 @@ def check_params(params: Parameters, name: str = "params") -> Params:
         )
     pairs = [p if isinstance(p, tuple) and len(p) == 2 and isinstance(p[0], str) else ("", p) for p in params]
     labels = [given or f"{name}[{i}]" for i, (given, _) in enumerate(pairs)]
-    checked = Params([p for _, p in pairs], labels)
+    checked = Params([p for _, p in pairs], labels, all(given for given, _ in pairs))
     if not checked:
         raise ValueError(f"{name}: expected at least one tensor, got none")
     for label, p in zip(labels, checked, strict=True):

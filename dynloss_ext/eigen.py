@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dynloss_ext import _C
 from dynloss_ext._checks import check_choice, check_count, check_number, check_seed, check_tensor, check_vector
-from dynloss_ext.hessian import CurvatureOperator, products_with
+from dynloss_ext._operators import CurvatureOperator, products_with
 
 __all__ = ["ConvergenceWarning", "EigenResult", "EigenTracker", "eigsh"]
 

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from dynloss_ext import _C
-from dynloss_ext._checks import check_callable, check_count, check_loss, check_params, check_tensor
+from dynloss_ext._checks import Params, check_callable, check_count, check_loss, check_params, check_tensor
 from dynloss_ext._double_backward import double_backward
 from dynloss_ext._evaluation import buffers_kept
-from dynloss_ext.hessian import CurvatureOperator, HessianOperator
+from dynloss_ext._operators import CurvatureOperator
+from dynloss_ext.hessian import HessianOperator
 
 __all__ = ["CapturedHessian", "CapturedStep", "DeviceRecords"]
 
@@ -215,7 +216,7 @@ class CapturedHessian(CurvatureOperator):
         # In the same memory, where what the first has saved for the second stays as long as both.
         replay, out = stage.capture(partial(product, hessian), refresh.pool())
         self.gradients = tuple(None if g is None else g.detach() for g in hessian.gradients)
-        self._source = _Replayed(v, replay.replay, out)
+        self._source = _Replayed(v, replay.replay, out, self._params)
         self._replay = refresh.replay
         self._replay()
 
@@ -291,8 +292,8 @@ class _CaptureError(Exception):
 class _Replayed:
     """A matrix whose products a graph computes from one static vector into another."""
 
-    def __init__(self, v: Tensor, replay: Callable[[], None], out: Tensor) -> None:
-        self._v, self._replay, self._out = v, replay, out
+    def __init__(self, v: Tensor, replay: Callable[[], None], out: Tensor, params: Params) -> None:
+        self._v, self._replay, self._out, self.params = v, replay, out, params
         self.size = v.numel()
 
     def operator(self) -> _C.SymmetricOperator:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, distributed
@@ -13,41 +13,22 @@ from torch.autograd.graph import get_gradient_edge
 
 from dynloss_ext import _C
 from dynloss_ext._batches import BatchSums, Recording
-from dynloss_ext._checks import Parameters, Params, check_loss, check_params, check_tensor, check_vector
+from dynloss_ext._checks import Parameters, Params, check_loss, check_params, check_tensor
 from dynloss_ext._double_backward import custom_functions, double_backward, warn_of_custom_functions
 from dynloss_ext._evaluation import Calls, buffers_kept, check_reached, repeatable, suspects, warn_of_unreached
+from dynloss_ext._operators import CurvatureOperator
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 __all__ = ["CurvatureOperator", "GaussNewtonOperator", "HessianOperator"]
 
-Made = TypeVar("Made", bound="CurvatureOperator")
-
-
-class Source(Protocol):
-    """What is behind an operator."""
-
-    size: int
-
-    def operator(self) -> _C.SymmetricOperator:
-        """What the driver calls."""
-
-    def fail(self, error: Exception) -> None:
-        """A product cannot be asked for, by this error: tells whoever waits for it."""
-
-    def suspects(self) -> list[str]:
-        """Names of nodes of the graph whose second derivative may be wrong."""
-
-    def products(self) -> AbstractContextManager[object]:
-        """In which products can be had and leave no trace."""
-
 
 class _Recorded:
     """A matrix behind a recorded graph."""
 
     def __init__(self, op: _C.SymmetricOperator, roots: Sequence[Tensor | None], params: Params) -> None:
-        self._op, self.size, self._roots, self._params = op, op.size, roots, params
+        self._op, self.size, self._roots, self.params = op, op.size, roots, params
 
     def operator(self) -> _C.SymmetricOperator:
         """What the driver calls."""
@@ -63,90 +44,8 @@ class _Recorded:
     @contextmanager
     def products(self) -> Iterator[None]:
         """Checkpoints call their modules again."""
-        with double_backward(), buffers_kept(self._params):
+        with double_backward(), buffers_kept(self.params):
             yield
-
-
-def products_with(H: object) -> AbstractContextManager[object]:
-    """In which products with an operator or a callable are asked for."""
-    return H._source.products() if isinstance(H, CurvatureOperator) else double_backward()
-
-
-class CurvatureOperator:
-    """A symmetric P × P matrix known by its products with flat vectors: what every operator here offers.
-
-    Attributes:
-        shape: (P, P).
-        dtype: of the parameters, the vectors and the products.
-        device: likewise.
-    """
-
-    def __init__(self, source: Source, like: Tensor) -> None:
-        self._source = source
-        self.shape = (source.size, source.size)
-        self.dtype = like.dtype
-        self.device = like.device
-
-    @classmethod
-    def _of(cls: type[Made], source: Source, like: Tensor) -> Made:
-        made = cls.__new__(cls)
-        CurvatureOperator.__init__(made, source, like)
-        return made
-
-    @property
-    def _op(self) -> _C.SymmetricOperator:
-        return self._source.operator()
-
-    def __matmul__(self, v: Tensor) -> Tensor:
-        """H v for v of shape (P,), or for every column of v of shape (P, k).
-
-        Nothing is recorded for autograd: the product is a constant, also where v or a parameter requires grad.
-        """
-        try:
-            check_vector("v", v, self.shape[0], self.dtype, self.device)
-        except (TypeError, ValueError) as error:
-            self._source.fail(error)
-            raise
-        op, v = self._op, v.detach()
-        if self.device.type == "cpu":  # elsewhere each product would wait for the device, and could not be captured
-            op.check_values()
-        with products_with(self):
-            if v.dim() == 1:
-                return op.apply(v.contiguous())
-            columns = [op.apply(column.contiguous()) for column in v.unbind(1)]
-        return torch.stack(columns, dim=1) if columns else torch.empty_like(v)
-
-    def to_dense(self) -> Tensor:
-        """The matrix itself, (P, P), by P products: for small P."""
-        return self @ torch.eye(self.shape[0], dtype=self.dtype, device=self.device)
-
-    def as_scipy(self) -> Any:
-        """A `scipy.sparse.linalg.LinearOperator` on NumPy vectors, which travel to the device and back."""
-        import numpy as np
-        from scipy.sparse.linalg import LinearOperator
-
-        name = str(self.dtype).removeprefix("torch.")
-
-        def product(x: Any) -> Any:
-            if np.iscomplexobj(x):
-                raise TypeError(f"x: expected real numbers, got {x.dtype}")
-            v = torch.from_numpy(np.array(x, dtype=name, order="C")).to(self.device)
-            return (self @ v).cpu().numpy()
-
-        def vector_product(x: Any) -> Any:
-            return product(x.reshape(-1))
-
-        return LinearOperator(
-            self.shape, matvec=vector_product, rmatvec=vector_product, matmat=product, rmatmat=product, dtype=name
-        )
-
-    def __reduce__(self) -> Any:
-        raise TypeError(
-            f"a {type(self).__name__} holds recorded graphs and cannot be copied or pickled: make another one"
-        )
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(shape={self.shape}, dtype={self.dtype}, device={self.device})"
 
 
 class HessianOperator(CurvatureOperator):

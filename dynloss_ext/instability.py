@@ -34,7 +34,6 @@ __all__ = [
     "detect_periods",
     "instability_threshold",
     "period_changes",
-    "stability_limit",
 ]
 
 Array = NDArray[Any]
@@ -396,53 +395,6 @@ def crossings(
                 last = old + np.flatnonzero(above[old:new] == above[old])[-1]
                 found.append(Crossing(int(step[last + branches % 2]), index, bool(above[new])))
     return sorted(found, key=lambda crossing: (crossing.step, crossing.index))
-
-
-def stability_limit(optimizer: torch.optim.Optimizer) -> float:
-    """Largest curvature λ of a quadratic loss at which the optimizer still converges.
-
-    With learning rate η, momentum β, dampening τ and weight decay w, for `torch.optim.SGD`:
-
-    * plain: 2/η - w,
-    * heavy ball: 2(1 + β) / (η(1 - τ)) - w,
-    * Nesterov: 2(1 + β) / (η(1 + 2β)) - w
-
-    (Cohen et al. 2021, arXiv:2103.00065, extended by dampening and weight decay). A learning rate of 0 gives
-    infinity. As in torch, dampening is ignored without momentum. Nesterov's form with β > 1 converges up to the
-    limit too, but not below a curvature of (1 - 1/β)/η - w.
-
-    Raises:
-        ValueError: an optimizer other than SGD, `maximize=True`, parameter groups that differ in these settings,
-        or settings with which no curvature converges: heavy ball with β >= 1, or β > 0 and τ >= 1.
-
-    Example:
-        >>> weights = [torch.zeros(1, requires_grad=True)]
-        >>> stability_limit(torch.optim.SGD(weights, lr=0.5))
-        4.0
-        >>> stability_limit(torch.optim.SGD(weights, lr=0.5, momentum=0.5, nesterov=True))
-        3.0
-    """
-    if type(optimizer) is not torch.optim.SGD:
-        raise ValueError(
-            f"optimizer: expected a torch.optim.SGD (no limit is known for others), got {type(optimizer).__name__}"
-        )
-    names = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
-    settings = {tuple(float(group[name]) for name in names) for group in optimizer.param_groups}
-    if len(settings) != 1:
-        raise ValueError(f"optimizer: expected equal {', '.join(names)}, got parameter groups that differ")
-    lr, momentum, dampening, weight_decay, nesterov, maximize = settings.pop()
-    if maximize:
-        raise ValueError("optimizer: expected one that minimises, got maximize=True")
-    if momentum == 0:
-        rate = lr
-    elif nesterov:
-        rate = lr * (1 + 2 * momentum)
-    else:
-        for name, value in (("momentum", momentum), ("dampening", dampening)):
-            if not value < 1:
-                raise ValueError(f"optimizer: expected a {name} below 1 (no curvature converges else), got {value}")
-        rate = lr * (1 - dampening)
-    return 2 * (1 + momentum) / rate - weight_decay if rate > 0 else math.inf
 
 
 def _epsilon(value: Any) -> float:

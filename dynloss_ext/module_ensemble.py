@@ -25,8 +25,9 @@ from dynloss_ext._ensemble import (
     start_rows,
 )
 from dynloss_ext._evaluation import random_state_kept
+from dynloss_ext._operators import CurvatureOperator
 from dynloss_ext.eigen import _check_settings, _solve
-from dynloss_ext.hessian import CurvatureOperator, HessianOperator, _Recorded
+from dynloss_ext.hessian import HessianOperator, _Recorded
 from dynloss_ext.loss import _checked_options, dynamic_cross_entropy
 from dynloss_ext.oscillation import Oscillation
 

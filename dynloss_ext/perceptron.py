@@ -22,7 +22,7 @@ from dynloss_ext._ensemble import (
     per_member,
     start_rows,
 )
-from dynloss_ext.hessian import CurvatureOperator
+from dynloss_ext._operators import CurvatureOperator
 from dynloss_ext.oscillation import Oscillation
 
 __all__ = ["Perceptron", "PerceptronEnsemble", "perceptron_values"]
@@ -103,7 +103,9 @@ class _State(NamedTuple):
 
 
 class _MemberHessian:
-    """What is behind the operator of a member: see `hessian.Source`."""
+    """What is behind the operator of a member: see `_operators.Source`."""
+
+    params = None  # one row of the tensors of all members
 
     def __init__(self, ensemble: PerceptronEnsemble, op: _C.SymmetricOperator) -> None:
         self._ensemble, self._op, self.size = ensemble, op, ensemble.num_parameters

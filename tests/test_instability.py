@@ -22,7 +22,6 @@ from dynloss_ext.instability import (
     detect_periods,
     instability_threshold,
     period_changes,
-    stability_limit,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -431,89 +430,6 @@ def test_tensors_of_every_real_type_are_accepted(dtype):
     assert [s.period for s in detect_periods(torch.arange(100), loss)] == [2]
     (window,) = detect_instabilities(torch.arange(100), loss, torch.tensor([0]), torch.tensor([2.0], dtype=dtype))
     assert window == Instability(0, 99, 2.0, 2.0)
-
-
-# ---- stability limit -------------------------------------------------------------------------------------
-
-
-def final_distance(curvature, settings, steps=6000):
-    weight = torch.tensor([1.0], dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.SGD([weight], **settings)
-    limit = stability_limit(optimizer)
-    for _ in range(steps):
-        weight.grad = curvature(limit) * weight.detach()
-        optimizer.step()
-        if not abs(weight.item()) < 1e9:
-            break
-    return abs(weight.item())
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"lr": 1.0},
-        {"lr": 0.3, "weight_decay": 0.5},
-        {"lr": 0.3, "dampening": 0.5},  # without momentum torch ignores it
-        {"lr": 0.1, "momentum": 0.9},
-        {"lr": 0.1, "momentum": 0.5, "dampening": 0.3, "weight_decay": 0.2},
-        {"lr": 0.1, "momentum": 0.9, "dampening": -0.5},
-        {"lr": 0.1, "momentum": 0.9, "nesterov": True},
-        {"lr": 0.1, "momentum": 1.0, "nesterov": True},  # its damping grows with the curvature
-        {"lr": 0.1, "momentum": 1.2, "nesterov": True},
-        {"lr": 0.2, "momentum": 0.6, "nesterov": True, "weight_decay": 0.1},
-    ],
-)
-def test_sgd_on_a_quadratic_converges_below_the_limit_and_diverges_above(settings):
-    assert final_distance(lambda limit: 0.99 * limit, settings) < 1e-6
-    assert final_distance(lambda limit: 1.01 * limit, settings) > 1e6
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"momentum": 1.0}, "optimizer: expected a momentum below 1 .* got 1.0"),
-        ({"momentum": 1.1}, "optimizer: expected a momentum below 1 .* got 1.1"),
-        ({"momentum": 0.9, "dampening": 1.0}, "optimizer: expected a dampening below 1 .* got 1.0"),
-        ({"momentum": 0.9, "dampening": 1.5}, "optimizer: expected a dampening below 1 .* got 1.5"),
-    ],
-)
-def test_settings_with_which_no_curvature_converges_are_refused(settings, message):
-    for curvature in (0.07, 0.7, 7.0, 70.0):
-        weight = torch.tensor([1.0], dtype=torch.float64, requires_grad=True)
-        optimizer = torch.optim.SGD([weight], lr=0.1, **settings)
-        distance = []
-        for _ in range(4000):
-            weight.grad = curvature * weight.detach()
-            optimizer.step()
-            distance.append(abs(weight.item()))
-        assert not max(distance[2000:]) < 1e-3  # plain descent is at 1e-6 after 2000 steps
-    with pytest.raises(ValueError, match=message):
-        stability_limit(optimizer)
-
-
-def test_nesterov_with_momentum_above_one_needs_a_curvature_too():
-    settings = {"lr": 0.1, "momentum": 1.2, "nesterov": True}
-    least = (1 - 1 / 1.2) / 0.1
-    assert final_distance(lambda _: 0.9 * least, settings) > 1e6
-    assert final_distance(lambda _: 1.1 * least, settings) < 1e-6
-
-
-def test_limit_of_a_tensor_learning_rate_and_of_zero():
-    weight = torch.zeros(1, requires_grad=True)
-    assert stability_limit(torch.optim.SGD([weight], lr=torch.tensor(0.5))) == 4
-    assert stability_limit(torch.optim.SGD([weight], lr=0.0)) == math.inf
-
-
-def test_unknown_limits_are_refused():
-    a, b = torch.zeros(1, requires_grad=True), torch.zeros(1, requires_grad=True)
-    with pytest.raises(ValueError, match=r"optimizer: expected a torch.optim.SGD .* got Adam"):
-        stability_limit(torch.optim.Adam([a]))
-    with pytest.raises(ValueError, match=r"optimizer: expected a torch.optim.SGD .* got float"):
-        stability_limit(0.1)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"optimizer: expected equal .* got parameter groups that differ"):
-        stability_limit(torch.optim.SGD([{"params": [a], "lr": 0.1}, {"params": [b], "lr": 0.2}]))
-    with pytest.raises(ValueError, match=r"optimizer: expected .* got maximize=True"):
-        stability_limit(torch.optim.SGD([a], lr=0.1, maximize=True))
 
 
 # ---- crossings of a threshold ----------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from dynloss_ext import HessianOperator, spectral_density, trace
+from dynloss_ext import HessianOperator, diagonal, spectral_density, trace
 from dynloss_ext.spectrum import Estimate, SpectralDensity
 
 
@@ -307,3 +307,59 @@ def test_a_product_that_is_not_finite_is_an_error() -> None:
         spectral_density(lambda v: v * math.nan, num_steps=2, num_probes=1, **settings)
     with pytest.raises(RuntimeError, match="H: expected finite products, got one that is not"):
         trace(lambda v: v * math.inf, **settings)
+
+
+# ---- diagonal --------------------------------------------------------------------------------------------
+
+
+def test_the_diagonal_is_the_mean_of_signs_times_products(small: torch.Tensor) -> None:
+    H, settings = arguments(small)
+    before = torch.get_rng_state()
+    found = diagonal(H, num_samples=9, seed=4, **settings)
+    assert torch.equal(torch.get_rng_state(), before)
+    generator = torch.Generator().manual_seed(4)
+    z = torch.stack([torch.randint(2, (20,), generator=generator, dtype=torch.int8) for _ in range(9)]).double() * 2 - 1
+    samples = z * (z @ small)
+    torch.testing.assert_close(found.values, samples.mean(0), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(found.stderr, samples.std(0) / 3, rtol=1e-12, atol=1e-14)
+    assert not torch.equal(diagonal(H, num_samples=9, seed=5, **settings).values, found.values)
+
+
+def test_the_standard_error_of_the_diagonal_is_its_spread_over_seeds(small: torch.Tensor) -> None:
+    H, settings = arguments(small)
+    results = [diagonal(H, num_samples=12, seed=seed, **settings) for seed in range(800)]
+    values, errors = (torch.stack([getattr(r, name) for r in results]) for name in ("values", "stderr"))
+    assert_errors_match_the_spread(values, errors)
+    off_diagonal = (small - small.diagonal().diag()).square().sum(1)
+    torch.testing.assert_close(errors.square().mean(0), off_diagonal / 12, rtol=0.1, atol=0)
+    assert ((values.mean(0) - small.diagonal()).abs() < 4 * values.std(0) / math.sqrt(800)).all()
+
+
+@pytest.mark.parametrize("scale", [1e-250, 1e-160, 1e160, 1e250])
+def test_a_diagonal_that_is_finite_has_a_finite_error(small: torch.Tensor, scale: float) -> None:
+    H, settings = arguments(small)
+    found = diagonal(H, num_samples=5, **settings)
+    scaled = diagonal(lambda v: H(v) * scale, num_samples=5, **settings)
+    torch.testing.assert_close(scaled.values / scale, found.values, rtol=1e-9, atol=0)
+    torch.testing.assert_close(scaled.stderr / scale, found.stderr, rtol=1e-9, atol=1e-12)
+
+
+def test_a_diagonal_in_float32_has_the_dtype_of_its_operator_and_zero_is_one() -> None:
+    x = torch.linspace(1, 2, 6).requires_grad_()
+    found = diagonal(HessianOperator((x**3).sum(), [x]), num_samples=3)
+    torch.testing.assert_close(found.values, 6 * x.detach())
+    assert found.stderr.dtype == torch.float32
+    assert not diagonal(lambda v: 0 * v, n=4, num_samples=2).values.any()
+
+
+def test_the_diagonal_refuses_bad_input_and_products_that_are_not_finite() -> None:
+    H, settings = arguments(torch.eye(3, dtype=torch.float64))
+    with pytest.raises(ValueError, match="num_samples: expected an int >= 2, got 1"):
+        diagonal(H, num_samples=1, **settings)
+    with pytest.raises(TypeError, match="seed: expected an int, got str"):
+        diagonal(H, seed="a", **settings)
+    with pytest.raises(TypeError, match="H: expected a HessianOperator or a callable"):
+        diagonal(torch.eye(3))
+    for wrong in (math.nan, math.inf):
+        with pytest.raises(RuntimeError, match="H: expected finite products, got one that is not"):
+            diagonal(lambda v, wrong=wrong: v * wrong, n=3)

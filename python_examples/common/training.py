@@ -43,7 +43,7 @@ from common.run import (
 )
 from common.tracking import CurvatureTracker, full_precision, hessian_of_batches
 from dynloss_ext import CapturedStep, DeviceRecords, Oscillation, dynamic_cross_entropy
-from dynloss_ext.instability import stability_limit
+from dynloss_ext.stability import stability_limit
 
 _TICK = 1.0  # seconds between two looks at the device, which each wait for it
 _VALIDATION_BATCH = 1000
