@@ -75,17 +75,12 @@ class BatchSums:
         batches: Iterable[Any],
         process_group: ProcessGroup | None,
     ) -> None:
-        if process_group is not None and not (
-            distributed.is_available() and isinstance(process_group, distributed.ProcessGroup)
-        ):
-            raise TypeError(
-                f"process_group: expected a torch.distributed.ProcessGroup or None, got {type(process_group).__name__}"
-            )
+        check_process_group(process_group)
         self._record, self._parts, self._closure = record, parts, closure
         self._batches, self._group = batches, process_group
         self._processes = 1 if process_group is None else distributed.get_world_size(process_group)
-        given = _listed(params)
-        self._device = _message_device(given, process_group)
+        given = listed(params)
+        self._device = message_device(given, process_group)
         self._params = Params([], [])
         self._reached: list[bool] = []
         self._suspects: list[str] = []
@@ -97,17 +92,7 @@ class BatchSums:
             raise ValueError(
                 "params: expected the same in all processes of process_group, got different shapes or values"
             )
-        if count == 0:
-            raise ValueError("batches: expected at least one batch, got none")
-        if statistics and count > 1:
-            raise ValueError(
-                "closure: expected a loss of all samples that is a sum over batches, got BatchNorm in train mode on"
-                f" {count:.0f} batches: put the model in eval mode, or pass one batch"
-            )
-        if not (math.isfinite(weight) and weight > 0):
-            raise ValueError(
-                f"weight_sum: expected a finite number in all batches together that is more than 0, got {weight}"
-            )
+        check_sums(count, bool(statistics), weight)
         if not dependent:
             raise ValueError(f"{parts[-1]}: expected a tensor that depends on params, got none in any batch")
         if self._group is None:  # another process's batches may reach the others
@@ -181,7 +166,7 @@ class BatchSums:
         # A function of its own: what it leaves behind must be free before the next batch's graph is built.
         with torch.enable_grad(), buffers_kept(self._params):
             graph, weight = self._evaluate(batch)
-            _tally(sums, graph[0], weight)
+            tally(sums, graph[0], weight)
             operator, _ = self._record(self._params, *graph)
             if operator is not None:
                 total += operator.apply_noisily(v) if noisily else operator.apply(v)
@@ -192,11 +177,7 @@ class BatchSums:
         if isinstance(params, BaseException):
             raise params
         check_callable("closure", self._closure)
-        if isinstance(self._batches, Iterator) or not isinstance(self._batches, Iterable):
-            raise TypeError(
-                "batches: expected an iterable to be passed over more than once, such as a list or a DataLoader, got"
-                f" {type(self._batches).__name__}"
-            )
+        check_batches(self._batches)
         self._params = check_params(params)
         self._reached = [False] * len(self._params)
         self._cut: dict[int, str] = {}
@@ -223,7 +204,7 @@ class BatchSums:
                 (graph, weight), _ = repeatable(evaluate, lambda answer: answer[0][0], self._device, self._params)
             else:
                 graph, weight = evaluate()
-            _tally(sums, graph[0], weight)
+            tally(sums, graph[0], weight)
             self._tolerance = max(self._tolerance, relative_rounding(graph[0].dtype))
             if twice:
                 self._suspects = suspects(graph[:1])
@@ -245,21 +226,8 @@ class BatchSums:
         """What the closure returns: parts of the graph, and the weight, a tensor where the closure gives one."""
         with double_backward():
             answer = self._closure(batch)
-        expected = (*self._parts, "weight_sum")
-        if not isinstance(answer, tuple) or len(answer) != len(expected):
-            got = f"a tuple of {len(answer)}" if isinstance(answer, tuple) else type(answer).__name__
-            raise TypeError(f"closure: expected to return ({', '.join(expected)}), got {got}")
-        loss, *others, weight = answer
-        if isinstance(weight, Tensor) and weight.numel() == 1 and not weight.is_complex():
-            weight = weight.detach().to(self._device, torch.float64).view(())
-        else:
-            try:
-                weight = float(weight)
-            except (TypeError, ValueError, RuntimeError) as error:
-                raise TypeError(
-                    f"closure: expected a number or a 0-d tensor as weight_sum, got {type(weight).__name__}"
-                ) from error
-        return [check_loss(loss, self._parts[0]), *others], weight
+        loss, *others, weight = check_answer(answer, (*self._parts, "weight_sum"))
+        return [check_loss(loss, self._parts[0]), *others], weight_of(weight, self._device)
 
     def _fingerprint(self, tensors: Sequence[Tensor]) -> Tensor:
         return tensors[0].new_empty(0) if self._group is None else fingerprint(tensors)
@@ -267,35 +235,94 @@ class BatchSums:
     def _reduce(
         self, compute: Callable[[], Tensor], length: int, keep: int = 0, dtype: torch.dtype = torch.float64
     ) -> tuple[Tensor, list[float]]:
-        """The sum over the group, in one all-reduce that also carries how many processes failed.
-
-        Args:
-            length: of what compute gives, for a process where it fails.
-            keep: how many elements of the sum stay on the device; the rest comes as a list.
-        """
-        if self._group is None:
-            message = compute()
-            return message[:keep], message[keep:].tolist()
-        failure: BaseException | None = None
-        try:
-            message = compute()
-        except BaseException as error:  # the others must hear of it before it goes on
-            failure = error
-            message = torch.zeros(length, dtype=dtype, device=self._device)
-        message = torch.cat([message, message.new_tensor([0.0 if failure is None else 1.0])])
-        distributed.all_reduce(message, group=self._group)
-        if failure is not None:
-            raise failure
-        *tail, failed = message[keep:].tolist()
-        if failed:
-            raise RuntimeError(
-                f"process_group: expected no process to fail in this call, got {failed:.0f} other(s) that did, whose"
-                " own errors say why"
-            )
-        return message[:keep], tail
+        return reduce_over(self._group, self._device, compute, length, keep, dtype)
 
 
-def _tally(sums: Tensor, loss: Tensor, weight: Tensor | float) -> None:
+def reduce_over(
+    group: ProcessGroup | None,
+    device: torch.device,
+    compute: Callable[[], Tensor],
+    length: int,
+    keep: int = 0,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[Tensor, list[float]]:
+    """The sum over the group, in one all-reduce that also carries how many processes failed.
+
+    Args:
+        length: of what compute gives, for a process where it fails.
+        keep: how many elements of the sum stay on the device; the rest comes as a list.
+    """
+    if group is None:
+        message = compute()
+        return message[:keep], message[keep:].tolist()
+    failure: BaseException | None = None
+    try:
+        message = compute()
+    except BaseException as error:  # the others must hear of it before it goes on
+        failure = error
+        message = torch.zeros(length, dtype=dtype, device=device)
+    message = torch.cat([message, message.new_tensor([0.0 if failure is None else 1.0])])
+    distributed.all_reduce(message, group=group)
+    if failure is not None:
+        raise failure
+    *tail, failed = message[keep:].tolist()
+    if failed:
+        raise RuntimeError(
+            f"process_group: expected no process to fail in this call, got {failed:.0f} other(s) that did, whose"
+            " own errors say why"
+        )
+    return message[:keep], tail
+
+
+def check_process_group(group: object) -> None:
+    if group is not None and not (distributed.is_available() and isinstance(group, distributed.ProcessGroup)):
+        raise TypeError(f"process_group: expected a torch.distributed.ProcessGroup or None, got {type(group).__name__}")
+
+
+def check_batches(batches: object) -> None:
+    if isinstance(batches, Iterator) or not isinstance(batches, Iterable):
+        raise TypeError(
+            "batches: expected an iterable to be passed over more than once, such as a list or a DataLoader, got"
+            f" {type(batches).__name__}"
+        )
+
+
+def check_answer(answer: object, expected: tuple[str, ...]) -> tuple[Any, ...]:
+    """What a closure returned, if it is a tuple of what is expected."""
+    if not isinstance(answer, tuple) or len(answer) != len(expected):
+        got = f"a tuple of {len(answer)}" if isinstance(answer, tuple) else type(answer).__name__
+        raise TypeError(f"closure: expected to return ({', '.join(expected)}), got {got}")
+    return answer
+
+
+def weight_of(weight: Any, device: torch.device) -> Tensor | float:
+    """The weight_sum of a closure as a number, or where it is a tensor as one that stays on its device."""
+    if isinstance(weight, Tensor) and weight.numel() == 1 and not weight.is_complex():
+        return weight.detach().to(device, torch.float64).view(())
+    try:
+        return float(weight)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"closure: expected a number or a 0-d tensor as weight_sum, got {type(weight).__name__}"
+        ) from error
+
+
+def check_sums(count: float, statistics: bool, weight: float) -> None:
+    """Refuses batches whose sum has no Hessian: their number, whether one couples its samples, their weight."""
+    if count == 0:
+        raise ValueError("batches: expected at least one batch, got none")
+    if statistics and count > 1:
+        raise ValueError(
+            "closure: expected a loss of all samples that is a sum over batches, got BatchNorm in train mode on"
+            f" {count:.0f} batches: put the model in eval mode, or pass one batch"
+        )
+    if not (math.isfinite(weight) and weight > 0):
+        raise ValueError(
+            f"weight_sum: expected a finite number in all batches together that is more than 0, got {weight}"
+        )
+
+
+def tally(sums: Tensor, loss: Tensor, weight: Tensor | float) -> None:
     """Adds to Σ loss_sum, Σ weight_sum and Σ |loss_sum|, without a word from the device."""
     value = loss.detach().to(sums)
     sums[0] += value
@@ -303,7 +330,7 @@ def _tally(sums: Tensor, loss: Tensor, weight: Tensor | float) -> None:
     sums[2] += value.abs()
 
 
-def _listed(params: Any) -> Any:
+def listed(params: Any) -> Any:
     """Params as a list, where they are an iterable; or what was raised on the way, to be raised where others hear."""
     if isinstance(params, Tensor | Mapping) or not isinstance(params, Iterable):
         return params
@@ -313,7 +340,7 @@ def _listed(params: Any) -> Any:
         return error
 
 
-def _message_device(params: Any, group: ProcessGroup | None) -> torch.device:
+def message_device(params: Any, group: ProcessGroup | None) -> torch.device:
     """That of the params, also of a process whose params are refused: the others wait for its message there."""
     for given in params if isinstance(params, list) else [params]:
         for p in given if isinstance(given, tuple) else (given,):

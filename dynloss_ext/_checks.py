@@ -148,8 +148,39 @@ def is_sharded(p: Tensor) -> bool:
     return type(p).__name__ == "DTensor"
 
 
-def check_params(params: Parameters, name: str = "params") -> Params:
-    """The parameters, given as they are or with their names, if something can be differentiated by them."""
+def _twice(p: Tensor, label: str, first: Tensor, first_label: str) -> tuple[str, str]:
+    """What is expected of a parameter that graphs are recorded of, and what it is; nothing where it is that."""
+    if is_sharded(p):
+        return "a tensor that is whole in this process", "a DTensor: HessianOperator.from_gradients takes it"
+    if p.dtype not in (torch.float32, torch.float64):
+        return "float32 or float64", str(p.dtype)
+    if p.dtype != first.dtype or p.device != first.device:
+        expected = f"one dtype and device for all, {first.dtype} on {first.device} as {first_label}"
+        return expected, f"{p.dtype} on {p.device}"
+    return "", ""
+
+
+def _once(p: Tensor, label: str, first: Tensor, first_label: str) -> tuple[str, str]:
+    """The same of a parameter of which gradients alone are asked for, where it may be moved to."""
+    if not p.is_leaf:
+        return "a leaf, such as an nn.Parameter", f"a tensor of shape {tuple(p.shape)} that was computed"
+    if not p.dtype.is_floating_point:
+        return "a floating-point tensor", str(p.dtype)
+    if p.device != first.device:
+        return f"one device for all, {first.device} as {first_label}", str(p.device)
+    if is_sharded(p) != is_sharded(first):
+        return "DTensors alone, or none", f"{type(p).__name__} beside {first_label}, a {type(first).__name__}"
+    if p._post_accumulate_grad_hooks:
+        return (
+            "a tensor without hooks, which every gradient would call",
+            "one with a hook (Tensor.register_post_accumulate_grad_hook), such as an optimizer's step: remove it",
+        )
+    return "", ""
+
+
+def check_params(params: Parameters, name: str = "params", *, once: bool = False) -> Params:
+    """The parameters, given as they are or with their names, if something can be differentiated by them; once: their
+    gradients are asked for, and no graphs of these."""
     if isinstance(params, Tensor):
         raise TypeError(f"{name}: expected an iterable of tensors, got one tensor: pass [tensor]")
     if not isinstance(params, Iterable):
@@ -166,14 +197,10 @@ def check_params(params: Parameters, name: str = "params") -> Params:
         raise ValueError(f"{name}: expected at least one tensor, got none")
     for label, p in zip(labels, checked, strict=True):
         check_tensor(label, p)
-        expected, got = "", f"a tensor of shape {tuple(p.shape)}"
-        if is_sharded(p):
-            expected, got = "a tensor that is whole in this process", "a DTensor"
-        elif p.dtype not in (torch.float32, torch.float64):
-            expected, got = "float32 or float64", str(p.dtype)
-        elif p.dtype != checked[0].dtype or p.device != checked[0].device:
-            expected = f"one dtype and device for all, {checked[0].dtype} on {checked[0].device} as {labels[0]}"
-            got = f"{p.dtype} on {p.device}"
+        got = f"a tensor of shape {tuple(p.shape)}"
+        expected, found = (_once if once else _twice)(p, label, checked[0], labels[0])
+        if expected:
+            got = found
         elif not p.requires_grad:
             expected, got = "a tensor that requires grad", f"{got} that does not"
         elif p._backward_hooks:

@@ -85,6 +85,7 @@ class Calls:
 
     def __init__(self) -> None:
         self.batch_statistics = False  # whether a BatchNorm module normalised by its batch
+        self.outermost: list[nn.Module] = []  # what this thread called that no other module did
         # By a parameter's id, the module of it that ran without grad; and where it lost it to a reentrant checkpoint.
         self.cut: dict[int, str] = {}
         self.lost: dict[int, str] = {}
@@ -199,6 +200,8 @@ def buffers_kept(params: Iterable[Tensor] = ()) -> Iterator[Calls]:
         if not inside and thread != own and not any(id(p) in ours for p in module.parameters()):
             return
         calls.enter(module, outermost=not inside)
+        if not inside and thread == own:
+            calls.outermost.append(module)
         # TorchScript calls its modules by itself.
         modules = module.modules() if isinstance(module, torch.jit.ScriptModule) else [module]
         inside.append([(m, dict(m._buffers.items())) for m in modules])
@@ -226,6 +229,24 @@ def buffers_kept(params: Iterable[Tensor] = ()) -> Iterator[Calls]:
         for hook in hooks:
             hook.remove()
         for buffer, values in saved.values():
+            _distinct(buffer.data).copy_(values)
+
+
+class BuffersOf:
+    """The buffers of some modules as they are now, without hooks, which compiled code would be compiled anew for."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._modules = [(module, dict(module._buffers.items())) for module in modules]
+        buffers = {id(b): b for _, own in self._modules for b in own.values() if b is not None}
+        self._values = [(b, _distinct(b).detach().clone()) for b in buffers.values()]
+
+    def put_back(self) -> None:
+        """The values behind autograd's back, and buffers that were replaced."""
+        for module, buffers in self._modules:
+            for name, buffer in buffers.items():
+                if module._buffers.get(name) is not buffer:
+                    module._buffers[name] = buffer
+        for buffer, values in self._values:
             _distinct(buffer.data).copy_(values)
 
 

@@ -118,6 +118,12 @@ class CurvatureOperator:
         return self * -1.0
 
     @property
+    def noise(self) -> float:
+        """How far a product with a unit vector may be from H v, in length, where that is estimated: of
+        `HessianOperator.from_gradients` and what is made of it; 0 for others, whose rounding is not."""
+        return self._op.noise()
+
+    @property
     def T(self: Made) -> Made:
         """The operator itself: it is symmetric."""
         return self
@@ -230,6 +236,7 @@ class Composed:
         parts: of one dtype and device.
         combine: (the products of the parts, v) -> the product with v, linear and symmetric.
         params: what v is made of, where that is known.
+        factors: by how much an error of each part's product is longer in the combined one, at most.
     """
 
     def __init__(
@@ -238,8 +245,10 @@ class Composed:
         combine: Callable[[Sequence[Product], Tensor], Tensor],
         size: int,
         params: Params | None,
+        factors: Sequence[float],
     ) -> None:
         self._parts, self._combine, self.size, self.params = parts, combine, size, params
+        self._factors = factors
         self.like = torch.empty(0, dtype=parts[0].dtype, device=parts[0].device)
 
     def operator(self) -> _C.SymmetricOperator:
@@ -247,7 +256,11 @@ class Composed:
         ops = [part._op for part in self._parts]
         plain = partial(self._combine, [op.apply for op in ops])
         noisy = partial(self._combine, [op.apply_noisily for op in ops])
-        return _C.PythonOperator(plain, self.size, self.like, noisy, ops)
+
+        def noise() -> float:
+            return sum(factor * op.noise() for factor, op in zip(self._factors, ops, strict=True))
+
+        return _C.PythonOperator(plain, self.size, self.like, noisy, ops, noise)
 
     def fail(self, error: Exception) -> None:
         """Tells those who wait for the first product that is shared; they ask for no other."""
@@ -281,14 +294,13 @@ def _sum(a: CurvatureOperator, b: CurvatureOperator) -> Composed:
     ours, theirs = a._source.params, b._source.params
     if ours is not None and theirs is not None and list(map(id, ours)) != list(map(id, theirs)):
         raise ValueError("H: expected operators by the same params in the same order, got others")
-    return Composed(
-        (a, b), lambda products, v: products[0](v) + products[1](v), a.shape[0], theirs if ours is None else ours
-    )
+    params = theirs if ours is None else ours
+    return Composed((a, b), lambda products, v: products[0](v) + products[1](v), a.shape[0], params, (1.0, 1.0))
 
 
 def _multiple(a: CurvatureOperator, factor: float) -> Composed:
     """The operator times a number."""
-    return Composed((a,), lambda products, v: factor * products[0](v), a.shape[0], a._source.params)
+    return Composed((a,), lambda products, v: factor * products[0](v), a.shape[0], a._source.params, (abs(factor),))
 
 
 def _block(a: CurvatureOperator, params: Parameters) -> Composed:
@@ -311,7 +323,7 @@ def _block(a: CurvatureOperator, params: Parameters) -> Composed:
         product = products[0](whole)
         return torch.cat([product[place] for place in chosen])
 
-    return Composed((a,), combine, sum(sizes), Params(some, list(labels), own.named))
+    return Composed((a,), combine, sum(sizes), Params(some, list(labels), own.named), (1.0,))
 
 
 def _congruence(a: CurvatureOperator, diagonal: Tensor | Iterable[Tensor], weight_decay: float) -> Composed:
@@ -323,7 +335,7 @@ def _congruence(a: CurvatureOperator, diagonal: Tensor | Iterable[Tensor], weigh
         product = products[0](v)
         return root * (torch.add(product, v, alpha=weight_decay) if weight_decay else product)
 
-    return Composed((a,), combine, a.shape[0], a._source.params)
+    return Composed((a,), combine, a.shape[0], a._source.params, (root.max().item() ** 2,))
 
 
 def _params_of(a: CurvatureOperator) -> Params:

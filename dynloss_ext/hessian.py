@@ -14,6 +14,7 @@ from torch.autograd.graph import get_gradient_edge
 from dynloss_ext import _C
 from dynloss_ext._batches import BatchSums, Recording
 from dynloss_ext._checks import Parameters, Params, check_loss, check_params, check_tensor
+from dynloss_ext._differences import GradientDifferences
 from dynloss_ext._double_backward import custom_functions, double_backward, warn_of_custom_functions
 from dynloss_ext._evaluation import Calls, buffers_kept, check_reached, repeatable, suspects, warn_of_unreached
 from dynloss_ext._operators import CurvatureOperator
@@ -78,7 +79,7 @@ class HessianOperator(CurvatureOperator):
     Attributes:
         gradients: the recorded gradient of each parameter (None where the loss does not depend on it). A training
             step that uses these pays for no backward pass of its own; ``detach().clone()`` them, as autograd may hand
-            out one number seen many times. Empty for `from_batches`.
+            out one number seen many times. Empty for `from_batches` and `from_gradients`.
 
     Example:
         >>> x = torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=True)
@@ -158,6 +159,65 @@ class HessianOperator(CurvatureOperator):
         """
         sums = BatchSums(_hessian, ("loss_sum",), closure, params, batches, process_group)
         return cls._of(sums, sums.like)
+
+    @classmethod
+    def from_gradients(
+        cls,
+        closure: Callable[..., Any],
+        params: Parameters,
+        batches: Iterable[Any] | None = None,
+        *,
+        process_group: ProcessGroup | None = None,
+        order: int | None = None,
+        step: float | None = None,
+        seed: int = 0,
+    ) -> HessianOperator:
+        """The Hessian by central differences of gradients: for what torch differentiates once, as fused attention,
+        compiled, quantised and sharded modules.
+
+        A product takes ``order`` backward passes and is inexact; its error is estimated when the operator is made (by
+        about 20 gradients) and, of order 4, with every product (`noise`). `eigsh` and `EigenTracker` add it to their
+        residuals and stop there, with the status "noise floor" where the tolerance is below.
+
+        The closure runs as it is: attention fused, modules compiled, layers in their mode. The parameters are moved
+        while a product is computed. They, their ``.grad``, buffers and torch's random state are put back to the bit.
+        Memory: two to four vectors of length P in the dtype of products, and a copy of the parameters.
+
+        Args:
+            closure: without batches, () -> loss, a 0-d tensor with its graph; with them, batch -> (loss_sum,
+                weight_sum) as in `from_batches`. ``loss.backward()`` is called here. Random layers draw the same
+                numbers in every evaluation.
+            params: leaves of any floating-point dtypes on one device, that have no hooks: tensors, or DTensors as of
+                `torch.distributed.fsdp.fully_shard`, which every process must pass. Vectors and sums are float64 if all
+                params are, float32 otherwise. Vectors are whole in every process, also those of sharded params.
+            batches: as in `from_batches`, or None.
+            process_group: as in `from_batches`; without batches the mean of the processes' losses. None with DTensors,
+                whose gradients are means already.
+            order: of the error in the step: 2, or 4 by one step of Richardson; None: 4 in float64, 2 in float32.
+            step: length of the displacement δ, such as ``step`` of a similar operator; None: the best one, by
+                measurement.
+            seed: of the random layers' numbers and the direction of the measurement.
+
+        Raises:
+            TypeError, ValueError: as `HessianOperator` and `from_batches`; no gradient reaches params, or one of it is
+                not finite; params that are no leaves, or are on several devices.
+            RuntimeError: by a product: a parameter was changed, or another process failed.
+
+        Example:
+            >>> x = torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=True)
+            >>> H = HessianOperator.from_gradients(lambda: x[0] ** 2 * x[1], [x])
+            >>> (H @ torch.tensor([1.0, 0.0], dtype=torch.float64)).round(decimals=9)
+            tensor([4., 2.], dtype=torch.float64)
+            >>> H.noise < 1e-9
+            True
+        """
+        differences = GradientDifferences(closure, params, batches, process_group, order, step, seed)
+        return cls._of(differences, differences.like)
+
+    @property
+    def step(self) -> float | None:
+        """Of `from_gradients`, the length δ of its displacements; None for others."""
+        return self._source.step if isinstance(self._source, GradientDifferences) else None
 
 
 class GaussNewtonOperator(CurvatureOperator):

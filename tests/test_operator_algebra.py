@@ -260,3 +260,21 @@ def test_composed_operators_are_not_pickled(problem):
     with pytest.raises(TypeError, match="cannot be copied or pickled"):
         copy.copy(2 * problem[1])
     assert repr(2 * problem[1]) == "CurvatureOperator(shape=(45, 45), dtype=torch.float64, device=cpu)"
+
+
+def test_what_is_made_of_inexact_products_is_inexact():
+    params = mlp()
+    D = HessianOperator.from_gradients(lambda: loss_of(params), params)
+    H = HessianOperator(loss_of(params), params)
+    assert H.noise == 0 < D.noise
+    scale = torch.full((P,), 4.0, dtype=torch.float64)
+    for made, noise in (
+        (D - H, 1.0),
+        (-3 * D + D, 4.0),
+        (D.restrict(params[:2]), 1.0),
+        (D.preconditioned(scale), 0.25),
+    ):
+        assert made.noise == pytest.approx(noise * D.noise)
+    with pytest.warns(ConvergenceWarning, match="noise floor"):
+        result = eigsh(D - H, tol=1e-6)
+    assert result.values.abs().max() <= 3 * D.noise and result.residuals.min() >= D.noise

@@ -173,7 +173,8 @@ void bind_lanczos(py::module_& module) {
            [](SymmetricOperator& op, const at::Tensor& v) {
              return without_gil([&] { return op.apply_noisily(v); });
            })
-      .def("check_values", &SymmetricOperator::check_values);
+      .def("check_values", &SymmetricOperator::check_values)
+      .def("noise", &SymmetricOperator::noise);
   py::class_<FlatParameters>(module, "FlatParameters")
       .def(py::init<std::vector<at::Tensor>, std::vector<std::string>>(), py::arg("parameters"),
            py::arg("labels"))
@@ -189,9 +190,9 @@ void bind_lanczos(py::module_& module) {
            py::arg("parameters"));
   py::class_<PythonOperator, SymmetricOperator, std::shared_ptr<PythonOperator>>(module, "PythonOperator")
       .def(py::init<py::function, int64_t, const at::Tensor&, std::optional<py::function>,
-                    std::vector<std::shared_ptr<SymmetricOperator>>>(),
+                    std::vector<std::shared_ptr<SymmetricOperator>>, std::optional<py::function>>(),
            py::arg("product"), py::arg("size"), py::arg("like"), py::arg("noisy") = py::none(),
-           py::arg("parts") = py::tuple());
+           py::arg("parts") = py::tuple(), py::arg("noise") = py::none());
   module.def("eigsh", &run_eigsh, py::arg("op"), py::kw_only(), py::arg("k"), py::arg("which"),
              py::arg("tol"), py::arg("v0"), py::arg("max_hvp"), py::arg("max_basis"), py::arg("seed"),
              py::arg("audit"));

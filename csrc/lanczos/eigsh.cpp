@@ -32,6 +32,9 @@ constexpr int kMaxDeceptions = 2;
 // residual may then stand, for each of them: the longer it stands still, the less the noise has to explain.
 constexpr int64_t kMinStalledProducts = 8;
 constexpr double kNoisePerProduct = 0.25;
+// Of a noise that the operator knows, a residual in which it counts need not stand still: half of its square
+// is that noise already.
+constexpr double kKnownNoise = 1.5;
 // A residual that has not fallen below this share of the best one stands still.
 constexpr double kProgress = 0.7;
 
@@ -186,7 +189,14 @@ class Solver {
     const auto wanted = static_cast<int64_t>(enough.size());
     residual_norms_ =
         basis_.residual_norms(leading(wanted), {ritz_.values.begin(), ritz_.values.begin() + wanted}, enough);
+    // Of the products that were made; within their span nothing is left of an error that is symmetric.
+    const double unseen = known_noise();
+    for (double& norm : residual_norms_) norm = std::hypot(norm, unseen);
   }
+
+  // What the operator knows of the length of a product's noise, and what is known of it in all.
+  double known_noise() const { return op_.noise() * basis_.unit(); }
+  double noise() const { return std::max(basis_.noise(), known_noise()); }
 
   // What is wanted most: larger is better.
   double key(double value) const {
@@ -253,8 +263,8 @@ class Solver {
     const double last = ritz_.values[options_.count - 1];
     const double edge = options_.which == Which::kMagnitude ? std::abs(last) : last;
     // What lies beyond by less cannot be told from the last wanted value.
-    const double noise = 3.0 * basis_.noise() / std::sqrt(static_cast<double>(length_));
-    const double margin = std::max({limit(last), residual_norms_[options_.count - 1], noise});
+    const double beyond_noise = 3.0 * noise() / std::sqrt(static_cast<double>(length_));
+    const double margin = std::max({limit(last), residual_norms_[options_.count - 1], beyond_noise});
     if (options_.which != Which::kSmallest) search_beyond(edge + margin, 1.0);
     if (options_.which != Which::kLargest && audited_) {
       const double lower = options_.which == Which::kMagnitude ? -edge : edge;
@@ -344,9 +354,11 @@ class Solver {
       best_ = worst;
       best_at_ = num_products_;
     }
+    if (!std::isfinite(worst)) return false;
+    if (height <= kKnownNoise * known_noise()) return true;
     const int64_t stalled = num_products_ - best_at_;
-    return stalled >= kMinStalledProducts && std::isfinite(worst) &&
-           height <= kNoisePerProduct * static_cast<double>(stalled) * basis_.noise();
+    return stalled >= kMinStalledProducts &&
+           height <= kNoisePerProduct * static_cast<double>(stalled) * noise();
   }
 
   // Before the basis forgets what it knows, and as soon as it does: the budget may be large.

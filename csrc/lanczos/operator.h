@@ -26,6 +26,10 @@ class SymmetricOperator {
   // that of a layer is wrong.
   virtual bool is_differentiated() const { return false; }
 
+  // How far a product with a unit vector may be from H v, in length, where the operator knows more of that
+  // than its asymmetry says: the larger of what the products so far had.
+  virtual double noise() const { return 0.0; }
+
   // Throws where H has changed since it was made. One reading of the device, before products, not for each.
   virtual void check_values() const {}
 };

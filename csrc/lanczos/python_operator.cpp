@@ -15,10 +15,12 @@ namespace dynloss {
 
 PythonOperator::PythonOperator(py::function product, int64_t size, const at::Tensor& like,
                                std::optional<py::function> noisy,
-                               std::vector<std::shared_ptr<SymmetricOperator>> parts)
+                               std::vector<std::shared_ptr<SymmetricOperator>> parts,
+                               std::optional<py::function> noise)
     : product_(std::move(product)),
       noisy_(std::move(noisy)),
       parts_(std::move(parts)),
+      noise_(std::move(noise)),
       size_(size),
       options_(like.options()),
       grad_mode_(at::GradMode::is_enabled()) {}
@@ -34,6 +36,12 @@ bool PythonOperator::is_differentiated() const {
 
 void PythonOperator::check_values() const {
   for (const auto& part : parts_) part->check_values();
+}
+
+double PythonOperator::noise() const {
+  if (!noise_) return 0.0;
+  const py::gil_scoped_acquire gil;
+  return (*noise_)().cast<double>();
 }
 
 at::Tensor PythonOperator::call(const py::function& product_of, const at::Tensor& v) const {

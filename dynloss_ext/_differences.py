@@ -1,0 +1,226 @@
+"""Products with a Hessian by differences of gradients, and their error."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dynloss_ext import _C
+from dynloss_ext._checks import Parameters, check_number, check_seed
+from dynloss_ext._gradients import Gradients
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+# Sixth differences, of g(x + k s u) for k = -3 ... 3: nothing is left of a smooth g, and √924 times the noise.
+_SIXTH = (1.0, -6.0, 15.0, -20.0, 15.0, -6.0, 1.0)
+_SIXTH_NOISE = math.sqrt(924.0)
+# What is said of noise is this much more than what was seen along one direction.
+_ELSEWHERE = 2.0
+# An error below this share of the product is good enough to stop looking, where the next is not smaller.
+_GOOD = 1e-3
+_HALF = math.sqrt(2.0)  # of a unit vector u, two of which that are orthogonal make up √2 u
+# Spacings at which the noise is measured: the first, this much less each, so many at most.
+_FINER = 16.0
+_MAX_SPACINGS = 4
+# Noise measured at one spacing is believed for steps up to so many times as long.
+_MAX_STEP = 4.0
+
+
+class _Formula(NamedTuple):
+    """A central difference of gradients at x + points · δ u: each row of weights is one, in units of 1 / δ."""
+
+    points: tuple[float, ...]
+    weights: tuple[tuple[float, ...], ...]  # for H u; and for D(δ) - D(2δ)
+    rounding: float  # of H u in units of (noise of a gradient) / δ
+
+    def at(self, step: float) -> tuple[list[float], list[list[float]]]:
+        return [point * step for point in self.points], [[weight / step for weight in row] for row in self.weights]
+
+
+_FORMULAS = {
+    2: _Formula((1.0, -1.0), ((1 / 2, -1 / 2),), math.sqrt(1 / 2)),
+    4: _Formula(
+        (1.0, -1.0, 2.0, -2.0),
+        ((2 / 3, -2 / 3, -1 / 12, 1 / 12), (1 / 2, -1 / 2, -1 / 4, 1 / 4)),
+        math.sqrt(65 / 72),
+    ),
+}
+
+
+class _Step(NamedTuple):
+    """A step δ, with what was measured of the noise and the bend of gradients where it was chosen."""
+
+    step: float
+    rounding: float  # error of a product with a unit vector by the noise of gradients
+    truncation: float  # the same by the end of the Taylor series, along the direction that was measured
+    product: float  # the length of H u along that direction
+
+    @property
+    def error(self) -> float:
+        return math.hypot(self.rounding, self.truncation)
+
+    @property
+    def relative(self) -> float:
+        return self.error / self.product if self.product else math.inf
+
+
+class GradientDifferences:
+    """Products with the Hessian by central differences of gradients.
+
+    With the displacement δ along a unit vector u, D(δ) = (g(x + δ u) - g(x - δ u)) / 2δ = H u + δ² c / 6 + O(δ⁴); of
+    order 4, Richardson's (4 D(δ) - D(2δ)) / 3. `docs/concepts/differences.md` derives the step and the errors.
+
+    Args:
+        closure, params, batches, process_group, order, step, seed: see `HessianOperator.from_gradients`.
+
+    Attributes:
+        step: δ.
+        noise: how far a product with a unit vector may be from H v, in length: as measured when this was made and, of
+            order 4, the most that a product since had.
+    """
+
+    def __init__(
+        self,
+        closure: Callable[..., Any],
+        params: Parameters,
+        batches: Iterable[Any] | None,
+        process_group: ProcessGroup | None,
+        order: int | None,
+        step: float | None,
+        seed: int,
+    ) -> None:
+        if order not in (None, 2, 4):
+            raise ValueError(f"order: expected 2, 4 or None, got {order!r}")
+        if step is not None:
+            step = check_number("step", step, 0, open_low=True)
+        self._seed = check_seed(seed) % 2**32
+        self._gradients = Gradients(closure, params, batches, process_group, self._seed)
+        self.size, self.like, self.params = self._gradients.size, self._gradients.like, self._gradients.params
+        self.order = order or (4 if self.like.dtype == torch.float64 else 2)
+        self._formula = _FORMULAS[self.order]
+        self._chosen = self._choose() if step is None else self._measure(self._direction(step), step, step)[0]
+        self.step, self.noise = self._chosen.step, self._chosen.error
+        if not math.isfinite(self.noise):
+            raise ValueError(f"closure: expected finite gradients within {self.step:.2g} of the parameters, got others")
+
+    def operator(self) -> _C.SymmetricOperator:
+        """What the driver calls. Not kept: the garbage collector does not see through it to what the closure holds."""
+        return _C.PythonOperator(self._product, self.size, self.like, noise=lambda: self.noise)
+
+    def fail(self, error: Exception) -> None:
+        """Raises what kept this process from asking for a product; the others, which wait for it, are told."""
+        self._gradients.fail(error, len(self._formula.weights))
+
+    def suspects(self) -> list[str]:
+        """There is no second derivative."""
+        return []
+
+    def products(self) -> AbstractContextManager[object]:
+        """Each evaluation leaves no trace by itself."""
+        return nullcontext()
+
+    def _product(self, v: Tensor) -> Tensor:
+        length = _norm(v)
+        u = v / length if 0.0 < length < math.inf else torch.zeros_like(v)
+        if self.order == 2:
+            return self._differences(u, self.step)[0] * length
+        product, error, step = None, math.inf, self.step
+        for _ in range(_MAX_SPACINGS):
+            rows = self._differences(u, step)
+            rounding = self._chosen.rounding * self.step / step
+            found = math.hypot(rounding, _truncation_of(_norm(rows[1]), _norm(rows[0])))
+            if product is None or found < error:
+                product, error = rows[0], found
+            # A kink of the gradient, or its bend, is nearer than the step in this direction.
+            step /= _FINER
+            if not error > max(_GOOD * self._chosen.product, _FINER * rounding):
+                break
+        if math.isfinite(error):
+            self.noise = max(self.noise, error)
+        assert product is not None
+        return product * length
+
+    def _differences(self, u: Tensor, step: float) -> Tensor:
+        """The rows of the formula, (rows, P)."""
+        points, weights = self._formula.at(step)
+        return self._gradients.combinations(u, points, weights)
+
+    def _choose(self) -> _Step:
+        """The step with the smallest error: noise is measured at ever finer spacings while that makes it smaller, as
+        gradients that are not smooth, or bend soon, have it.
+
+        A spacing is trusted whose product is that of one beside it: where a spacing is too coarse, or below that of the
+        numbers in which the loss is computed, so that gradients hardly change and show no noise, products differ.
+        """
+        spacing = self._gradients.rounding ** (1 / (self.order + 1)) * (self._gradients.norm or 1.0)
+        u = self._direction(spacing / _FINER)
+        first, before = self._measure(u, spacing)
+        trusted, last = [], first
+        for _ in range(_MAX_SPACINGS - 1):
+            spacing /= _FINER
+            found, product = self._measure(u, spacing)
+            if _norm(product - before) <= max(_norm(product), _norm(before)) / 2:
+                trusted += [last, found]
+                if last.relative <= min(_GOOD, found.relative):
+                    break
+            last, before = found, product
+        return min(trusted, key=lambda step: step.relative, default=first)
+
+    def _direction(self, spacing: float) -> Tensor:
+        """Half random, half what the Hessian makes of such a vector of half the gradient: there products are large, and
+        bend."""
+        generator = torch.Generator().manual_seed(self._seed)
+        random = torch.randn(self.size, generator=generator, dtype=self.like.dtype).to(self.like.device)
+        u = _unit(_unit(self._gradients.at_origin) + _unit(random))
+        (product,) = self._gradients.combinations(u, [spacing, -spacing], [[0.5 / spacing, -0.5 / spacing]])
+        return _unit(_unit(product) + _unit(random)) if bool(product.isfinite().all()) else u
+
+    def _measure(self, u: Tensor, spacing: float, step: float | None = None) -> tuple[_Step, Tensor]:
+        """The best step, or this one, for what gradients at this spacing along u show, and H u as they show it."""
+        points = [k * spacing for k in range(-3, 4)]
+        first = [0.0, 0.0, -0.5 / spacing, 0.0, 0.5 / spacing, 0.0, 0.0]
+        third = [-0.5 / (3 * spacing), 0.0, 0.0, 0.0, 0.0, 0.0, 0.5 / (3 * spacing)]
+        bend = [b - a for a, b in zip(first, third, strict=True)]  # D(3s) - D(s) = 4 s² c / 3
+        rows = self._gradients.combinations(u, points, [list(_SIXTH), first, bend])
+        sixth, product, change = (_norm(row) for row in rows)
+        # Exact arithmetic in small integers would show none.
+        noise = max(sixth / _SIXTH_NOISE, 0.25 * self._gradients.rounding * product * spacing)
+        unresolved = math.sqrt(5 / 9) * noise / spacing
+        # As if the random half of u had no part in it.
+        c = _HALF**3 * 3 * max(change, unresolved) / (4 * spacing**2)
+        product *= _HALF
+        rounding = self._formula.rounding * noise * _ELSEWHERE
+        if c == 0.0:  # and so is the noise: a loss that is linear
+            return _Step(step or spacing, 0.0, 0.0, product), rows[1]
+        if step is None:
+            if self.order == 2:
+                step = (3 * rounding / c) ** (1 / 3)
+            else:
+                step = (7.5 * rounding * product / c**2) ** (1 / 5)
+            step = min(step, _MAX_STEP * spacing)
+        truncation = step**2 * c / 6 if self.order == 2 else _truncation_of(step**2 * c / 2, product)
+        without_noise = math.sqrt(max(0.0, product**2 - (_HALF * noise / spacing) ** 2 / 2))
+        return _Step(step, rounding / step, truncation, without_noise), rows[1]
+
+
+def _truncation_of(difference: float, product: float) -> float:
+    """The error of order 4, from |D(δ) - D(2δ)| = δ² c / 2 and |H u|, as if the series were geometric: e = c² / |H u|
+    for the next coefficient, and δ⁴ e / 30. Where it hardly converges, the difference itself."""
+    if difference == 0.0:
+        return 0.0
+    return difference if difference >= product else min(1.0, 2 / 15 * difference / product) * difference
+
+
+def _norm(v: Tensor) -> float:
+    return float(torch.linalg.vector_norm(v, dtype=torch.float64))
+
+
+def _unit(v: Tensor) -> Tensor:
+    length = _norm(v)
+    return v / length if length > 0.0 else v

@@ -1,0 +1,333 @@
+"""Gradients of a loss at displaced parameters."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, distributed, nn
+
+from dynloss_ext._batches import (
+    all_alike,
+    check_answer,
+    check_batches,
+    check_process_group,
+    check_sums,
+    fingerprint,
+    listed,
+    message_device,
+    reduce_over,
+    tally,
+    weight_of,
+)
+from dynloss_ext._checks import Parameters, Params, check_callable, check_loss, check_params, is_sharded
+from dynloss_ext._evaluation import (
+    BuffersOf,
+    buffers_kept,
+    check_reached,
+    graph_nodes,
+    random_state_kept,
+    relative_rounding,
+    uses_batch_statistics,
+    warn_of_unreached,
+)
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+class Gradients:
+    """Gradients of Σ loss_sum / Σ weight_sum over batches and processes, at displaced parameters, as flat vectors.
+
+    Every evaluation of a batch starts from the same random numbers. Parameters, their ``.grad``, buffers and random
+    state are afterwards as they were, to the bit, also where the closure raises. Of sharded parameters (DTensor) each
+    process moves its part; flat vectors are whole in every process.
+
+    Args:
+        closure, params, batches, process_group, seed: see `HessianOperator.from_gradients`.
+
+    Attributes:
+        like: an empty tensor of the dtype and on the device of flat vectors.
+        size: their length.
+        norm: the length of the parameters.
+        rounding: ε of the coarsest dtype among them.
+        at_origin: the gradient where the parameters are.
+    """
+
+    def __init__(
+        self,
+        closure: Callable[..., Any],
+        params: Parameters,
+        batches: Iterable[Any] | None,
+        process_group: ProcessGroup | None,
+        seed: int,
+    ) -> None:
+        check_process_group(process_group)
+        self._closure, self._group, self._seed = closure, process_group, seed
+        self._batches: Any = [None] if batches is None else batches
+        self._in_batches = batches is not None
+        given = listed(params)
+        self._device = message_device(given, process_group)
+        self._processes = 1 if process_group is None else distributed.get_world_size(process_group)
+        self.params = Params([], [])
+        self._modules: dict[int, nn.Module] = {}
+        self._weight, self._own_weight = 1.0, math.nan  # of all processes; of this one
+        self.size = 0
+        # Nobody knows the size before the params are checked, and all must make the same call.
+        _, (count, *alike) = self._reduce(partial(self._check, given), 27)
+        if count != self._processes or not all_alike(alike, self._processes):
+            raise ValueError(
+                "params: expected the same in all processes of process_group, got different shapes or values"
+            )
+        sums = torch.zeros(3, dtype=torch.float64, device=self._device)
+        self.like = torch.empty(0, dtype=self._dtype, device=self._device)
+        # First uncompiled, as hooks tell which modules are called; then as it will always be.
+        _, found = self._reduce(partial(self._survey, sums), 4, dtype=torch.float64)
+        weight, count, statistics, reached = found
+        check_sums(count, bool(statistics), weight)
+        if not reached:
+            raise ValueError("closure: expected a loss that depends on params, got no gradient of any of them")
+        if self._group is None:
+            warn_of_unreached(self.params, self._reached, stacklevel=4)
+        self._weight = weight
+        self.at_origin = self.combinations(None, [0.0], [[1.0]])[0]
+        if not bool(torch.isfinite(self.at_origin).all()):
+            parts = torch.split(self.at_origin, [p.numel() for p in self.params])
+            wrong = [label for label, part in zip(self.params.labels, parts, strict=True) if not part.isfinite().all()]
+            raise ValueError(f"closure: expected finite gradients, got NaN or infinity in {', '.join(wrong[:5])}")
+
+    def combinations(self, u: Tensor | None, points: Sequence[float], weights: Sequence[Sequence[float]]) -> Tensor:
+        """Row i is Σ_k weights[i][k] · gradient at (parameters + points[k] · u), shape (rows, P).
+
+        Raises:
+            RuntimeError: a parameter was changed since this was made; another process failed, or has another u.
+            ValueError: the weights do not add up to what they were.
+        """
+        kept = len(weights) * self.size
+        total, (changed, *alike) = self._reduce(
+            partial(self._pass, u, points, weights), kept + 27, keep=kept, dtype=self._dtype
+        )
+        if not all_alike(alike, self._processes):
+            raise RuntimeError(
+                "v: expected the same in all processes of process_group, got different values: they make different"
+                " calls, or their devices do not round alike"
+            )
+        if changed:
+            raise ValueError(
+                "closure: expected the same losses and weights in every pass over batches, got others: switch off"
+                " random augmentation, and shuffling with drop_last"
+            )
+        return (total / self._weight).view(len(weights), self.size)
+
+    def fail(self, error: Exception, rows: int) -> None:
+        """Raises what kept this process from asking for so many combinations; the others, which wait, are told."""
+
+        def refuse() -> Tensor:
+            raise error
+
+        kept = rows * self.size
+        self._reduce(refuse, kept + 27, keep=kept, dtype=self._dtype)
+
+    def _reduce(
+        self, compute: Callable[[], Tensor], length: int, keep: int = 0, dtype: torch.dtype = torch.float64
+    ) -> tuple[Tensor, list[float]]:
+        return reduce_over(self._group, self._device, compute, length, keep, dtype)
+
+    def _check(self, params: Any) -> Tensor:
+        """One, and the fingerprint of params."""
+        if isinstance(params, BaseException):
+            raise params
+        check_callable("closure", self._closure)
+        check_batches(self._batches)
+        self.params = check_params(params, once=True)
+        self._sharded = is_sharded(self.params[0])
+        if self._sharded and self._group is not None:
+            raise ValueError(
+                "process_group: expected None with sharded parameters, whose gradients are averaged over their mesh,"
+                " got a group"
+            )
+        self._reached = [False] * len(self.params)
+        self._dtype = torch.float64 if all(p.dtype == torch.float64 for p in self.params) else torch.float32
+        self.size = sum(p.numel() for p in self.params)
+        self.rounding = max(torch.finfo(p.dtype).eps for p in self.params)
+        self._origin = [_local(p).clone() for p in self.params]
+        norms = [torch.linalg.vector_norm(_whole(p.detach()), dtype=torch.float64) for p in self.params]
+        self.norm = float(torch.stack(norms).norm())
+        of = [p if p.element_size() > 2 else p.float() for p in self.params] if self._group else []
+        return torch.cat([torch.ones(1, dtype=torch.float64, device=self._device), self._fingerprint(of)])
+
+    def _fingerprint(self, tensors: Sequence[Tensor]) -> Tensor:
+        if self._group is None or not tensors:
+            return torch.zeros(26, dtype=torch.float64, device=self._device)
+        return fingerprint(tensors)
+
+    def _survey(self, sums: Tensor) -> Tensor:
+        """This process's weight, number of batches, whether one couples its samples, whether params are reached."""
+        count, statistics, cut = 0, False, dict[int, str]()
+        with self._visit() as visit, random_state_kept(self._device, self._seed), _uncompiled():
+            for count, batch in enumerate(self._batches, 1):
+                with buffers_kept(self.params) as calls, random_state_kept(self._device, self._seed + count):
+                    loss, weight = self._evaluate(batch)
+                    tally(sums, loss, weight)
+                    self._modules |= {id(module): module for module in calls.outermost}
+                    visit.hold(p for module in calls.outermost for p in module.parameters())
+                    # One that is no module's own.
+                    visit.hold(getattr(node, "variable", None) for node in graph_nodes([loss]))
+                    statistics = statistics or calls.batch_statistics or uses_batch_statistics(loss)
+                    loss.backward()  # type: ignore[no-untyped-call]
+                reached = [p.grad is not None for p in self.params]
+                self._reached = [a or b for a, b in zip(self._reached, reached, strict=True)]
+                cut |= calls.cut
+                visit.clear()
+        check_reached(self.params, self._reached, cut)
+        self._tolerance = relative_rounding(loss.dtype) if count else 0.0
+        self._leaves = visit.leaves
+        self._expected = sums
+        weight = sums[1].view(1).clone()
+        if self._sharded:
+            weight = self._mean_over_mesh(weight)
+        return torch.cat([weight, sums.new_tensor([count, statistics, any(self._reached)])])
+
+    def _mean_over_mesh(self, weight: Tensor) -> Tensor:
+        """Sharded gradients are means over the processes; so must be what the sum is divided by."""
+        mesh: Any = self.params[0].device_mesh  # type: ignore[attr-defined]
+        for dim in range(mesh.ndim):
+            distributed.all_reduce(weight, group=mesh.get_group(dim))
+        return weight / float(mesh.size())
+
+    def _pass(self, u: Tensor | None, points: Sequence[float], weights: Sequence[Sequence[float]]) -> Tensor:
+        """This process's combinations, whether its sums changed, and the fingerprint of u."""
+        for p, origin, label in zip(self.params, self._origin, self.params.labels, strict=True):
+            if not torch.equal(_local(p), origin):
+                raise RuntimeError(f"{label}: expected the values it had when the operator was made, got others")
+        rows = torch.zeros(len(weights), self.size, dtype=self._dtype, device=self._device)
+        sums = torch.zeros(3, dtype=torch.float64, device=self._device)
+        with self._visit(self._leaves) as visit, random_state_kept(self._device, self._seed):
+            for count, batch in enumerate(self._batches, 1):
+                for k, point in enumerate(points):
+                    self._move(u, point)
+                    with random_state_kept(self._device, self._seed + count):
+                        loss, weight = self._evaluate(batch)
+                        loss.backward()  # type: ignore[no-untyped-call]
+                    visit.buffers.put_back()
+                    self._collect(rows, [row[k] for row in weights])
+                    visit.clear()
+                    if k == 0:
+                        tally(sums, loss, weight)
+        own = [u] if u is not None else []
+        changed = self._changed(sums, loss_too=u is None).view(1)
+        return torch.cat([rows.view(-1), changed.to(rows), self._fingerprint(own).to(rows)])
+
+    def _changed(self, sums: Tensor, loss_too: bool) -> Tensor:
+        """Whether this process's weights, and its losses where they were computed in the same place, add up to
+        something else than at first: 0-d."""
+        now, before = sums[:2], self._expected[:2]
+        margin = self._tolerance * torch.stack([self._expected[2], before[1].abs()])
+        same = ((now - before).abs() <= margin) | (now == before) | ~(now.isfinite() & before.isfinite())
+        return ~same[0 if loss_too else 1 :].all()
+
+    def _evaluate(self, batch: Any) -> tuple[Tensor, Tensor | float]:
+        """The loss_sum of a batch and its weight."""
+        with torch.enable_grad():
+            if not self._in_batches:
+                return check_loss(self._closure()), 1.0
+            loss, weight = check_answer(self._closure(batch), ("loss_sum", "weight_sum"))
+        return check_loss(loss, "loss_sum"), weight_of(weight, self._device)
+
+    def _move(self, u: Tensor | None, distance: float) -> None:
+        """Displaces the parameters by distance · u."""
+        parts = [None] * len(self.params) if u is None else torch.split(u, [p.numel() for p in self.params])
+        for p, origin, part in zip(self.params, self._origin, parts, strict=True):
+            if part is None or distance == 0.0:
+                _local(p).copy_(origin)
+            else:  # in the precision of vectors, rounded once
+                _local(p).copy_(torch.add(origin.to(self._dtype), _own_part(part, p), alpha=distance))
+
+    def _collect(self, rows: Tensor, factors: Sequence[float]) -> None:
+        """Adds the gradients that lie in .grad to the rows."""
+        begin = 0
+        for p in self.params:
+            end = begin + p.numel()
+            if p.grad is not None:
+                gradient = _whole(p.grad.detach())
+                if gradient.layout != torch.strided:
+                    gradient = gradient.to_dense()
+                gradient = gradient.reshape(-1).to(self._dtype)
+                for row, factor in zip(rows, factors, strict=True):
+                    if factor:
+                        row[begin:end].add_(gradient, alpha=factor)
+            begin = end
+
+    @contextmanager
+    def _visit(self, leaves: Iterable[Tensor] = ()) -> Iterator[_Visit]:
+        """In which parameters may be moved, and gradients come and go."""
+        visit = _Visit(self._modules.values())
+        visit.hold(self.params)
+        visit.hold(leaves)
+        try:
+            yield visit
+        finally:
+            self._move(None, 0.0)
+            visit.put_back()
+
+
+class _Visit:
+    """What has to be put back when gradients have been computed."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self.buffers = BuffersOf(module for outermost in modules for module in outermost.modules())
+        self._held: dict[int, tuple[Tensor, Tensor | None]] = {}
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        return [leaf for leaf, _ in self._held.values()]
+
+    def hold(self, leaves: Iterable[Tensor | None]) -> None:
+        """Takes the .grad of leaves away."""
+        for leaf in leaves:
+            if leaf is not None and leaf.is_leaf and id(leaf) not in self._held:
+                self._held[id(leaf)] = leaf, leaf.grad
+                leaf.grad = None
+
+    def clear(self) -> None:
+        for leaf, _ in self._held.values():
+            leaf.grad = None
+
+    def put_back(self) -> None:
+        self.buffers.put_back()
+        for leaf, gradient in self._held.values():
+            leaf.grad = gradient
+
+
+def _local(p: Tensor) -> Tensor:
+    """The memory of a parameter in this process; what is written there no version counter sees."""
+    with torch.no_grad():
+        return p.data.to_local() if is_sharded(p) else p.data  # type: ignore[attr-defined]
+
+
+def _whole(t: Tensor) -> Tensor:
+    return t.full_tensor() if is_sharded(t) else t  # type: ignore[attr-defined]
+
+
+def _own_part(part: Tensor, p: Tensor) -> Tensor:
+    """What this process has of a vector of the shape of p, that is whole."""
+    part = part.view(p.shape)
+    if not is_sharded(p):
+        return part
+    from torch.distributed.tensor import distribute_tensor
+
+    sharded: Any = p
+    shard: Any = distribute_tensor(part, sharded.device_mesh, sharded.placements, src_data_rank=None)
+    return shard.to_local()  # type: ignore[no-any-return]
+
+
+def _uncompiled() -> AbstractContextManager[object]:
+    """The compiler takes a second to import, and has compiled nothing until somebody does."""
+    if "torch._dynamo" not in sys.modules:
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")  # type: ignore[no-any-return]
