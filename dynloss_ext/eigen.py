@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from dynloss_ext import _C
 from dynloss_ext._checks import check_choice, check_count, check_number, check_seed, check_tensor, check_vector
+from dynloss_ext._levels import Level, check_level, solve_to_level
 from dynloss_ext._operators import CurvatureOperator, products_with
 
 __all__ = ["ConvergenceWarning", "EigenResult", "EigenTracker", "eigsh"]
@@ -49,6 +51,7 @@ class EigenResult:
             "converged, not audited"          the same but for the audit: most updates of an `EigenTracker`
             "converged, audit inconclusive"   ``miss_probability`` is 0.5 or more
             "max_hvp"                         the products are spent
+            "max_k"                           all of ``max_k`` values lie above the level: there may be more
             "noise floor"                     the noise of the products, seen in their asymmetry, does not
                                               let the residuals fall further
             "not symmetric"                   u · H v and v · H u differ by more than the noise: of a
@@ -84,6 +87,8 @@ def eigsh(
     max_hvp: int = 1000,
     max_basis: int = 24,
     seed: int = 0,
+    above: float | None = None,
+    max_k: int = 20,
     n: int | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
@@ -116,6 +121,9 @@ def eigsh(
         max_hvp: most products to spend, at least k.
         max_basis: most basis vectors to hold, the knob of memory: see above.
         seed: of the random vectors; the global random state is neither read nor changed.
+        above: a level: all eigenpairs above it are asked for, to within their residuals, and the next one, which shows
+            that they are all. The search begins with k; as long as all lie above, it goes on with 2, 4, 8, ... more.
+        max_k: most eigenpairs above a level to return.
         n: P, for a callable.
         dtype: of the vectors, for a callable; of ``v0`` or the default dtype otherwise.
         device: of the vectors, for a callable; of ``v0`` or the CPU otherwise.
@@ -134,11 +142,15 @@ def eigsh(
         tensor([100.,  99.], dtype=torch.float64)
         >>> result.status, bool((result.residuals < 1e-4).all())
         ('converged', True)
+        >>> eigsh(lambda v: spectrum * v, above=97.5, n=100, dtype=torch.float64).values.round(decimals=3)
+        tensor([100.,  99.,  98.,  97.], dtype=torch.float64)
     """
     op, size, options = _resolve(H, n, dtype, device, v0)
-    settings = _check_settings(k, which, tol, max_hvp, max_basis, size)
+    level = check_level(above, max_k, which)
+    settings = _check_settings(k if level is None else min(max_k, size), which, tol, max_hvp, max_basis, size)
     start = None if v0 is None else _check_start(v0, size, options, max_basis)
-    result, _ = _solve(H, op, **settings, v0=start, seed=check_seed(seed), audit=True)
+    settings["k"] = check_count("k", k, 1)
+    result, _ = _solve_all(H, op, level, **settings, v0=start, seed=check_seed(seed), audit=True)
     _refuse_callable(H, result)
     _warn_unless_converged("eigsh", H, result)
     return result
@@ -164,6 +176,10 @@ class EigenTracker:
         max_interval: `due` lets up to this many steps pass without an update while the eigenvalues rest.
         rest: relative change of the leading eigenvalue from update to update that still counts as rest.
         seed: of the random vectors.
+        above: a level, such as 1.5/learning rate: all eigenpairs above it are asked for and the next one, as by
+            `eigsh`. Their number follows the problem: an update that finds all of them above looks for more at once, by
+            another search with an audit; of those below one is kept. k is where the first search begins.
+        max_k: most eigenpairs above a level to follow.
 
     Attributes:
         result: of the last update, or None.
@@ -199,8 +215,12 @@ class EigenTracker:
         max_interval: int = 1,
         rest: float = 0.01,
         seed: int = 0,
+        above: float | None = None,
+        max_k: int = 20,
     ) -> None:
-        self._settings = _check_settings(k, which, tol, max_hvp, max_basis, None)
+        self._level = check_level(above, max_k, which)
+        self._settings = _check_settings(k if self._level is None else max_k, which, tol, max_hvp, max_basis, None)
+        self._settings["k"] = check_count("k", k, 1)
         self._schedule: dict[str, Any] = {
             "audit_every": check_count("audit_every", audit_every, 1),
             "max_interval": check_count("max_interval", max_interval, 1),
@@ -238,7 +258,8 @@ class EigenTracker:
         """
         old = self._start
         op, size, options = _resolve(H, n, dtype, device, old if n is None else None)
-        check_count("k", self._settings["k"], 1, size, "the size of H")
+        if self._level is None:
+            check_count("k", self._settings["k"], 1, size, "the size of H")
         if old is not None and (len(old), old.dtype, old.device) != (size, options.dtype, options.device):
             raise ValueError(
                 f"H: expected the size, dtype and device of the last update's, {len(old)}, {old.dtype} on {old.device},"
@@ -246,10 +267,11 @@ class EigenTracker:
             )
         due = self._since_audit + 1 >= self._schedule["audit_every"] or self._num_asymmetric > 0
         audited = bool(audit) or old is None or due
-        result, origins = _solve(
+        result, origins = _solve_all(
             H,
             op,
-            **self._settings,
+            self._level,
+            **self._settings | {"k": len(self.identities)},
             v0=None if old is None else old.T.contiguous(),
             seed=self._seed + self.num_updates,
             audit=audited,
@@ -260,7 +282,10 @@ class EigenTracker:
         if result.status == "non-finite product":
             self._since_audit = self._schedule["audit_every"]
         else:
-            if old is not None:
+            if old is None:
+                self._next_identity = len(origins)
+                self.identities = torch.arange(self._next_identity, device="cpu")
+            else:
                 self._identify(origins)
             self._start = result.vectors
             self._since_audit = 0 if audited else self._since_audit + 1
@@ -291,7 +316,7 @@ class EigenTracker:
 
     def _identify(self, origins: list[int]) -> None:
         """Hands identities on from the old eigenvectors to the new ones that are their continuations."""
-        if origins == list(range(len(origins))):
+        if origins == list(range(len(self.identities))):
             return
         old, identities = self.identities.tolist(), []
         for origin in origins:
@@ -299,11 +324,14 @@ class EigenTracker:
             self._next_identity += origin < 0
         self.identities = torch.tensor(identities, device="cpu")
 
+    def _all_settings(self) -> dict[str, Any]:
+        return self._settings | self._schedule | ({} if self._level is None else self._level._asdict())
+
     def state_dict(self) -> dict[str, Any]:
         """Everything an interrupted run needs to go on with the same numbers; loadable with ``weights_only``."""
         result = None if self.result is None else {f.name: getattr(self.result, f.name) for f in fields(self.result)}
         counters = {name: getattr(self, name) for name in self._COUNTERS}
-        settings = self._settings | self._schedule
+        settings = self._all_settings()
         return {
             "settings": settings,
             "result": result,
@@ -323,7 +351,7 @@ class EigenTracker:
         missing = {"settings", "result", "start", "identities", *self._COUNTERS} - state.keys()
         if missing:
             raise ValueError(f"state: expected all entries of a state_dict, got none named {sorted(missing)}")
-        settings = self._settings | self._schedule
+        settings = self._all_settings()
         if state["settings"] != settings:
             raise ValueError(f"state: expected one of a tracker with {settings}, got one with {state['settings']}")
         names = {f.name for f in fields(EigenResult)}
@@ -331,7 +359,9 @@ class EigenTracker:
             "result": state["result"] is None
             or (isinstance(state["result"], Mapping) and state["result"].keys() == names),
             "start": state["start"] is None or isinstance(state["start"], Tensor),
-            "identities": isinstance(state["identities"], Tensor) and state["identities"].shape == (settings["k"],),
+            "identities": isinstance(state["identities"], Tensor)
+            and state["identities"].dim() == 1
+            and (len(state["identities"]) == settings["k"] or self._level is not None),
             **{name: isinstance(state[name], int) for name in self._COUNTERS},
         }
         wrong = [name for name, good in expected.items() if not good]
@@ -365,6 +395,16 @@ def _solve(H: Operator, op: _C.SymmetricOperator, **settings: Any) -> tuple[Eige
     return EigenResult(values, rows.T, residuals, num_hvp, converged, status, miss, asymmetry), origins
 
 
+def _solve_all(
+    H: Operator, op: _C.SymmetricOperator, level: Level | None, **settings: Any
+) -> tuple[EigenResult, list[int]]:
+    """The same of as many pairs as lie above a level, if one is given."""
+    if level is None:
+        return _solve(H, op, **settings)
+    own = {name: settings.pop(name) for name in ("k", "v0", "max_hvp", "audit")}
+    return solve_to_level(partial(_solve, H, op, **settings), level, size=op.size, **own)
+
+
 def _refuse_callable(H: Operator, result: EigenResult) -> None:
     """Of a Hessian the result's status says so."""
     if not isinstance(H, CurvatureOperator):
@@ -391,7 +431,9 @@ def _warn_unless_converged(name: str, H: Operator, result: EigenResult) -> None:
     # The same words every time, without numbers: Python shows a warning once for each place and text.
     if result.status in ("converged", "converged, not audited"):
         return
-    if result.status == "converged, audit inconclusive":
+    if result.status == "max_k":
+        about = "found all of its max_k eigenvalues above the level: there may be more"
+    elif result.status == "converged, audit inconclusive":
         about = "converged, but its audit was inconclusive: eigenpairs may be missing; see miss_probability"
     else:
         about = f"stopped by {result.status} before all of its {len(result.values)} eigenpairs converged; "

@@ -146,6 +146,8 @@ def test_what_does_not_belong_together_is_refused(problem):
     loss = (square[0] ** 2).sum() * square[1].sum() ** 2
     with pytest.raises(ValueError, match=r"H: expected operators by the same params in the same order, got others"):
         HessianOperator(loss, square) - HessianOperator(loss, square[::-1])
+    with pytest.raises(TypeError):
+        np.ones(2) * H  # rather than an array of operators
     for wrong in (2, torch.ones(P, P, dtype=torch.float64), None):
         with pytest.raises(TypeError):
             H + wrong
