@@ -1,0 +1,171 @@
+"""Differences of gradients over processes and of sharded modules: gloo on 127.0.0.1, every wait bounded."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from test_distributed import ANOTHER_FAILED, SAMPLES, problem, shard, spread
+from torch import nn
+
+from dynloss_ext import GaussNewtonOperator, HessianOperator, eigsh
+
+pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
+
+
+def eigenvalues(rank, world_size):
+    closure, params = problem()
+    H = HessianOperator.from_gradients(closure, params, shard(rank, world_size), process_group=dist.group.WORLD)
+    return eigsh(H, 3, tol=1e-8).values.tolist()
+
+
+def mean_of_losses(rank, world_size):
+    closure, params = problem()
+
+    def mean():
+        loss, weight = closure(torch.cat(shard(rank, world_size)))
+        return loss / weight
+
+    return HessianOperator.from_gradients(mean, params, process_group=dist.group.WORLD).to_dense().tolist()
+
+
+def one_fails_in_a_product(rank, world_size):
+    closure, params = problem()
+    fails = False
+
+    def failing(indices):
+        if fails and rank == 1:
+            raise KeyError("my own failure")
+        return closure(indices)
+
+    H = HessianOperator.from_gradients(failing, params, shard(rank, world_size), process_group=dist.group.WORLD)
+    before = [p.detach().clone() for p in params]
+    fails = True
+    try:
+        H @ torch.ones(H.shape[0], dtype=torch.float64)
+    finally:
+        assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
+
+
+def one_asks_wrongly(rank, world_size):
+    closure, params = problem()
+    H = HessianOperator.from_gradients(closure, params, shard(rank, world_size), process_group=dist.group.WORLD)
+    return H @ torch.ones(H.shape[0] + rank, dtype=torch.float64)
+
+
+def module():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(2, 5), nn.Tanh(), nn.Sequential(nn.Linear(5, 3), nn.Tanh()), nn.Linear(3, 3)
+    ).double()
+
+
+def data(rank, world_size):
+    generator = torch.Generator().manual_seed(1)
+    X = torch.randn(40, 2, generator=generator, dtype=torch.float64).chunk(world_size)[rank]
+    return X, torch.arange(len(X)) % 3
+
+
+def sharded(rank, world_size):
+    """The Hessian, its eigenvalues, and what is left behind, of a module sharded in two groups."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model, (X, Y) = module(), data(rank, world_size)
+    mesh = init_device_mesh("cpu", (world_size,))
+    fully_shard(model[2], mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    for p in model.parameters():  # 5 and 3 rows over two processes: shards are not of one size
+        p.grad = torch.ones_like(p)
+    before = [(p.to_local().detach().clone(), p.grad) for p in model.parameters()]
+    H = HessianOperator.from_gradients(lambda: F.cross_entropy(model(X), Y), model.named_parameters())
+    dense, values = H.to_dense(), eigsh(H, 2, tol=1e-8).values
+    for p, (values_before, gradient) in zip(model.parameters(), before, strict=True):
+        assert torch.equal(p.to_local(), values_before)
+        assert p.grad is gradient
+        assert (gradient.to_local() == 1).all()
+    local = sum(p.to_local().numel() for p in model.parameters())
+
+    def in_batches(rows):  # the second process has more of them weigh less
+        return F.cross_entropy(model(X[rows]), Y[rows], reduction="sum") / (1 + rank), len(rows) / (1 + rank)
+
+    weighted = HessianOperator.from_gradients(in_batches, model.parameters(), torch.arange(len(X)).split(7))
+    return dense.tolist(), values.tolist(), local, weighted.to_dense().tolist()
+
+
+def refusals(rank, world_size):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model, (X, Y) = module(), data(rank, world_size)
+    fully_shard(model, mesh=init_device_mesh("cpu", (world_size,)))
+    params = list(model.parameters())
+    outputs = model(X)
+    loss = F.cross_entropy(outputs, Y)
+    calls = [
+        lambda: HessianOperator(loss, params),
+        lambda: GaussNewtonOperator(loss, outputs, params),
+        lambda: HessianOperator.from_batches(lambda _: (loss, 1), params, [0]),
+        lambda: HessianOperator.layers(loss, {"first": params[:1], "second": params[1:]}),
+        lambda: HessianOperator.from_gradients(lambda: loss, params, process_group=dist.group.WORLD),
+        lambda: HessianOperator.from_gradients(lambda: loss, [params[0], torch.ones(2, requires_grad=True)]),
+    ]
+    return [refusal(call) for call in calls]
+
+
+def refusal(call):
+    try:
+        call()
+    except ValueError as error:
+        return str(error)
+    return "nothing was refused"
+
+
+def test_the_eigenvalues_of_one_process():
+    closure, params = problem()
+    alone = eigsh(HessianOperator.from_batches(closure, params, [torch.arange(SAMPLES)]), 3, tol=1e-8).values
+    for values in spread(eigenvalues, 2).values():
+        assert torch.allclose(torch.tensor(values, dtype=torch.float64), alone, rtol=1e-10, atol=0)
+
+
+def test_without_batches_the_mean_of_the_processes():
+    closure, params = problem()
+    shards = [torch.cat(shard(rank, 2)) for rank in range(2)]
+    each = [HessianOperator.from_batches(closure, params, [rows]).to_dense() for rows in shards]
+    for dense in spread(mean_of_losses, 2).values():
+        assert torch.allclose(torch.tensor(dense, dtype=torch.float64), sum(each) / 2, rtol=1e-9, atol=1e-10)
+
+
+def test_a_failure_ends_all():
+    for rank, answer in spread(one_fails_in_a_product, 2).items():
+        assert ("KeyError: 'my own failure'" if rank == 1 else ANOTHER_FAILED) in answer
+    for rank, answer in spread(one_asks_wrongly, 2).items():
+        assert ("v: expected shape (45,)" if rank == 1 else ANOTHER_FAILED) in answer
+
+
+def test_sharded_modules():
+    model, halves = module(), [data(rank, 2) for rank in range(2)]
+    params = list(model.parameters())
+    each = [HessianOperator(lambda X=X, Y=Y: F.cross_entropy(model(X), Y), params).to_dense() for X, Y in halves]
+    expected, size = sum(each) / 2, sum(p.numel() for p in params)
+    answers = spread(sharded, 2)
+    assert all(not isinstance(answer, str) for answer in answers.values()), answers
+    assert sum(answer[2] for answer in answers.values()) == size
+    for dense, values, local, weighted in answers.values():
+        assert local < size
+        assert torch.allclose(torch.tensor(dense, dtype=torch.float64), expected, rtol=1e-9, atol=1e-10)
+        top = torch.linalg.eigvalsh(expected).flip(0)[:2]
+        assert torch.allclose(torch.tensor(values, dtype=torch.float64), top, rtol=1e-9, atol=0)
+        of_weights = (each[0] + each[1] / 2) / 1.5
+        assert torch.allclose(torch.tensor(weighted, dtype=torch.float64), of_weights, rtol=1e-9, atol=1e-10)
+
+
+def test_recorded_operators_refer_sharded_parameters_to_differences():
+    (messages,) = spread(refusals, 1).values()
+    assert not isinstance(messages, str), messages
+    *recorded, group, mixed = messages
+    for message in recorded:
+        assert (
+            "expected a tensor that is whole in this process, got a DTensor: HessianOperator.from_gradients" in message
+        )
+    assert group.startswith("process_group: expected None with sharded parameters")
+    assert "expected DTensors alone, or none, got Tensor beside params[0], a DTensor" in mixed
