@@ -58,11 +58,13 @@ class EigenResult:
                                               Hessian, the second derivative of some layer is wrong
             "non-finite product"              a product with NaN or infinity
             ================================= ============================================================
-        miss_probability: with which the audit would have overlooked an eigenvector whose value lies beyond the
-            returned ones by more than the tolerance, if there is one that the other products did not show. It stops
-            below 0.08, or after 24 products (48 for "LM", which looks beyond both ends) where the spectrum is too
-            crowded for that, or fewer where ``max_basis`` leaves it no room. 1 where it found
-            nothing but the noise of the products, again and again. NaN where no audit was due.
+        miss_probability: a p-value: of audits that have an eigenvector to find whose value lies beyond the returned
+            ones by more than the tolerance and that the other products did not show, at most a share α overlooks it
+            and says α or less. An audit stops below 0.08, which is therefore the share that it may overlook at worst,
+            of eigenvalues barely beyond the tolerance; or after 24 products (48 for "LM", which looks beyond both
+            ends) where the spectrum is too crowded for that, or fewer where ``max_basis`` leaves it no room. 0 where
+            the complement was exhausted, and nothing can be missed; 1 where it found nothing but the noise of the
+            products, again and again. NaN where no audit was due.
         asymmetry: where H is not symmetric, the largest ``|u · H v − v · H u|`` of unit vectors that was seen,
             in units of the norm of H; 0 elsewhere.
     """
