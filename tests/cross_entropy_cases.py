@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dynloss_ext import Oscillation, dynamic_cross_entropy, reference
@@ -102,3 +104,53 @@ def assert_double_backward(
     close(g.detach(), gradient)
     (hv,) = torch.autograd.grad((g * v).sum() + 0.0 * x.sum(), x)
     close(hv, hvp)
+
+
+# ---- layouts, and what rounding explains
+
+
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+
+#: Relative to the largest entry: a few roundings of the storage type, or of float32 sums.
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+def near(actual: Tensor, expected: Tensor, dtype: torch.dtype, terms: int = 1, size: float = 0.01) -> None:
+    """Equal to within the dtype's rounding, relative to the largest expected entry.
+
+    A sum of many `terms` rounds more; entries that come of cancellation round as what they are the difference of,
+    of the given `size`.
+    """
+    assert actual.shape == expected.shape
+    if expected.numel():
+        scale = max(expected.abs().max().item(), size)
+        tolerance = max(TOLERANCE[dtype], terms * 2e-10 if dtype == torch.float32 else 0)
+        torch.testing.assert_close(actual.double() / scale, expected / scale, rtol=0, atol=tolerance)
+
+
+def strided(x: Tensor, how: str) -> Tensor:
+    """The same values under other strides and storage offsets."""
+    if how == "transposed":
+        return x.movedim(0, -1).contiguous().movedim(-1, 0)
+    if how == "sliced":
+        wide = torch.full([2 * n + 1 for n in x.shape], math.nan if x.is_floating_point() else -7, dtype=x.dtype)
+        view = wide[tuple(slice(1, None, 2) for _ in x.shape)]
+        return view.copy_(x)
+    if how == "offset":  # rows that no vector load is aligned to
+        flat = torch.empty(x.numel() + 3, dtype=x.dtype)
+        return flat[3:].view(x.shape).copy_(x)
+    if how == "padded_rows":
+        return F.pad(x, (0, 1), value=math.nan)[..., :-1]
+    if how == "channels_last" and x.dim() >= 3:
+        return x.movedim(1, -1).contiguous().movedim(-1, 1)
+    if how == "expanded":
+        return x[:1].expand_as(x)
+    return x
+
+
+STRIDES = ["contiguous", "transposed", "sliced", "offset", "padded_rows", "channels_last", "expanded"]
+SHAPES = [(n, c) for n in (0, 1, 2, 31, 64, 65) for c in (1, 2, 3, 10, 16, 17, 31, 32, 33, 40, 257)]
+SHAPES += (
+    [(c,) for c in (1, 3, 40)] + [(2, c, 5) for c in (1, 3, 33)] + [(3, 3, 4, 5), (2, 300, 3), (0, 4, 3), (2, 4, 0)]
+)
+SHAPES += [(e, n, c, "ensemble") for e, n, c in ((1, 5, 3), (3, 70, 3), (2, 3, 40), (3, 0, 4), (4, 1, 1))]

@@ -9,7 +9,19 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from cross_entropy_cases import OPTIONS, PROBLEMS, close, describe, labels, normal
+from cross_entropy_cases import (
+    DTYPES,
+    OPTIONS,
+    PROBLEMS,
+    SHAPES,
+    STRIDES,
+    close,
+    describe,
+    labels,
+    near,
+    normal,
+    strided,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,24 +29,7 @@ import dynloss_ext
 from dynloss_ext import DynamicCrossEntropyLoss, Oscillation, dynamic_cross_entropy, loss_and_gradient, reference
 
 INF, NAN = math.inf, math.nan
-DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 REDUCTIONS = ["none", "mean", "sum"]
-
-#: Relative to the largest entry: a few roundings of the storage type, or of float32 sums.
-TOLERANCE = {torch.float64: 1e-13, torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-
-
-def near(actual, expected, dtype, terms=1, size=0.01):
-    """Equal to within the dtype's rounding, relative to the largest expected entry.
-
-    A sum of many `terms` rounds more; entries that come of cancellation round as what they are the difference of,
-    of the given `size`.
-    """
-    assert actual.shape == expected.shape
-    if expected.numel():
-        scale = max(expected.abs().max().item(), size)
-        tolerance = max(TOLERANCE[dtype], terms * 2e-10 if dtype == torch.float32 else 0)
-        torch.testing.assert_close(actual.double() / scale, expected / scale, rtol=0, atol=tolerance)
 
 
 # ---- against torch
@@ -94,34 +89,6 @@ def test_loss_and_gradient_equal_the_twin(name, options):
     close(both[0], loss.detach())
     close(both[1], gradient)
     assert not both[0].requires_grad
-
-
-def strided(x, how):
-    """The same values under other strides and storage offsets."""
-    if how == "transposed":
-        return x.movedim(0, -1).contiguous().movedim(-1, 0)
-    if how == "sliced":
-        wide = torch.full([2 * n + 1 for n in x.shape], NAN if x.is_floating_point() else -7, dtype=x.dtype)
-        view = wide[tuple(slice(1, None, 2) for _ in x.shape)]
-        return view.copy_(x)
-    if how == "offset":  # rows that no vector load is aligned to
-        flat = torch.empty(x.numel() + 3, dtype=x.dtype)
-        return flat[3:].view(x.shape).copy_(x)
-    if how == "padded_rows":
-        return F.pad(x, (0, 1), value=NAN)[..., :-1]
-    if how == "channels_last" and x.dim() >= 3:
-        return x.movedim(1, -1).contiguous().movedim(-1, 1)
-    if how == "expanded":
-        return x[:1].expand_as(x)
-    return x
-
-
-STRIDES = ["contiguous", "transposed", "sliced", "offset", "padded_rows", "channels_last", "expanded"]
-SHAPES = [(n, c) for n in (0, 1, 2, 31, 64, 65) for c in (1, 2, 3, 10, 16, 17, 31, 32, 33, 40, 257)]
-SHAPES += (
-    [(c,) for c in (1, 3, 40)] + [(2, c, 5) for c in (1, 3, 33)] + [(3, 3, 4, 5), (2, 300, 3), (0, 4, 3), (2, 4, 0)]
-)
-SHAPES += [(e, n, c, "ensemble") for e, n, c in ((1, 5, 3), (3, 70, 3), (2, 3, 40), (3, 0, 4), (4, 1, 1))]
 
 
 @settings(max_examples=150, deadline=None)
