@@ -49,7 +49,7 @@ def unpack(state: object) -> Configuration:
                 config[name] = _tensor_of(values)
                 start += 8 * count
         return dict(config)
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
         got = state.dtype if isinstance(state, Tensor) else type(state).__name__
         raise ValueError(f"state_dict: expected the configuration of a loss, got another or a damaged {got}") from None
 

@@ -60,9 +60,10 @@ class EigenResult:
             ================================= ============================================================
         miss_probability: a p-value: of audits that have an eigenvector to find whose value lies beyond the returned
             ones by more than the tolerance and that the other products did not show, at most a share α overlooks it
-            and says α or less. An audit stops below 0.08, which is therefore the share that it may overlook at worst,
-            of eigenvalues barely beyond the tolerance; or after 24 products (48 for "LM", which looks beyond both
-            ends) where the spectrum is too crowded for that, or fewer where ``max_basis`` leaves it no room. 0 where
+            and says α or less. An audit stops as soon as it can say less than 0.08, so that audits which do
+            overlook up to this share of values barely beyond the tolerance, however small a number they say; or after
+            24 products (48 for "LM", which looks beyond both ends) where the spectrum is too crowded for that, or
+            fewer where ``max_basis`` leaves it no room. 0 where
             the complement was exhausted, and nothing can be missed; 1 where it found nothing but the noise of the
             products, again and again. NaN where no audit was due.
         asymmetry: where H is not symmetric, the largest ``|u · H v − v · H u|`` of unit vectors that was seen,

@@ -99,7 +99,8 @@ def _arguments(
                 "oscillation: from_function calls Python at every step, which works in eager mode with an int step "
                 "only; use Oscillation.from_table"
             )
-        table = oscillation.evaluate_function(step).to(logits.device)[None]
+        # As the one row of a table at its first step: before that Γ = 1.
+        table, offset = oscillation.evaluate_function(step).to(logits.device)[None], 0
     return (
         logits,
         target,

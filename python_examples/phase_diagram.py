@@ -200,8 +200,8 @@ def other_columns(config: DiagramConfig, members: Sequence[Member]) -> dict[str,
     """The table --against names, if it has these members: what differs between the sweeps is something else."""
     try:
         columns = _columns(config, pq.read_table(config.against))
-    except (OSError, pa.ArrowException) as error:
-        reason = str(error).partition("\n")[0]
+    except (OSError, KeyError, ValueError, pa.ArrowException) as error:
+        reason = "no column " * isinstance(error, KeyError) + str(error).partition("\n")[0]
         raise ValueError(f"--against: expected the table.parquet of a sweep, got {config.against}: {reason}") from error
     names = ("width", "lr", "amplitude", "period", "seed")
     theirs = set(zip(*(columns[name].tolist() for name in names if name in columns), strict=True))

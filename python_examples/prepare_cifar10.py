@@ -14,6 +14,7 @@ import fcntl
 import hashlib
 import http.client
 import io
+import lzma
 import os
 import pickle
 import re
@@ -24,7 +25,7 @@ import urllib.request
 import warnings
 import zlib
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import tyro
@@ -42,6 +43,7 @@ _FILES = {name: name.removesuffix(".bin") for name in (*TRAIN_FILES, TEST_FILE)}
 _ATTEMPTS = 5
 _TIMEOUT = 60.0  # seconds without a byte
 _BLOCK = 1 << 16
+_LARGEST = 100 << 20  # bytes of a file in an archive: three times what CIFAR-10 has; an archive may unpack to anything
 
 
 def main(data: Path, download: bool = False) -> None:
@@ -119,10 +121,13 @@ def _read_archive(archive: Path) -> dict[str, bytes]:
                     raise ValueError(f"--data: expected files in {archive}, got {member.name}, a link or a device")
                 if path.name in files:
                     raise ValueError(f"--data: expected each file once in {archive}, got {path.name} twice")
+                if member.size > _LARGEST:
+                    got = f"{member.name} with {member.size}"
+                    raise ValueError(f"--data: expected files of at most {_LARGEST} bytes in {archive}, got {got}")
                 if path.name in _FILES or path.name in _FILES.values():
                     stream = tar.extractfile(member)
                     files[path.name] = stream.read() if stream else b""
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
         raise ValueError(f"--data: expected a tar archive, got {archive}: {error}") from error
     return files
 
@@ -130,22 +135,40 @@ def _read_archive(archive: Path) -> dict[str, bytes]:
 # --- the python version -----------------------------------------------------------------------------------------
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-    """Builds dicts, lists, strings, numbers and NumPy arrays; everything else is refused."""
+class _ArrayUnpickler(pickle._Unpickler):
+    """Builds dicts, lists, strings, numbers and NumPy arrays of integers; everything else is refused.
+
+    The unpickler in Python, as that in C makes room for any place that a stream says it needs in its memo; without the
+    opcode that makes room for any bytearray.
+    """
+
+    dispatch: ClassVar[dict[int, Any]] = {
+        code: load for code, load in pickle._Unpickler.dispatch.items() if code != pickle.BYTEARRAY8[0]
+    }
 
     def find_class(self, module: str, name: str) -> Any:
         if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
             return _empty_array
         if module == "numpy" and name in ("ndarray", "dtype"):
-            return getattr(np, name)
+            return _PLAIN_ARRAY if name == "ndarray" else _integer_dtype
         if module == "_codecs" and name == "encode":  # how protocol 2 writes bytes
             return _latin1_bytes
         raise pickle.UnpicklingError(f"refused to load {module}.{name}")
 
 
+_PLAIN_ARRAY = "numpy.ndarray"  # stands for the class: nothing in a stream may call it
+
+
+def _integer_dtype(name: str | bytes, *copies: object) -> np.dtype[Any]:
+    text = name.decode("latin1") if isinstance(name, bytes) else name
+    if not re.fullmatch("[biu][1248]", text):
+        raise pickle.UnpicklingError(f"refused to build a dtype {text!r}")
+    return np.dtype(text, copy=True)
+
+
 def _empty_array(subtype: object, shape: tuple[int, ...], dtype: object) -> NDArray[Any]:
     """What `numpy._reconstruct` does for a plain array: an empty one, whose state follows in the stream."""
-    if subtype is not np.ndarray:
+    if subtype is not _PLAIN_ARRAY:
         raise pickle.UnpicklingError(f"refused to build an array of type {subtype!r}")
     empty: NDArray[Any] = np.ndarray(0, np.int8)
     return empty
@@ -157,12 +180,21 @@ def _latin1_bytes(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
+def _flat_array(values: object) -> NDArray[Any]:
+    """Of an array, or a list of ints: a list of lists could be small in the stream and stand for anything."""
+    if isinstance(values, list) and all(type(value) is int for value in values):
+        return np.asarray(values)
+    if not isinstance(values, np.ndarray):
+        raise TypeError(f"a {type(values).__name__} for an array or a list of ints")
+    return values
+
+
 def _to_binary(content: bytes, name: str) -> bytes:
     """The records of one of the python version's pickles."""
     try:
         batch = _ArrayUnpickler(io.BytesIO(content), encoding="bytes").load()
         fields = {key.decode() if isinstance(key, bytes) else key: value for key, value in batch.items()}
-        pixels, labels = np.asarray(fields["data"]), np.asarray(fields["labels"])
+        pixels, labels = _flat_array(fields["data"]), _flat_array(fields["labels"])
     except Exception as error:  # a hostile or damaged stream can raise nearly anything
         raise ValueError(f"--data: expected a CIFAR-10 batch, got {name}: {type(error).__name__}: {error}") from error
     fits = pixels.dtype == np.uint8 and pixels.shape == (labels.size, IMAGE_BYTES) and labels.ndim == 1

@@ -413,8 +413,8 @@ class RunFolder:
 
     def read_metrics(self) -> dict[str, NDArray[Any]]:
         path = self / "metrics.npz"
-        with _told(path, "the metrics of a run"), np.load(path, allow_pickle=False) as arrays:
-            return dict(arrays)
+        with _told(path, "the metrics of a run"):
+            return load_arrays(path)
 
     def read_checkpoint(self, device: torch.device | str = "cpu") -> dict[str, Any]:
         """The saved state, empty before the first; only tensors and plain containers are unpickled, never code."""
@@ -422,6 +422,8 @@ class RunFolder:
             return {}
         with _told(self / "checkpoint.pt", "the checkpoint of a run"):
             content = io.BytesIO(_checked((self / "checkpoint.pt").read_bytes()))
+            check_unpacked(content)
+            content.seek(0)
             state = torch.load(content, map_location=device, weights_only=True)
             if not isinstance(state, dict):
                 raise TypeError(f"a {type(state).__name__}")
@@ -464,6 +466,22 @@ class RunFolder:
             file.write(content)
 
 
+def load_arrays(path: Path) -> dict[str, NDArray[Any]]:
+    """The arrays of an .npz file; whatever is wrong with it is some exception."""
+    check_unpacked(path)
+    with np.load(path, allow_pickle=False) as arrays:
+        return dict(arrays)
+
+
+def check_unpacked(file: Path | BinaryIO) -> None:
+    """ValueError for a zip file that would unpack to more than itself and 64 MiB: what runs write is not packed."""
+    with zipfile.ZipFile(file) as parts:
+        unpacked = sum(part.file_size for part in parts.infolist())
+        size = file.stat().st_size if isinstance(file, Path) else file.seek(0, os.SEEK_END)
+    if unpacked > size + (64 << 20):
+        raise ValueError(f"{unpacked} bytes in a file of {size}")
+
+
 def _checksum(content: bytes) -> bytes:
     return b"sha256:" + hashlib.sha256(content).hexdigest().encode()
 
@@ -471,6 +489,7 @@ def _checksum(content: bytes) -> bytes:
 def _checked(content: bytes) -> bytes:
     """What was saved, without its checksum. Files from before there was one have those of the zip format."""
     if content[-22:-18] == b"PK\x05\x06":  # the end of a zip file
+        check_unpacked(io.BytesIO(content))
         with zipfile.ZipFile(io.BytesIO(content)) as parts:
             if part := parts.testzip():
                 raise ValueError(f"bytes in {part} that differ from those saved")

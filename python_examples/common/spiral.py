@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from common.run import load_arrays
 from dynloss_ext import perceptron
 
 
@@ -63,9 +63,8 @@ def load_initial_values(path: Path) -> tuple[Tensor, Tensor, SpiralMLP]:
         raise ValueError(f"--init: expected {', '.join(perceptron.INITIALISATIONS)} or an .npz file, got {path}")
     names = ("X", "y", "w1", "b1", "w2", "b2")
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in names if name in archive}
-    except (ValueError, OSError, AttributeError, zipfile.BadZipFile) as error:  # a text; an .npy; half an archive
+        arrays = {name: array for name, array in load_arrays(path).items() if name in names}
+    except Exception as error:  # a text; an .npy; half an archive; a header that promises more than there is
         raise ValueError(f"--init: expected an .npz file of plain arrays, got {path}") from error
     shapes = {name: array.shape for name, array in arrays.items()}
     if [len(shapes.get(name, ())) for name in names] != [2, 1, 2, 1, 2, 1]:
@@ -75,9 +74,13 @@ def load_initial_values(path: Path) -> tuple[Tensor, Tensor, SpiralMLP]:
     for name, shape in {"y": (points,), "w1": (inputs, width), "b1": (width,), "b2": (classes,)}.items():
         if shapes[name] != shape:
             raise ValueError(f"--init: expected {name} of shape {shape} in {path}, got {shapes[name]}")
+    if bad := [name for name in names if arrays[name].dtype.kind not in "fiu" or arrays[name].dtype.itemsize > 8]:
+        raise ValueError(f"--init: expected numbers in {path}, got {bad[0]} of dtype {arrays[bad[0]].dtype}")
     target = arrays["y"]
+    if target.size == 0:
+        raise ValueError(f"--init: expected points in {path}, got none")
     if target.dtype.kind not in "iu" or target.min() < 0 or target.max() >= classes:
         got = f"{target.dtype} from {target.min()} to {target.max()}"
         raise ValueError(f"--init: expected y in {path} to hold integers 0 to {classes - 1}, got {got}")
-    x, y, *values = (torch.from_numpy(arrays[name]) for name in names)
-    return x.double(), y.long(), SpiralMLP(*(value.double() for value in values))
+    x, *values = (torch.from_numpy(arrays[name].astype(np.float64)) for name in names if name != "y")
+    return x, torch.from_numpy(target.astype(np.int64)), SpiralMLP(*values)

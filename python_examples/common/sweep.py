@@ -178,9 +178,10 @@ class SweepFolder:
             content = json.loads((self.path / "sweep.json").read_text())
         except FileNotFoundError:
             return None
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             content = None
-        if not isinstance(content, dict) or not isinstance(content.get("chunk_members"), int):
+        members = content.get("chunk_members") if isinstance(content, dict) else None
+        if not isinstance(content, dict) or type(members) is not int or members < 1:
             raise RunError(f"{self.path / 'sweep.json'}: expected the options of a sweep, got something else")
         return content
 

@@ -32,11 +32,13 @@ def test_no_more_is_missed_than_promised(counts: dict[str, spectra.Count]) -> No
 
 
 def test_broken_promises_are_seen() -> None:
-    """A quarter of 100 missed, where the audit stopped at 0.08, or an eighth with 0.01 reported."""
-    many = spectra.Count(cases=100, reported=[0.05] * 100, missed=dict.fromkeys(range(30), 0.05))
-    assert many.chance_of_the_misses() < spectra.RARE < many.chance_of_small_reports(0.06) ** 0.1
-    small = spectra.Count(cases=100, reported=[0.01] * 100, missed=dict.fromkeys(range(12), 0.01))
-    assert small.chance_of_small_reports(0.01) < spectra.RARE < small.chance_of_the_misses()
+    """A quarter missed with 0.05 reported, or an eighth with 0.01."""
+    for share, reported, fair in ((0.25, 0.05, 0.06), (0.12, 0.01, 0.08)):
+        misses = dict.fromkeys(range(round(200 * share)), reported)
+        count = spectra.Count(cases=200, missed=misses)
+        assert min(spectra.chances({"all": count}).values()) < spectra.RARE
+        few = spectra.Count(cases=200, missed=dict(list(misses.items())[: round(200 * fair / 8)]))
+        assert count.chance_of_the_misses(0.5) == 1 and few.chance_of_the_misses(fair) == 1
 
 
 def test_the_hidden_are_found_by_the_audit_alone() -> None:
