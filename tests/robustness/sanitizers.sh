@@ -1,0 +1,60 @@
+#!/usr/bin/env bash
+# The CPU tests with the extension under sanitizers: bash tests/robustness/sanitizers.sh [address] [thread], by default both.
+# Needs $PYTHON (default python3) with torch, ninja, setuptools and the test packages, and g++ (or $CXX). The extension is built in
+# a temporary folder, or in $SANITIZED, where it stays for the next time: 5 minutes a build on two cores.
+#
+# address: AddressSanitizer and UndefinedBehaviorSanitizer see what the extension does, and memory of others that it touches. Not
+#   seen: what torch does by itself, and leaks (Python and torch keep much until the process ends; test_memory.py looks at those).
+# thread: ThreadSanitizer on eight threads of Python, each with its own op calls, operators and trackers. Neither torch nor libgomp
+#   is instrumented: it cannot see the barriers of OpenMP, so the script runs with one OpenMP thread, and what the threads of one
+#   parallel loop share is NOT checked; neither is what happens inside of torch. See thread.supp.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+root=$PWD
+here=$root/tests/robustness
+python=$(command -v "${PYTHON:-python3}")
+
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+export OMP_NUM_THREADS=1 DYNLOSS_EXT_CUDA=0
+
+built() { # built NAME FLAGS...: the extension with these flags in $folder
+  folder=${SANITIZED:-$scratch}/$1
+  mkdir -p "$folder"
+  git ls-files -z --cached --others --exclude-standard | tar --null --files-from=- --create | tar --directory="$folder" --extract
+  sed -i 's/"-g0"/"-g1"/' "$folder/setup.py" # a report names lines
+  (cd "$folder" && CFLAGS="${*:2}" LDFLAGS="${*:2}" PATH="$(dirname "$python"):$PATH" \
+    nice "$python" setup.py -q build_ext --inplace)
+}
+
+preloaded() { # preloaded RUNTIME COMMAND...: libstdc++ too, or the runtime does not find what throws
+  local runtime libstdcxx
+  runtime=$("${CXX:-g++}" -print-file-name="$1")
+  libstdcxx=$("${CXX:-g++}" -print-file-name=libstdc++.so.6)
+  (cd "$folder" && env LD_PRELOAD="$runtime:$libstdcxx" PYTHONPATH="$folder" PYTHONMALLOC=malloc "${@:2}")
+}
+
+run_address() {
+  # vptr asks for type information that torch hides.
+  built address -fsanitize=address,undefined -fno-sanitize=vptr -fno-omit-frame-pointer
+  ASAN_OPTIONS=detect_leaks=0:abort_on_error=1:detect_stack_use_after_return=1 \
+    UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
+    preloaded libasan.so timeout 3000 "$python" -m pytest -q -x -p no:cacheprovider -m 'not slow and not cuda' \
+    tests/test_{cross_entropy,cross_entropy_autograd,cross_entropy_weight,cross_entropy_probabilities,confident_rows}.py \
+    tests/test_{oscillation,eager,perceptron,perceptron_ensemble,operators,hessian,eigsh,audits,symmetry,tracker,spectrum}.py
+}
+
+run_thread() {
+  built thread -fsanitize=thread -fno-omit-frame-pointer
+  TSAN_OPTIONS="suppressions=$here/thread.supp:halt_on_error=1:second_deadlock_stack=1:ignore_noninstrumented_modules=1" \
+    preloaded libtsan.so timeout 900 "$python" "$here/eight_threads.py"
+}
+
+[ $# -gt 0 ] || set -- address thread
+for name in "$@"; do
+  [ "$(type -t "run_$name")" = function ] || { echo "expected address or thread, not $name" >&2; exit 2; }
+done
+for name in "$@"; do
+  echo "=== $name"
+  "run_$name"
+done
