@@ -218,6 +218,16 @@ def unequal_shards(rank, world_size):
     return (empty @ v).tolist(), (independent @ v).tolist(), failures
 
 
+def composed(rank, world_size):
+    """Of two operators of the group; then with a vector that one process has of another size."""
+    closure, params = problem()
+    H, G = (operator(rank, world_size, closure=closure, params=params) for _ in range(2))
+    seen = (2 * H + G).preconditioned(torch.full(H.shape[:1], 4.0, dtype=torch.float64)).restrict(params[:2])
+    values = eigsh(seen, 2, tol=1e-8).values.tolist()
+    failures = outcomes(lambda: seen @ torch.ones(seen.shape[0] + rank, dtype=torch.float64))
+    return values, failures, (seen @ torch.ones(seen.shape[0], dtype=torch.float64)).tolist()
+
+
 def gauss_newton(rank, world_size):
     closure, params = gauss_newton_problem()
     G = GaussNewtonOperator.from_batches(closure, params, shard(rank, world_size), process_group=dist.group.WORLD)
@@ -365,6 +375,16 @@ def test_unequal_shards():
         ):
             assert message.startswith("ValueError")
             assert part in message
+
+
+def test_composed_operators_of_one_process():
+    closure, params = problem()
+    whole = HessianOperator.from_batches(closure, params, [torch.arange(SAMPLES)])
+    block = 0.75 * whole.restrict(params[:2]).to_dense()
+    for rank, (values, (failure,), product) in spread(composed, 2).items():
+        assert values == pytest.approx(torch.linalg.eigvalsh(block)[-2:].flip(0).tolist(), rel=1e-9)
+        assert ("v: expected shape" if rank == 1 else ANOTHER_FAILED) in failure
+        assert product == pytest.approx(block.sum(1).tolist(), rel=1e-9, abs=1e-12)
 
 
 def test_gauss_newton_of_one_process():

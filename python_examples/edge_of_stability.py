@@ -1,0 +1,196 @@
+"""Six optimizers at the edge of stability: the curvature that each sees, against its own limit.
+
+Trains a small convolutional network with SGD, momentum, Nesterov's momentum, Adam, AdamW and RMSprop, on all images at
+once and in mini-batches, and follows the largest eigenvalue of the Hessian of the whole loss, preconditioned by what
+the optimizer divides by (Cohen et al., arXiv 2103.00065 and 2207.14484). Of SGD in mini-batches also the batch
+sharpness (Andreyev and Beneventano, arXiv 2412.20553).
+
+    python python_examples/edge_of_stability.py --out runs/edge_of_stability
+    python python_examples/edge_of_stability.py --data DIR --out runs/edge_of_stability_cifar10
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from common.config import parse_options
+from common.data import load_cifar10, synthetic_cifar10
+from common.run import BaseConfig, RunFolder, Table, in_one_line, resolve_device
+from dynloss_ext import EigenTracker, HessianOperator, batch_sharpness, plot, preconditioner, stability_limit
+
+Array = NDArray[Any]
+Optimizer = torch.optim.Optimizer
+
+# The larger beta₂ the slower P changes; the limit is that of a P that rests.
+OPTIMIZERS: dict[str, Callable[[Iterable[Tensor], EdgeConfig], Optimizer]] = {
+    "SGD": lambda params, c: torch.optim.SGD(params, lr=c.lr),
+    "momentum": lambda params, c: torch.optim.SGD(params, lr=c.lr, momentum=0.9),
+    "Nesterov": lambda params, c: torch.optim.SGD(params, lr=c.lr, momentum=0.9, nesterov=True),
+    "Adam": lambda params, c: torch.optim.Adam(params, lr=c.adaptive_lr),
+    "AdamW": lambda params, c: torch.optim.AdamW(params, lr=c.adaptive_lr, weight_decay=0.1),
+    "RMSprop": lambda params, c: torch.optim.RMSprop(params, lr=c.adaptive_lr / 10, alpha=0.999),
+}
+BATCHES = ("full batch", "mini-batches")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EdgeConfig(BaseConfig):
+    """The network has two convolutions and a linear layer; the loss is the mean of squares, as in the papers."""
+
+    preset: Literal["cpu", "smoke"] = "cpu"  # a named set of defaults
+    out: Path = Path("runs/edge_of_stability")  # folder: config, metrics, summary, figure
+    data: Path | None = None  # folder with CIFAR-10, or the archive itself; none: small made-up images
+    images: int = 100  # training images
+    width: int = 16  # channels
+    batch_size: int = 10  # images of a mini-batch
+    steps: int = 1500  # updates of each optimizer
+    eig_every: int = 10  # updates between eigenvalues
+    sharpness_batches: int = 20  # mini-batches for the batch sharpness
+    lr: float = 0.05  # learning rate of SGD, momentum and Nesterov
+    adaptive_lr: float = 1e-3  # learning rate of Adam and AdamW; a tenth of it: RMSprop's
+
+    def __post_init__(self) -> None:
+        for name in ("images", "width", "batch_size", "steps", "eig_every", "sharpness_batches"):
+            self.require(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("lr", "adaptive_lr"):
+            self.require(name, getattr(self, name) > 0, "more than 0")
+        self.require("batch_size", self.batch_size <= self.images, "at most --images")
+        self.require("resume", not self.resume, "no --resume: a run takes minutes and is made in one go")
+
+
+PRESETS = {
+    "cpu": EdgeConfig(),
+    "smoke": replace(
+        EdgeConfig(), preset="smoke", images=10, width=2, batch_size=5, steps=4, eig_every=2, sharpness_batches=2
+    ),
+}
+
+
+@in_one_line
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    config = parse_options(EdgeConfig(), __doc__, argv, PRESETS)
+    device = resolve_device(config.device)
+    images, labels = (t.to(device) for t in data_of(config))
+    folder = RunFolder(config.out).claim()
+    folder.write_config(config.as_dict())
+    runs = [(name, batches) for name in OPTIMIZERS for batches in BATCHES]
+    curves = {(name, batches): train(config, name, batches, images, labels) for name, batches in tqdm(runs)}
+    folder.write_metrics(
+        {f"{name} {batches} {column}": a for (name, batches), c in curves.items() for column, a in c.items()}
+    )
+    summary = {name: {batches: ending(curves[name, batches]) for batches in BATCHES} for name in OPTIMIZERS}
+    folder.write_figure(figure(curves))
+    for name, batches in runs:
+        end = summary[name][batches]
+        print(f"{name:<9} {batches:<13} loss {end['loss']:9.2e}  λ {end['share']:5.2f} of the limit {end['limit']:.4g}")
+    print(f"files in {folder.path}")
+    return folder.write_summary(summary)
+
+
+def data_of(config: EdgeConfig) -> tuple[Tensor, Tensor]:
+    """(N, 3, 32, 32) float32 of mean 0 and variance 1, and one-hot labels (N, 10)."""
+    made_up = config.data is None
+    data = synthetic_cifar10(-(-config.images // 10), 1, config.seed) if made_up else load_cifar10(config.data)
+    split = data.train.subset(10, config.images)
+    images = split.images.float()
+    return (images - images.mean()) / images.std(), nn.functional.one_hot(split.labels.long(), 10).float()
+
+
+def train(config: EdgeConfig, name: str, batches: str, images: Tensor, labels: Tensor) -> Mapping[str, Array]:
+    """One optimizer's run: step, loss of all images, largest eigenvalue that it sees, limit, batch sharpness."""
+    torch.manual_seed(config.seed)
+    model = network(config.width).to(images.device)
+    params = list(model.parameters())
+    optimizer = OPTIMIZERS[name](params, config)
+    tracker = EigenTracker(k=1, tol=1e-2)
+    generator = torch.Generator().manual_seed(config.seed)
+    table = Table("step", "loss", "eigenvalue", "limit", "sharpness")
+    size = len(images) if batches == "full batch" else config.batch_size
+
+    def loss_of(rows: Tensor) -> tuple[Tensor, int]:
+        return (model(images[rows]) - labels[rows]).square().sum() / 2, len(rows)
+
+    def draw() -> Tensor:
+        return torch.randperm(len(images), generator=generator)[:size].to(images.device)
+
+    for step in range(1, config.steps + 1):
+        optimizer.zero_grad()
+        loss, count = loss_of(draw())
+        (loss / count).backward()
+        optimizer.step()
+        if step % config.eig_every == 0:
+            whole, count = loss_of(torch.arange(len(images), device=images.device))
+            H = HessianOperator(whole / count, params)
+            seen = H.preconditioned(preconditioner(optimizer))
+            sharpness = float("nan")
+            if name == "SGD" and size < len(images):
+                sharpness = batch_sharpness(loss_of, params, (draw() for _ in range(config.sharpness_batches))).value
+            table.append(
+                step=step,
+                loss=float(whole.detach()) / count,
+                eigenvalue=float(tracker.update(seen).values[0]),
+                limit=stability_limit(optimizer),
+                sharpness=sharpness,
+            )
+    return table.arrays()
+
+
+def network(width: int) -> nn.Module:
+    """Smooth, so that the Hessian is all of the curvature."""
+    return nn.Sequential(
+        nn.Conv2d(3, width, 3, stride=2, padding=1),
+        nn.Tanh(),
+        nn.AvgPool2d(2),
+        nn.Conv2d(width, width, 3, stride=2, padding=1),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.Linear(16 * width, 10),
+    )
+
+
+def ending(curve: Mapping[str, Array]) -> dict[str, float]:
+    """Medians over the last quarter of the records: the eigenvalue goes up and down where it is at the limit."""
+    last = slice(3 * len(curve["step"]) // 4, None)
+    share = np.median(curve["eigenvalue"][last] / curve["limit"][last])
+    return {"loss": float(curve["loss"][-1]), "limit": float(curve["limit"][-1]), "share": float(share)}
+
+
+@matplotlib.rc_context(plot.STYLE)
+def figure(curves: Mapping[tuple[str, str], Mapping[str, Array]]) -> Figure:
+    """A panel for each optimizer and way of batching, in units of its limit."""
+    drawn = Figure(figsize=(7.2, 1.5 * len(OPTIMIZERS)), layout="constrained")
+    axes = drawn.subplots(len(OPTIMIZERS), len(BATCHES), sharex=True, sharey=True)
+    for row, name in zip(axes, OPTIMIZERS, strict=True):
+        for axis, batches in zip(row, BATCHES, strict=True):
+            curve = curves[name, batches]
+            axis.plot(curve["step"], curve["eigenvalue"] / curve["limit"], color=plot.EIGENVALUE_COLOURS[1])
+            if np.isfinite(curve["sharpness"]).any():
+                sharpness = curve["sharpness"] / curve["limit"]
+                axis.plot(curve["step"], sharpness, color=plot.EIGENVALUE_COLOURS[2], lw=0.5, label="batch sharpness")
+                axis.legend(loc="lower right")
+            axis.axhline(1.0, color=plot.STOP_COLOUR, ls=":")
+            axis.set_title(f"{name}, {batches}: limit {curve['limit'][-1]:.4g}", loc="left")
+        row[0].set_ylabel("$\\lambda_1$ / limit")
+    for axis in axes[-1]:
+        axis.set_xlabel("step")
+    axes[0, 0].set(ylim=(0, 1.6))
+    return drawn
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

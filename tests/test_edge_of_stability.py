@@ -1,0 +1,73 @@
+"""The optimizers' script: its folder, and one of its numbers by another route."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.func import functional_call, hessian
+
+import edge_of_stability
+from edge_of_stability import BATCHES, OPTIMIZERS, PRESETS, data_of, ending, network, train
+
+SMOKE = PRESETS["smoke"]
+
+
+def test_a_run_leaves_metrics_summary_and_figure(tmp_path, capsys):
+    summary = edge_of_stability.main(["--preset", "smoke", "--out", str(tmp_path)])
+    assert summary == json.loads((tmp_path / "summary.json").read_text())
+    assert list(summary) == list(OPTIMIZERS)
+    with np.load(tmp_path / "metrics.npz") as metrics:
+        for name in OPTIMIZERS:
+            for batches in BATCHES:
+                assert metrics[f"{name} {batches} step"].tolist() == [2, 4]
+                assert np.isfinite(metrics[f"{name} {batches} eigenvalue"]).all()
+                measured = np.isfinite(metrics[f"{name} {batches} sharpness"])
+                assert measured.all() == measured.any() == ((name, batches) == ("SGD", "mini-batches"))
+    with Image.open(tmp_path / "figure.png") as figure:
+        assert figure.size == (1080, 1350)
+    assert "Adam" in capsys.readouterr().out
+
+
+def test_the_eigenvalue_is_that_of_the_dense_preconditioned_hessian():
+    """Of Adam after four steps: torch's own optimizer again, its moments read by hand, the Hessian by torch.func."""
+    images, labels = data_of(SMOKE)
+    curve = train(SMOKE, "Adam", "full batch", images, labels)
+    torch.manual_seed(SMOKE.seed)
+    model = network(SMOKE.width)
+    names, params = zip(*model.named_parameters(), strict=True)
+    adam = torch.optim.Adam(params, lr=SMOKE.adaptive_lr)
+
+    def loss_at(flat):
+        pieces = (v.view(p.shape) for v, p in zip(flat.split([p.numel() for p in params]), params, strict=True))
+        return (functional_call(model, dict(zip(names, pieces, strict=True)), images) - labels).square().sum() / 20
+
+    for _ in range(4):
+        adam.zero_grad()
+        loss_at(torch.cat([p.reshape(-1) for p in params])).backward()
+        adam.step()
+    flat = torch.cat([p.detach().reshape(-1) for p in params])
+    second = torch.cat([adam.state[p]["exp_avg_sq"].reshape(-1) for p in params])
+    P = (1 - 0.9**4) * ((second / (1 - 0.999**4)).sqrt() + 1e-8)
+    dense = P.rsqrt()[:, None] * hessian(loss_at)(flat) * P.rsqrt()
+    assert curve["eigenvalue"][-1] == pytest.approx(torch.linalg.eigvalsh(dense)[-1].item(), rel=1e-3)
+    assert curve["loss"][-1] == pytest.approx(loss_at(flat).item(), rel=1e-4)
+    assert curve["limit"][-1] == pytest.approx(38_000)
+
+
+def test_the_end_is_the_median_of_the_last_quarter():
+    curve = {"step": np.arange(8), "loss": np.arange(8.0), "eigenvalue": np.array([0, 0, 0, 0, 0, 0, 2.0, 6.0])}
+    assert ending(curve | {"limit": np.full(8, 4.0)}) == {"loss": 7.0, "limit": 4.0, "share": 1.0}
+
+
+def test_options_that_make_no_run_are_refused():
+    for changes, message in (
+        ({"steps": 0}, "--steps: expected at least 1, got 0"),
+        ({"lr": 0.0}, "--lr: expected more than 0, got 0.0"),
+        ({"batch_size": 11}, "--batch-size: expected at most --images, got 11"),
+        ({"resume": True}, "--resume: expected no --resume"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            replace(SMOKE, **changes)
