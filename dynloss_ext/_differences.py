@@ -23,11 +23,15 @@ _SIXTH_NOISE = math.sqrt(924.0)
 # What is said of noise is this much more than what was seen along one direction.
 _ELSEWHERE = 2.0
 # An error below this share of the product is good enough to stop looking, where the next is not smaller.
-_GOOD = 1e-3
+_GOOD = 3e-4
+# The largest |D(δ) - D(2δ)| / |H u| of a series that converges; it is 0.43 for a gradient that is constant far away.
+_CONVERGES = 0.3
+# Steps that a product tries, where its direction bends more than the one that was measured.
+_MAX_TRIES = 3
 _HALF = math.sqrt(2.0)  # of a unit vector u, two of which that are orthogonal make up √2 u
 # Spacings at which the noise is measured: the first, this much less each, so many at most.
 _FINER = 16.0
-_MAX_SPACINGS = 4
+_MAX_SPACINGS = {True: 8, False: 4}  # of float64, which has the digits, and of others
 # Noise measured at one spacing is believed for steps up to so many times as long.
 _MAX_STEP = 4.0
 
@@ -91,18 +95,18 @@ class GradientDifferences:
         params: Parameters,
         batches: Iterable[Any] | None,
         process_group: ProcessGroup | None,
-        order: int | None,
+        order: int,
         step: float | None,
         seed: int,
     ) -> None:
-        if order not in (None, 2, 4):
-            raise ValueError(f"order: expected 2, 4 or None, got {order!r}")
+        if order not in _FORMULAS:
+            raise ValueError(f"order: expected 2 or 4, got {order!r}")
         if step is not None:
             step = check_number("step", step, 0, open_low=True)
         self._seed = check_seed(seed) % 2**32
         self._gradients = Gradients(closure, params, batches, process_group, self._seed)
         self.size, self.like, self.params = self._gradients.size, self._gradients.like, self._gradients.params
-        self.order = order or (4 if self.like.dtype == torch.float64 else 2)
+        self.order = order
         self._formula = _FORMULAS[self.order]
         self._chosen = self._choose() if step is None else self._measure(self._direction(step), step, step)[0]
         self.step, self.noise = self._chosen.step, self._chosen.error
@@ -130,21 +134,21 @@ class GradientDifferences:
         u = v / length if 0.0 < length < math.inf else torch.zeros_like(v)
         if self.order == 2:
             return self._differences(u, self.step)[0] * length
-        product, error, step = None, math.inf, self.step
-        for _ in range(_MAX_SPACINGS):
-            rows = self._differences(u, step)
+        best, error, step = u, math.inf, self.step
+        for _ in range(_MAX_TRIES):
+            product, change = self._differences(u, step)
             rounding = self._chosen.rounding * self.step / step
-            found = math.hypot(rounding, _truncation_of(_norm(rows[1]), _norm(rows[0])))
-            if product is None or found < error:
-                product, error = rows[0], found
-            # A kink of the gradient, or its bend, is nearer than the step in this direction.
-            step /= _FINER
-            if not error > max(_GOOD * self._chosen.product, _FINER * rounding):
+            truncation = _truncation_of(_norm(change), _norm(product))
+            if not error <= math.hypot(rounding, truncation):
+                best, error = product, math.hypot(rounding, truncation)
+            # This direction bends more than the one that the step is for, or has a kink nearer than that.
+            shorter = _balanced(rounding, truncation)
+            if not (error > _GOOD * self._chosen.product and shorter < 1 / 2):
                 break
+            step *= shorter
         if math.isfinite(error):
             self.noise = max(self.noise, error)
-        assert product is not None
-        return product * length
+        return best * length
 
     def _differences(self, u: Tensor, step: float) -> Tensor:
         """The rows of the formula, (rows, P)."""
@@ -162,7 +166,7 @@ class GradientDifferences:
         u = self._direction(spacing / _FINER)
         first, before = self._measure(u, spacing)
         trusted, last = [], first
-        for _ in range(_MAX_SPACINGS - 1):
+        for _ in range(_MAX_SPACINGS[self._gradients.rounding < 1e-12] - 1):
             spacing /= _FINER
             found, product = self._measure(u, spacing)
             if _norm(product - before) <= max(_norm(product), _norm(before)) / 2:
@@ -173,13 +177,17 @@ class GradientDifferences:
         return min(trusted, key=lambda step: step.relative, default=first)
 
     def _direction(self, spacing: float) -> Tensor:
-        """Half random, half what the Hessian makes of such a vector of half the gradient: there products are large, and
+        """Half random, half what two products make of such a vector of half the gradient: there products are large, and
         bend."""
         generator = torch.Generator().manual_seed(self._seed)
         random = torch.randn(self.size, generator=generator, dtype=self.like.dtype).to(self.like.device)
         u = _unit(_unit(self._gradients.at_origin) + _unit(random))
-        (product,) = self._gradients.combinations(u, [spacing, -spacing], [[0.5 / spacing, -0.5 / spacing]])
-        return _unit(_unit(product) + _unit(random)) if bool(product.isfinite().all()) else u
+        for _ in range(2):
+            (product,) = self._gradients.combinations(u, [spacing, -spacing], [[0.5 / spacing, -0.5 / spacing]])
+            if not bool(product.isfinite().all()):
+                break
+            u = _unit(_unit(product) + _unit(random))
+        return u
 
     def _measure(self, u: Tensor, spacing: float, step: float | None = None) -> tuple[_Step, Tensor]:
         """The best step, or this one, for what gradients at this spacing along u show, and H u as they show it."""
@@ -202,19 +210,25 @@ class GradientDifferences:
             if self.order == 2:
                 step = (3 * rounding / c) ** (1 / 3)
             else:
-                step = (7.5 * rounding * product / c**2) ** (1 / 5)
+                step = (1.875 * rounding * product / c**2) ** (1 / 5)
             step = min(step, _MAX_STEP * spacing)
         truncation = step**2 * c / 6 if self.order == 2 else _truncation_of(step**2 * c / 2, product)
         without_noise = math.sqrt(max(0.0, product**2 - (_HALF * noise / spacing) ** 2 / 2))
         return _Step(step, rounding / step, truncation, without_noise), rows[1]
 
 
+def _balanced(rounding: float, truncation: float) -> float:
+    """By how much the step of order 4 has to be longer, where these are its errors, for their sum to be smallest."""
+    return float((rounding / (4 * truncation)) ** (1 / 5)) if truncation > 0.0 else 1.0
+
+
 def _truncation_of(difference: float, product: float) -> float:
-    """The error of order 4, from |D(δ) - D(2δ)| = δ² c / 2 and |H u|, as if the series were geometric: e = c² / |H u|
-    for the next coefficient, and δ⁴ e / 30. Where it hardly converges, the difference itself."""
-    if difference == 0.0:
-        return 0.0
-    return difference if difference >= product else min(1.0, 2 / 15 * difference / product) * difference
+    """The error of order 4, δ⁴ |e| / 30, from |D(δ) - D(2δ)| = δ² |c| / 2 and |H u|, with |e| = 4 |c|² / |H u|, as a
+    tanh has it where it is steepest. Where the series hardly converges, as of a gradient that saturates, nothing is
+    known."""
+    if difference > _CONVERGES * product:
+        return difference + product
+    return 8 / 15 * difference**2 / product if difference > 0.0 else 0.0
 
 
 def _norm(v: Tensor) -> float:

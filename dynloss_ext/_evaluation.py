@@ -81,9 +81,14 @@ def random_state_kept(device: torch.device, seed: int | None = None) -> Iterator
 
 
 class Calls:
-    """What `buffers_kept` saw."""
+    """What `buffers_kept` saw.
 
-    def __init__(self) -> None:
+    Args:
+        averaged: whether gradients may be averaged over processes, as by DistributedDataParallel.
+    """
+
+    def __init__(self, averaged: bool = False) -> None:
+        self._averaged = averaged
         self.batch_statistics = False  # whether a BatchNorm module normalised by its batch
         self.outermost: list[nn.Module] = []  # what this thread called that no other module did
         # By a parameter's id, the module of it that ran without grad; and where it lost it to a reentrant checkpoint.
@@ -91,8 +96,9 @@ class Calls:
         self.lost: dict[int, str] = {}
 
     def enter(self, module: nn.Module, outermost: bool) -> None:
-        if isinstance(module, DistributedDataParallel) or (
-            outermost and any(frame.f_code is DistributedDataParallel.forward.__code__ for frame in _frames())
+        if not self._averaged and (
+            isinstance(module, DistributedDataParallel)
+            or (outermost and any(frame.f_code is DistributedDataParallel.forward.__code__ for frame in _frames()))
         ):
             raise ValueError(
                 "closure: expected to call the plain module, got a call of DistributedDataParallel, which averages"
@@ -183,14 +189,17 @@ def _unwarned() -> Iterator[None]:
 
 
 @contextmanager
-def buffers_kept(params: Iterable[Tensor] = ()) -> Iterator[Calls]:
+def buffers_kept(params: Iterable[Tensor] = (), averaged: bool = False) -> Iterator[Calls]:
     """Puts the buffers of all modules that are called meanwhile back to what they were: by this thread, or by another
     one inside a module with one of params.
 
     A buffer that is written to has its values put back behind autograd's back, so that graphs recorded meanwhile stay
     valid; one that the module replaces is replaced again.
+
+    Args:
+        averaged: of `Calls`.
     """
-    calls, own, ours = Calls(), threading.get_ident(), {id(p) for p in params}
+    calls, own, ours = Calls(averaged), threading.get_ident(), {id(p) for p in params}
     saved: dict[int, tuple[Tensor, Tensor]] = {}
     entered: dict[int, list[list[tuple[nn.Module, dict[str, Tensor | None]]]]] = {}  # of each thread, innermost last
 

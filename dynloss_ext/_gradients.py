@@ -169,9 +169,10 @@ class Gradients:
     def _survey(self, sums: Tensor) -> Tensor:
         """This process's weight, number of batches, whether one couples its samples, whether params are reached."""
         count, statistics, cut = 0, False, dict[int, str]()
+        averaged = not self._in_batches and self._group is None
         with self._visit() as visit, random_state_kept(self._device, self._seed), _uncompiled():
             for count, batch in enumerate(self._batches, 1):
-                with buffers_kept(self.params) as calls, random_state_kept(self._device, self._seed + count):
+                with buffers_kept(self.params, averaged) as calls, random_state_kept(self._device, self._seed + count):
                     loss, weight = self._evaluate(batch)
                     tally(sums, loss, weight)
                     self._modules |= {id(module): module for module in calls.outermost}

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dynloss_ext import _C
 from dynloss_ext._checks import check_choice, check_count, check_number, check_seed, check_tensor, check_vector
+from dynloss_ext._differences import GradientDifferences
 from dynloss_ext._levels import Level, check_level, solve_to_level
 from dynloss_ext._operators import CurvatureOperator, products_with
 
@@ -40,7 +41,8 @@ class EigenResult:
         values: (k,) float64 on the CPU, descending; NaN where there was no finite product.
         vectors: (P, k), unit columns in the order of ``values``, in the operator's dtype and on its device.
         residuals: (k,) float64 on the CPU, ‖H v − λ v‖. Some eigenvalue lies within this of the value, and
-            for a gap g to the other eigenvalues the error is at most about residual² / g.
+            for a gap g to the other eigenvalues the error is at most about residual² / g. With the noise of products
+            that H knows of (`HessianOperator.from_gradients`).
         num_hvp: products spent.
         converged: (k,) bool, whether the residual is within tolerance and the audit, where one was due, was
             completed; all False where H is not symmetric.
@@ -52,8 +54,8 @@ class EigenResult:
             "converged, audit inconclusive"   ``miss_probability`` is 0.5 or more
             "max_hvp"                         the products are spent
             "max_k"                           all of ``max_k`` values lie above the level: there may be more
-            "noise floor"                     the noise of the products, seen in their asymmetry, does not
-                                              let the residuals fall further
+            "noise floor"                     the noise of the products, seen in their asymmetry or known of
+                                              `from_gradients`, does not let the residuals fall further
             "not symmetric"                   u · H v and v · H u differ by more than the noise: of a
                                               Hessian, the second derivative of some layer is wrong
             "non-finite product"              a product with NaN or infinity
@@ -425,6 +427,8 @@ def check_symmetric(H: Operator, asymmetry: float) -> None:
 
 
 def _cause_of_asymmetry(H: CurvatureOperator) -> str:
+    if isinstance(H._source, GradientDifferences):
+        return "its gradients are those of no function: of a wrong backward, or where what a layer detaches moves"
     suspects = H._source.suspects()
     layers = f", perhaps that of {' or '.join(suspects)}" if suspects else ", e.g. of a custom autograd Function"
     return f"the second derivative of some layer is wrong{layers}"

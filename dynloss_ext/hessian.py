@@ -168,15 +168,15 @@ class HessianOperator(CurvatureOperator):
         batches: Iterable[Any] | None = None,
         *,
         process_group: ProcessGroup | None = None,
-        order: int | None = None,
+        order: int = 4,
         step: float | None = None,
         seed: int = 0,
     ) -> HessianOperator:
         """The Hessian by central differences of gradients: for what torch differentiates once, as fused attention,
         compiled, quantised and sharded modules.
 
-        A product takes ``order`` backward passes and is inexact; its error is estimated when the operator is made (by
-        about 20 gradients) and, of order 4, with every product (`noise`). `eigsh` and `EigenTracker` add it to their
+        A product takes ``order`` gradients and is inexact; its error is estimated when the operator is made, by 20 to
+        60 gradients, and, of order 4, with every product (`noise`). `eigsh` and `EigenTracker` add it to their
         residuals and stop there, with the status "noise floor" where the tolerance is below.
 
         The closure runs as it is: attention fused, modules compiled, layers in their mode. The parameters are moved
@@ -191,9 +191,10 @@ class HessianOperator(CurvatureOperator):
                 `torch.distributed.fsdp.fully_shard`, which every process must pass. Vectors and sums are float64 if all
                 params are, float32 otherwise. Vectors are whole in every process, also those of sharded params.
             batches: as in `from_batches`, or None.
-            process_group: as in `from_batches`; without batches the mean of the processes' losses. None with DTensors,
-                whose gradients are means already.
-            order: of the error in the step: 2, or 4 by one step of Richardson; None: 4 in float64, 2 in float32.
+            process_group: as in `from_batches`; without batches the mean of the processes' losses. None with DTensors
+                or DistributedDataParallel (which takes no batches), whose gradients are means already.
+            order: of the error in the step: 4, by one step of Richardson, or 2 at half the price, without an estimate
+                for each product.
             step: length of the displacement δ, such as ``step`` of a similar operator; None: the best one, by
                 measurement.
             seed: of the random layers' numbers and the direction of the measurement.

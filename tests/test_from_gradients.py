@@ -27,7 +27,7 @@ def error_of(H, matrix, V):
     return float(((H @ V.to(H.dtype)).double() - matrix @ V).norm(dim=0).max())
 
 
-@pytest.mark.parametrize("order, bound", [(None, 1e-11), (4, 1e-11), (2, 1e-8)])
+@pytest.mark.parametrize("order, bound", [(4, 1e-11), (2, 1e-8)])
 @pytest.mark.parametrize("name", ["tanh", "relu", "transformer"])
 def test_products_are_exact_to_many_digits_in_float64(name, order, bound):
     problem = Problem(name).to(torch.float64)
@@ -48,7 +48,7 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["tanh", "relu", "transformer"])
 def test_the_estimate_bounds_the_error(name, kind, order):
-    """Within a factor of 5 where gradients are smooth; it is at most 30 times what it bounds."""
+    """Within a factor of 2, or of 4 for order 2, and it is at most 10 times what it bounds."""
     dtype, loss, usable = KINDS[kind]
     problem = Problem(name).to(dtype)
     matrix = Problem(name).dense() if dtype != torch.bfloat16 else problem.dense()
@@ -57,8 +57,8 @@ def test_the_estimate_bounds_the_error(name, kind, order):
     error = error_of(H, matrix, directions(matrix))
     largest = float(torch.linalg.matrix_norm(matrix, 2))
     print(f"{name}, {kind}, order {order}: error {error / largest:.1e}, noise {H.noise / largest:.1e}")
-    assert error <= 5 * H.noise
-    assert H.noise <= 30 * error
+    assert error <= (2 if order == 4 else 4) * H.noise
+    assert H.noise <= 10 * error
     assert H.noise <= usable * largest
 
 
@@ -72,14 +72,14 @@ def test_a_product_takes_as_many_gradients_as_its_order(order):
         return problem.loss()
 
     H = HessianOperator.from_gradients(closure, problem.model.parameters(), order=order)
-    assert calls <= 32
+    assert calls <= 34
     calls = 0
     v = torch.randn(H.shape[0])
     product = H @ v
     assert calls == order
     assert torch.allclose(H @ (1e3 * v), 1e3 * product, rtol=1e-4, atol=1e-4)  # the step is that of a unit vector
     again = HessianOperator.from_gradients(closure, problem.model.parameters(), order=order, step=H.step)
-    assert calls == 2 * order + 11
+    assert calls == 2 * order + 13
     assert again.step == H.step
 
 
@@ -101,13 +101,15 @@ def test_stops_at_the_noise_floor(kind, step):
     problem = Problem("tanh").to(dtype)
     expected = torch.linalg.eigvalsh(Problem("tanh").dense()).flip(0)
     # At the best step the noise of float64 and float32 is below ε^(2/3), which counts as converged.
-    H = HessianOperator.from_gradients(getattr(problem, loss), problem.model.parameters(), order=2, step=step)
+    H = HessianOperator.from_gradients(
+        getattr(problem, loss), problem.model.parameters(), order=2 if step else 4, step=step
+    )
     with pytest.warns(ConvergenceWarning, match="noise floor"):
         result = eigsh(H, 2, tol=0)
     assert result.status == "noise floor"
     assert result.num_hvp <= 60
     assert (result.residuals >= H.noise).all()
-    assert (result.residuals <= 3 * H.noise).all()
+    assert (result.residuals <= 2 * H.noise).all()
     assert ((result.values - expected[:2]).abs() <= result.residuals).all()
 
 
@@ -337,7 +339,7 @@ def test_a_gradient_that_is_none_of_a_function_is_not_symmetric():
         return F.cross_entropy(problem.model[2](hidden), problem.target)
 
     H = HessianOperator.from_gradients(closure, problem.model.parameters())
-    with pytest.warns(ConvergenceWarning, match="not symmetric"):
+    with pytest.warns(ConvergenceWarning, match="not symmetric.*gradients are those of no function"):
         assert eigsh(H, 1).status == "not symmetric"
 
 
@@ -394,7 +396,7 @@ def hooked():
         (lambda b: (X.sum(), 0), [X], {"batches": [1]}, ValueError, "weight_sum: expected a finite number"),
         (lambda b: (X.sum(), 1), [X], {"batches": []}, ValueError, "batches: expected at least one batch, got none"),
         (lambda b: (X.sum(), 1), [X], {"batches": iter([])}, TypeError, "batches: expected an iterable to be passed"),
-        (lambda: X.sum(), [X], {"order": 3}, ValueError, "order: expected 2, 4 or None, got 3"),
+        (lambda: X.sum(), [X], {"order": 3}, ValueError, "order: expected 2 or 4, got 3"),
         (lambda: X.sum(), [X], {"step": 0.0}, TypeError, r"step: expected a number in \(0, inf\), got 0.0"),
         (lambda: X.sum(), [X], {"process_group": 1}, TypeError, "process_group: expected a torch.distributed"),
     ],

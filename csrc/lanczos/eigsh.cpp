@@ -32,9 +32,11 @@ constexpr int kMaxDeceptions = 2;
 // residual may then stand, for each of them: the longer it stands still, the less the noise has to explain.
 constexpr int64_t kMinStalledProducts = 8;
 constexpr double kNoisePerProduct = 0.25;
-// Of a noise that the operator knows, a residual in which it counts need not stand still: half of its square
-// is that noise already.
-constexpr double kKnownNoise = 1.5;
+// Of a noise that the operator knows, which every residual contains, a residual in which it is half need not
+// stand still.
+constexpr double kKnownNoise = 2.0;
+// It is good to this factor; asymmetry, which takes noise for alike in all directions, may show far more.
+constexpr double kKnownWithin = 8.0;
 // A residual that has not fallen below this share of the best one stands still.
 constexpr double kProgress = 0.7;
 
@@ -191,12 +193,15 @@ class Solver {
         basis_.residual_norms(leading(wanted), {ritz_.values.begin(), ritz_.values.begin() + wanted}, enough);
     // Of the products that were made; within their span nothing is left of an error that is symmetric.
     const double unseen = known_noise();
-    for (double& norm : residual_norms_) norm = std::hypot(norm, unseen);
+    for (double& norm : residual_norms_) norm += unseen;
   }
 
   // What the operator knows of the length of a product's noise, and what is known of it in all.
   double known_noise() const { return op_.noise() * basis_.unit(); }
-  double noise() const { return std::max(basis_.noise(), known_noise()); }
+  double noise() const {
+    const double seen = basis_.noise(), known = known_noise();
+    return known == 0.0 ? seen : std::clamp(seen, known, kKnownWithin * known);
+  }
 
   // What is wanted most: larger is better.
   double key(double value) const {

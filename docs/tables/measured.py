@@ -230,6 +230,22 @@ def noise_floors(result: Json, path: Path) -> str:
     return f"{table(head, rows)}\n{machine_line(result['machine'])}"
 
 
+def differences(result: Json, path: Path) -> str:
+    rows = (
+        [
+            f"{row['network']}, P = {row['parameters']:,}",
+            row["precision"],
+            row["order"],
+            *(f"{row[name]:.0e}" for name in ("error", "noise", "eigenvalue", "residual")),
+            row["status"],
+            " + ".join(map(str, row["gradients"])),
+        ]
+        for row in result["rows"]
+    )
+    head = ["network", "arithmetic", "order", "error of a product", "its `noise`", "error of λ₁", "residual", "status"]
+    return f"{table([*head, 'gradients'], rows)}\n{machine_line(result['machine'])}"
+
+
 def torch_derivatives(result: Json, path: Path) -> str:
     def cell(value: float | str) -> str:
         if isinstance(value, str):
@@ -252,6 +268,7 @@ RENDERERS: dict[str, Callable[[Json, Path], str]] = {
     r"ensembles.*": ensembles,
     r"memory_.*": memory,
     r"gpu_check_.*": gpu_check,
+    r"differences": differences,
     r"noise_floors": noise_floors,
     r"torch_derivatives": torch_derivatives,
 }

@@ -70,7 +70,10 @@ class Reference:
         with torch.no_grad():
             for buffer, values in self.buffers:
                 buffer.copy_(values)
-        return self.model(self.inputs)
+        with torch.random.fork_rng():
+            if self.case.seed is not None:
+                torch.manual_seed(self.case.seed)
+            return self.model(self.inputs)
 
     def hessian(self) -> Tensor:
         return hessian_by_differences(
@@ -126,6 +129,24 @@ def of_density(case: Case, reference: Reference) -> float:
     return relative(torch.stack([nodes.min(), nodes.max()]), values[[0, -1]])
 
 
+def of_differences(case: Case, reference: Reference) -> tuple[float, float]:
+    """The error of the matrix, and what the operator says that it is."""
+    if case.batches:
+
+        def loss_and_count(batch: Tensor) -> tuple[Tensor, int]:
+            return case.criterion(case.outputs(batch), case.target[batch]) * len(batch), len(batch)
+
+        H = HessianOperator.from_gradients(loss_and_count, parameters(case), torch.arange(len(case.inputs)).split(2))
+    else:
+        H = HessianOperator.from_gradients(case.loss, parameters(case))
+    result, expected = eigsh(H, 2, tol=case.tolerance / 100), reference.hessian()
+    if result.status == "not symmetric":
+        raise Refused(result.status)
+    values = torch.linalg.eigvalsh(expected).flip(0)[:2]
+    assert ((result.values - values).abs() <= result.residuals + case.tolerance * values.abs().max()).all()
+    return relative(H.to_dense(), expected), H.noise / float(torch.linalg.matrix_norm(expected, 2))
+
+
 def of_gauss_newton(case: Case, reference: Reference) -> float:
     return relative(gauss_newton(case).to_dense(), reference.gauss_newton())
 
@@ -135,8 +156,12 @@ def of_ntk(case: Case, reference: Reference) -> float:
     return relative(found, torch.linalg.eigvalsh(reference.ntk()).flip(0)[:2])
 
 
-MEASURES: dict[str, Callable[[Case, Reference], float]] = {
+DIFFERENCES = "by differences"
+
+# What is measured: the error, and of differences the noise.
+MEASURES: dict[str, Callable[[Case, Reference], float | tuple[float, float]]] = {
     "Hessian": of_eigsh,
+    DIFFERENCES: of_differences,
     "Gauss-Newton": of_gauss_newton,
     "tracker": of_tracker,
     "density": of_density,
@@ -149,6 +174,7 @@ EXPECTED: dict[str, tuple[str, ...]] = {
     "EigenTracker.update stopped by not symmetric|eigsh stopped by not symmetric": (
         "weight_norm",
         "weight_norm, the old one",
+        "spectral_norm in train mode",
     ),
     "EigenTracker.update stopped by noise floor|eigsh stopped by noise floor": ("bfloat16 autocast",),
     "None of the inputs have requires_grad=True": ("checkpoint, reentrant",),
@@ -157,7 +183,7 @@ EXPECTED: dict[str, tuple[str, ...]] = {
 
 
 def cell(name: str, measure: str) -> str:
-    """``right``, or the message by which it is refused.
+    """``right``, with error and noise of differences, or the message by which it is refused.
 
     Raises:
         AssertionError: wrong, or refused where it should not be, or the other way round, or in other words.
@@ -165,7 +191,8 @@ def cell(name: str, measure: str) -> str:
         ImportError: the model is of a package that is not there.
     """
     case = make(name)
-    expected = case.refusals.get(measure, case.refusals.get("all") if measure != "NTK" else None)
+    of_all = None if measure in ("NTK", DIFFERENCES) else case.refusals.get("all")
+    expected = case.refusals.get(measure, of_all)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", category=ConvergenceWarning)
         warnings.filterwarnings("error", "loss: |no gradient of the loss")
@@ -173,11 +200,15 @@ def cell(name: str, measure: str) -> str:
             if name in (names or CASES):
                 warnings.filterwarnings("ignore", message)
         try:
-            error = MEASURES[measure](case, Reference(name))
+            found = MEASURES[measure](case, Reference(name))
         except (Refused, ValueError, RuntimeError, TypeError) as refusal:
             assert expected is not None, f"refused: {refusal}"
             assert expected in str(refusal), f"refused by another message: {refusal}"
             return f"refused: {refusal}"
+    error, noise = found if isinstance(found, tuple) else (found, None)
     assert expected is None, f"not refused: relative error {error:.2g}"
-    assert error <= case.tolerance, f"relative error {error:.2g}"
-    return "right"
+    if noise is None:
+        assert error <= case.tolerance, f"relative error {error:.2g}"
+        return "right"
+    assert error <= max(case.tolerance, 2 * noise), f"relative error {error:.2g}, noise {noise:.2g}"
+    return f"{'right' if error <= case.tolerance else 'noise'} {error:.0e} ({noise:.0e})"

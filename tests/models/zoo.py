@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ class Case:
     as_tensor: bool = False  # the loss is given as a tensor, not as a closure
     batches: bool = False  # ... as a closure of batches of two samples
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
+    seed: int | None = None  # of the random numbers that it draws, in the reference
     forward: Callable[[Tensor], Tensor] | None = None
     plain: Callable[[nn.Module], nn.Module] = lambda model: model  # what the model is for the reference
     refusals: dict[str, str] = field(default_factory=dict)  # by product, or "all": a part of the error
@@ -157,7 +159,7 @@ def _() -> Case:
 @case("ResNet, BatchNorm in train mode, in batches")
 def _() -> Case:
     text = "got BatchNorm in train mode on 2 batches"
-    return images(resnet(nn.BatchNorm2d), batches=True, refusals={"all": text, "NTK": COUPLED})
+    return images(resnet(nn.BatchNorm2d), batches=True, refusals={"all": text, "by differences": text, "NTK": COUPLED})
 
 
 @case("ResNet, GroupNorm")
@@ -414,7 +416,9 @@ def _() -> Case:
             model(torch.zeros(1, 3, dtype=torch.float64))
         return model.eval()
 
-    return vectors(hidden_layer(parametrizations.spectral_norm), plain=improved)
+    # By differences they are no constants: every forward pass improves them for the weights that it sees.
+    refusals = {"by differences": "not symmetric"}
+    return vectors(hidden_layer(parametrizations.spectral_norm), plain=improved, refusals=refusals)
 
 
 @case("orthogonal weights")
@@ -455,7 +459,8 @@ def _() -> Case:
                 return self.inner(x)
 
     text = "expected a gradient, got none, though its Linear ran"
-    return vectors(hidden_layer(Cut), refusals=dict.fromkeys(("Hessian", "Gauss-Newton", "tracker", "density"), text))
+    measures = ("Hessian", "by differences", "Gauss-Newton", "tracker", "density")
+    return vectors(hidden_layer(Cut), refusals=dict.fromkeys(measures, text))
 
 
 @case("nn.Embedding")
@@ -465,8 +470,12 @@ def _() -> Case:
 
 @case("nn.Embedding, sparse")
 def _() -> Case:
+    def dense(model: nn.Module) -> nn.Module:
+        model[0].sparse = False
+        return model
+
     model = nn.Sequential(nn.Embedding(7, 4, sparse=True), nn.Tanh(), nn.Linear(4, 7))
-    return tokens(model, refusals={"all": "build nn.Embedding with sparse=False", **NOT_FLAT})
+    return tokens(model, plain=dense, refusals={"all": "build nn.Embedding with sparse=False", **NOT_FLAT})
 
 
 @case("nn.EmbeddingBag")
@@ -513,6 +522,7 @@ def _() -> Case:
 def _() -> Case:
     return vectors(
         nn.Sequential(nn.Linear(3, 6), nn.Dropout(0.5), nn.Linear(6, 3)),
+        seed=1,
         refusals={"all": "other randomness off", "NTK": COUPLED},
     )
 
@@ -583,7 +593,8 @@ def _() -> Case:
 @case("checkpoint, reentrant")
 def _() -> Case:
     model = perceptron(nn.Tanh())
-    refusals = dict.fromkeys(("Hessian", "Gauss-Newton", "tracker", "density"), "expected a gradient, got none")
+    measures = ("Hessian", "by differences", "Gauss-Newton", "tracker", "density")
+    refusals = dict.fromkeys(measures, "expected a gradient, got none")
     return vectors(model, forward=lambda x: model[2](checkpoint(model[:2], x, use_reentrant=True)), refusals=refusals)
 
 
@@ -608,9 +619,10 @@ def _() -> Case:
     from torch.distributed.fsdp import fully_shard
 
     model = perceptron(nn.Tanh()).double()
+    whole = copy.deepcopy(model)
     fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
     text = "a tensor that is whole in this process, got a DTensor"
-    return vectors(model, refusals=refused(text) | {"NTK": text})
+    return vectors(model, plain=lambda _: whole, refusals=refused(text) | {"NTK": text})
 
 
 @case("Lightning module")
