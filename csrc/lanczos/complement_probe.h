@@ -9,8 +9,9 @@
 
 namespace dynloss {
 
-// The Lanczos process with H + W S Wᵀ in the complement of a basis, by its three-term recurrence: it keeps
-// the vectors that the basis has room for, which has to stay as it is meanwhile, and may be longer.
+// The Lanczos process with H + Fᵀ C F in the complement of a basis, where F are the directions of its
+// residuals, by its three-term recurrence: it keeps the vectors that the basis has room for, which has to
+// stay as it is meanwhile, and may be longer.
 class ComplementProbe {
  public:
   // Columns of the basis that have to be free, where the process works.
@@ -18,7 +19,7 @@ class ComplementProbe {
 
   explicit ComplementProbe(const RitzBasis& basis) : basis_(basis) {}
 
-  // From the part of x beside the basis. S is the coupling, row-major (size, size).
+  // From the part of x beside the basis. C is the coupling, row-major (rows of F, rows of F).
   void start(const at::Tensor& x, std::vector<double> coupling);
 
   // The vector to be multiplied next.
@@ -32,9 +33,9 @@ class ComplementProbe {
   const std::vector<double>& off_diagonal() const { return off_diagonal_; }
   int64_t steps() const { return static_cast<int64_t>(diagonal_.size()); }
 
-  // The basis and the vector that the process starts from, as rows; and after its first step the projection
-  // of H on them, row-major, in the unit of the basis.
-  Rows rows_with_start() const { return basis_.vectors_and_spare(); }
+  // The vector that the process starts from; and after its first step the projection of H on the basis and
+  // this, row-major, in the unit of the basis.
+  Rows first() const { return row_of(0); }
   std::vector<double> projection_with_start() const;
 
   // A combination of the vectors is collected from those that are kept or, where that are not all, the last
@@ -47,6 +48,7 @@ class ComplementProbe {
  private:
   Rows start_row() const { return basis_.spare_row(window_); }
   Rows row_of(int64_t step) const { return basis_.spare_row(step % window_); }
+  at::Tensor expected_overlaps(const Rows& product, const at::Tensor& of_directions) const;
   at::Tensor factor(double value) const;  // as subtract_combination takes it
 
   const RitzBasis& basis_;

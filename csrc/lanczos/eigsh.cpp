@@ -78,7 +78,7 @@ class Solver {
       status = solve();
     } catch (const Stop& stop) {
       // A product that was taken in blindly may yet turn out not to be finite.
-      status = basis_.settle() == RitzBasis::Settled::kNonFinite ? kNotFinite : stop.status;
+      status = basis_.settle() ? stop.status : kNotFinite;
       project();
       audited_ = false;
     }
@@ -138,19 +138,16 @@ class Solver {
     }
     basis_.accept(multiply(basis_.candidate()));
     start_.forget_overlaps();
-    nothing_new_ = false;
-    if (!basis_.blind() || basis_.num_waiting() >= 2) settle();
+    if (!basis_.can_wait()) settle();
   }
 
   void expand_krylov() {
-    expand([&] { return !nothing_new_ && basis_.propose_product(); });
+    expand([&] { return basis_.propose_product(); });
   }
 
   // Asks the basis what it has found: once for a decision.
   void settle() {
-    const RitzBasis::Settled settled = basis_.settle();
-    if (settled == RitzBasis::Settled::kNonFinite) throw Stop{kNotFinite};
-    if (settled == RitzBasis::Settled::kNothingNew) nothing_new_ = true;
+    if (!basis_.settle()) throw Stop{kNotFinite};
   }
 
   void make_room(int64_t columns) {
@@ -158,7 +155,7 @@ class Solver {
     project();
     const int64_t keep = std::min({options_.count + kExtraKept, basis_.size(), capacity_ - columns});
     ritz_.values.resize(keep);
-    basis_.restart(leading(keep), ritz_.values);
+    basis_.restart(leading(keep));
     start_.forget_overlaps();
     ritz_.vectors.assign(keep * keep, 0.0);  // the basis is of these vectors now
     for (int64_t i = 0; i < keep; ++i) ritz_.vectors[i * keep + i] = 1.0;
@@ -182,18 +179,12 @@ class Solver {
     for (const double value : pairs.values) largest_ = std::max(largest_, std::abs(value) / basis_.unit());
     scale_ = largest_ * basis_.unit();
 
-    std::vector<double> allowed;
-    for (int64_t i = 0; i < std::min(options_.count, m); ++i) allowed.push_back(limit(ritz_.values[i]));
-    find_residuals(allowed);
-  }
-
-  void find_residuals(const std::vector<double>& enough) {
-    const auto wanted = static_cast<int64_t>(enough.size());
-    residual_norms_ =
-        basis_.residual_norms(leading(wanted), {ritz_.values.begin(), ritz_.values.begin() + wanted}, enough);
     // Of the products that were made; within their span nothing is left of an error that is symmetric.
     const double unseen = known_noise();
-    for (double& norm : residual_norms_) norm += unseen;
+    residual_norms_.clear();
+    for (int64_t i = 0; i < std::min(options_.count, m); ++i) {
+      residual_norms_.push_back(basis_.residual_norm(&ritz_.vectors[i * m], ritz_.values[i]) + unseen);
+    }
   }
 
   // What the operator knows of the length of a product's noise, and what is known of it in all.
@@ -248,8 +239,7 @@ class Solver {
       if (excess(i) > excess(worst)) worst = i;
     }
     expand([&] {
-      return !nothing_new_ && basis_.propose_residual(&ritz_.vectors[worst * basis_.size()],
-                                                      ritz_.values[worst], residual_norms_[worst]);
+      return basis_.propose_residual(&ritz_.vectors[worst * basis_.size()], residual_norms_[worst]);
     });
   }
 
@@ -289,11 +279,14 @@ class Solver {
   void search_beyond(double bound, double side) {
     const int64_t m = basis_.size(), complement = length_ - m;
     if (complement == 0) return;
-    std::vector<double> coupling(m * m);  // Σ u uᵀ / (μ - t)
+    const int64_t count = basis_.directions().count();
+    std::vector<double> coupling(count * count);  // R (μ - t)⁻¹ Rᵀ in the directions of the residuals
     for (int64_t i = options_.count; i < m; ++i) {
-      const double* u = &ritz_.vectors[i * m];
+      const std::vector<double> r = basis_.beside(&ritz_.vectors[i * m]);
       const double distance = bound - ritz_.values[i];
-      for (int64_t j = 0; j < m * m && distance != 0.0; ++j) coupling[j] += u[j / m] * u[j % m] / distance;
+      for (int64_t j = 0; j < count * count && distance != 0.0; ++j) {
+        coupling[j] += r[j / count] * r[j % count] / distance;
+      }
     }
     probe_.start(random_vector(), std::move(coupling));
     double missed;
@@ -381,7 +374,7 @@ class Solver {
       asymmetry = std::max(asymmetry, std::abs(projection[i * (m + 1) + m] - projection[m * (m + 1) + i]));
     }
     check_symmetric(asymmetry, scale_ / std::sqrt(static_cast<double>(length_)),
-                    {probe_.rows_with_start(), projection, basis_.unit()});
+                    {basis_.vectors(), projection, basis_.unit(), probe_.first()});
   }
 
   void check_symmetric(double asymmetry, double norm, const Projection& seen) {
@@ -396,7 +389,6 @@ class Solver {
 
   EigshResult result(std::string status) {
     const int64_t found = std::min(options_.count, basis_.size());
-    find_residuals(std::vector<double>(found));
     std::vector<int64_t> order(found);
     std::iota(order.begin(), order.end(), 0);
     std::stable_sort(order.begin(), order.end(),
@@ -439,7 +431,6 @@ class Solver {
   ComplementProbe probe_{basis_};
   std::optional<at::Generator> generator_;  // made when needed: seeding takes microseconds
 
-  bool nothing_new_ = false;            // the last proposal held nothing that the basis lacked
   EigenPairs ritz_;                     // wanted first
   std::vector<double> residual_norms_;  // of the wanted pairs
   double largest_ = 0.0;                // max |θ| of all that was seen: a lower bound of ‖H‖

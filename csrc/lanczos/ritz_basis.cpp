@@ -7,7 +7,6 @@
 #include <algorithm>
 #include <cmath>
 #include <numeric>
-#include <optional>
 #include <utility>
 
 #include "row_algebra.h"
@@ -15,63 +14,104 @@
 namespace dynloss {
 namespace {
 
-// Differences of squares below this, in units of the rounding of the largest, are not good to a thousandth.
-constexpr double kRoundingsOfAGoodDifference = 1e4;
+// Lengths of products that leave room, in float32 too, for the squares of residuals and of sums.
+constexpr double kShortest = 1e-8;
+constexpr double kLongest = 1e8;
+// What is left of a vector is nothing but rounding below so many roundings of what it was.
+constexpr double kRoundings = 100.0;
 
-// Squared lengths of products that leave room, in float32 too, for the squares of residuals and of sums.
-constexpr double kSmallestSquare = 1e-16;
-constexpr double kLargestSquare = 1e16;
+using Columns = std::vector<std::vector<double>>;
+
+double norm_of(const std::vector<double>& x) {
+  return std::sqrt(std::inner_product(x.begin(), x.end(), x.begin(), 0.0));
+}
+
+// Reflects the entries from `first` on of every column (Householder), so that those of x, which ends where
+// the columns do, become a multiple of the first unit vector.
+void reflect(Columns& columns, int64_t first, std::vector<double> x) {
+  x[0] += std::copysign(norm_of(x), x[0]);
+  const double square = std::inner_product(x.begin(), x.end(), x.begin(), 0.0);
+  if (!(square > 0.0)) return;
+  for (std::vector<double>& column : columns) {
+    const double factor = 2.0 * std::inner_product(x.begin(), x.end(), column.begin() + first, 0.0) / square;
+    for (size_t i = 0; i < x.size(); ++i) column[first + i] -= factor * x[i];
+  }
+}
+
+Columns identity(int64_t size) {
+  Columns out(size, std::vector<double>(size));
+  for (int64_t i = 0; i < size; ++i) out[i][i] = 1.0;
+  return out;
+}
+
+// Of a square matrix, row-major.
+std::vector<double> first_rows(const Columns& columns, int64_t count) {
+  std::vector<double> out;
+  for (int64_t i = 0; i < count; ++i) {
+    for (const std::vector<double>& column : columns) out.push_back(column[i]);
+  }
+  return out;
+}
 
 }  // namespace
 
 RitzBasis::RitzBasis(int64_t capacity, int64_t length, const at::TensorOptions& options)
     : length_(length),
       epsilon_(rounding_of(options)),
-      // Where the basis may span all but one dimension, a probe of that one still has its columns.
-      rows_(at::empty({2 * (capacity < length ? capacity : capacity + 1), length}, options)),
+      // There are never more residuals than vectors, nor both together than dimensions; four rows are a
+      // probe's.
+      rows_(at::empty({capacity < length ? 2 * capacity : length + 4, length}, options)),
       blind_(!Rows(rows_).on_host()) {}
 
 bool RitzBasis::propose(const Rows& x, double norm) {
-  const Rows v = vectors(), slot = spare_row(0);
-  if (size_ == 0) {
+  const Rows slot = spare_row(0);
+  if (num_rows_ == 0) {
     assign(slot, x);
-    return make_unit(slot, 0.0);
+    if (!normalise(slot, 0.0)) return false;
+    num_rows_ = 1;
+    return true;
   }
-  return finish_candidate(x, inner_products(v, x), norm);
+  const std::vector<double> read = to_host({orthogonalise(slot, x, Rows(rows_, 0, num_rows_))});
+  std::vector<double> direction(read.begin() + size_, read.end());
+  if (direction.back() > rounding(norm) && num_rows_ < length_) {
+    assign(slot, slot, 1.0 / direction.back());
+    ++num_rows_;
+    for (std::vector<double>& column : columns_) column.push_back(0.0);
+  } else {
+    direction.pop_back();
+  }
+  return lead_with(std::move(direction), rounding(norm));
 }
 
 bool RitzBasis::propose_product() {
-  // Rounding that is left of a product is as large as H makes it, however short the product is.
-  const Rows product(rows_, 2 * size_ - 1, 1);
-  const at::Tensor overlaps = product_overlaps_.as_strided({size_}, {4}, 1);
-  const at::Tensor square = blind_ ? product_overlaps_.as_strided({}, {}, 4 * size_ - 1) : at::Tensor();
-  return finish_candidate(product, overlaps, std::sqrt(largest_square_), square);
+  if (!waiting_.empty()) return true;  // its direction is the only one
+  const std::vector<double>& last = columns_.back();
+  return lead_with({last.begin() + size_, last.end()}, rounding(largest_length_));
 }
 
-bool RitzBasis::propose_residual(const double* coefficients, double value, double norm) {
-  std::vector<double> minus_factors = residual_factors(coefficients, value);
-  for (double& factor : minus_factors) factor = -factor;
-  const at::Tensor weights = to_device(minus_factors, 1, at::empty({0}, rows_.options().dtype(at::kDouble)));
-  const Rows slot = spare_row(0);
-  // The basis has no part in a residual but what rounding left, which may be all of it.
-  const at::Tensor rest = subtract_and_overlap(slot, std::nullopt, weights.view(-1), pairs(), vectors());
-  return finish_candidate(slot, rest, norm);
+bool RitzBasis::propose_residual(const double* coefficients, double norm) {
+  return lead_with(beside(coefficients), rounding(norm));
 }
 
-bool RitzBasis::finish_candidate(const Rows& x, const at::Tensor& overlaps, double norm,
-                                 const at::Tensor& square) {
-  const Rows slot = spare_row(0);
-  orthogonalise(slot, x, overlaps, vectors());
-  // In units of what x was: below this what is left is nothing else.
-  const double rounding = 100.0 * epsilon_;
-  return make_unit(slot, rounding * norm, square.defined() ? square.sqrt().mul_(rounding) : square);
+double RitzBasis::rounding(double length) const { return kRoundings * epsilon_ * length; }
+
+// Rotates F so that its first row, the candidate, has this direction; false where that is negligible.
+bool RitzBasis::lead_with(std::vector<double> direction, double negligible) {
+  const auto count = static_cast<int64_t>(direction.size());
+  if (!(norm_of(direction) > negligible)) return false;
+  if (count == 1) return true;
+  Columns rotation = identity(count);
+  reflect(rotation, 0, direction);
+  reflect(columns_, size_, std::move(direction));
+  const at::AutoDispatchBelowADInplaceOrView below;
+  replace_by_combinations(directions().tensor(), to_device(first_rows(rotation, count), count, rows_));
+  return true;
 }
 
-bool RitzBasis::make_unit(const Rows& x, double negligible, const at::Tensor& or_this) const {
+bool RitzBasis::make_unit(const Rows& x, double negligible) const {
   if (!blind_) return normalise(x, negligible);
   const at::AutoDispatchBelowADInplaceOrView below;
-  const at::Tensor known = at::full({}, negligible, rows_.options().dtype(at::kDouble));
-  normalise_blindly(x, or_this.defined() ? known.maximum(or_this) : known);
+  normalise_blindly(x, at::full({}, negligible, rows_.options().dtype(at::kDouble)));
   return true;
 }
 
@@ -79,80 +119,112 @@ std::vector<double> RitzBasis::overlaps(const Rows& x) const {
   return to_host({inner_products(x, vectors())});
 }
 
-at::Tensor RitzBasis::overlaps_of_pair(int64_t j) const {
-  return inner_products(Rows(rows_, 0, 2 * (j + 1)), Rows(rows_, 2 * j, 2));
-}
-
 void RitzBasis::accept(const at::Tensor& product) {
-  assign(spare_row(1), product, unit_);
-  product_overlaps_ = overlaps_of_pair(size_++);
-  waiting_.push_back(product_overlaps_);
+  if (unit_ == 1.0) {
+    waiting_.push_back(take_in(product, product));
+  } else {
+    assign(spare_row(0), product, unit_);
+    waiting_.push_back(take_in(product, spare_row(0)));
+  }
 }
 
-RitzBasis::Settled RitzBasis::settle() {
-  if (waiting_.empty()) return Settled::kGood;
-  const std::vector<double> read = to_host(std::exchange(waiting_, {}));
-  const int64_t proposed = std::exchange(size_, settled_);
-  for (const double* overlaps = read.data(); size_ < proposed; overlaps += 4 * size_) {
-    const int64_t j = size_;
-    if (overlaps[4 * j] == 0.0) {
-      blind_ = false;
-      return Settled::kNothingNew;
-    }
-    const double square = overlaps[4 * j + 3];
-    std::vector<double> again;
-    if (!(square <= kLargestSquare) || std::max(largest_square_, square) < kSmallestSquare) {
-      const double factor = scale_into_range(Rows(rows_, 2 * j + 1, 1));
-      if (!std::isfinite(factor)) return Settled::kNonFinite;
+RitzBasis::Waiting RitzBasis::take_in(const at::Tensor& product, const Rows& scaled) {
+  const Rows slot = spare_row(0);
+  const at::Tensor length = lengths(scaled);
+  ++size_;
+  const at::Tensor overlaps =
+      orthogonalise(slot, scaled, expected_overlaps(scaled), Rows(rows_, 0, num_rows_));
+  if (blind_) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    normalise_blindly(slot, length.squeeze(0).clamp_min(largest_length_).mul_(kRoundings * epsilon_));
+  }
+  return {product, overlaps, length, num_rows_++};
+}
+
+// With the product of the last vector. As H is symmetric, those of the vectors before are known from their
+// products, and are zero but for one or two in a Krylov space. On a device all are measured.
+at::Tensor RitzBasis::expected_overlaps(const Rows& product) const {
+  if (!product.on_host()) return inner_products(Rows(rows_, 0, num_rows_), product);
+  const int64_t last = size_ - 1;
+  const at::Tensor measured = inner_products(Rows(rows_, last, num_rows_ - last), product);
+  const at::Tensor out = at::empty({num_rows_}, measured.options());
+  auto* to = out.mutable_data_ptr<double>();
+  for (const std::vector<double>& column : columns_) *to++ = column[last];
+  std::copy_n(measured.const_data_ptr<double>(), measured.numel(), to);
+  return out;
+}
+
+bool RitzBasis::settle() {
+  if (waiting_.empty()) return true;
+  const std::vector<Waiting> waiting = std::exchange(waiting_, {});
+  std::vector<at::Tensor> wanted;
+  for (const Waiting& taken : waiting) wanted.insert(wanted.end(), {taken.overlaps, taken.length});
+  const std::vector<double> read = to_host(wanted);
+  const double* next = read.data();
+  for (const Waiting& taken : waiting) {
+    // As before it, until it turns out to be good.
+    size_ = static_cast<int64_t>(columns_.size());
+    num_rows_ = taken.num_rows;
+    std::vector<double> numbers(next, next + num_rows_ + 2);
+    next += numbers.size();
+    const double length = numbers.back();
+    double factor = 1.0;
+    if (!(length <= kLongest) || std::max(largest_length_, length) < kShortest) {
+      const Rows slot = spare_row(0);
+      assign(slot, taken.product, unit_);
+      factor = scale_into_range(slot);
+      if (!std::isfinite(factor)) return false;
       if (factor != 1.0) {
         change_unit(factor);
-        product_overlaps_ = overlaps_of_pair(j);
-        again = to_host({product_overlaps_});
-        overlaps = again.data();
+        const Waiting again = take_in(taken.product, slot);
+        numbers = to_host({again.overlaps, again.length});
+        size_ = static_cast<int64_t>(columns_.size());
+        num_rows_ = taken.num_rows;
       }
     }
     // A NaN or an infinity in the product survives every inner product with it: 0 · inf is NaN.
-    if (!std::all_of(overlaps, overlaps + 4 * (j + 1), [](double x) { return std::isfinite(x); })) {
-      return Settled::kNonFinite;
-    }
-    append(overlaps);
-    if (!again.empty()) break;  // what came after it is in the old unit
+    if (!std::all_of(numbers.begin(), numbers.end(), [](double x) { return std::isfinite(x); })) return false;
+    const double own_length = numbers.back();
+    numbers.pop_back();
+    // What comes after a product without a direction is nothing, and after a change of the unit in the old
+    // one.
+    if (!append(std::move(numbers), own_length) || factor != 1.0) break;
   }
-  return Settled::kGood;
+  return true;
 }
 
-void RitzBasis::append(const double* overlaps) {
-  const int64_t m = size_;
-  const auto vector_product = [&](int64_t i) { return overlaps[4 * i + 1]; };
-  const auto product_vector = [&](int64_t i) { return overlaps[4 * i + 2]; };
-  const auto product_product = [&](int64_t i) { return overlaps[4 * i + 3]; };
-  std::vector<double> projection((m + 1) * (m + 1)), squares((m + 1) * (m + 1));
+// Whether it has brought a new direction.
+bool RitzBasis::append(std::vector<double> column, double length) {
+  const int64_t m = size_++;
   for (int64_t i = 0; i < m; ++i) {
-    std::copy_n(&projection_[i * m], m, &projection[i * (m + 1)]);
-    std::copy_n(&product_squares_[i * m], m, &squares[i * (m + 1)]);
-    projection[i * (m + 1) + m] = vector_product(i);
-    projection[m * (m + 1) + i] = product_vector(i);
-    squares[i * (m + 1) + m] = squares[m * (m + 1) + i] = product_product(i);
-    const double difference = std::abs(vector_product(i) - product_vector(i));
+    const double difference = std::abs(column[i] - columns_[i][m]);
     asymmetry_ = std::max(asymmetry_, difference);
     asymmetry_squares_ += difference * difference;
   }
   num_pairs_ += m;
-  projection.back() = vector_product(m);
-  squares.back() = product_product(m);
-  largest_square_ = std::max(largest_square_, product_product(m));
-  projection_ = std::move(projection);
-  product_squares_ = std::move(squares);
-  settled_ = ++size_;
+  largest_length_ = std::max(largest_length_, length);
+  const double rest = column.back();
+  // Rounding that is left of a product is as large as H makes it, however short the product is.
+  const bool is_new = rest > rounding(largest_length_) && num_rows_ < length_;
+  if (is_new) {
+    if (!blind_) assign(spare_row(0), spare_row(0), 1.0 / rest);
+    for (std::vector<double>& other : columns_) other.push_back(0.0);
+    ++num_rows_;
+  } else {
+    column.pop_back();
+    blind_ = false;
+  }
+  columns_.push_back(std::move(column));
+  return is_new;
 }
 
 void RitzBasis::change_unit(double ratio) {
-  for (int64_t i = 0; i < size_; ++i) assign(Rows(rows_, 2 * i + 1, 1), Rows(rows_, 2 * i + 1, 1), ratio);
-  for (double& entry : projection_) entry *= ratio;
-  for (double& entry : product_squares_) entry = entry * ratio * ratio;  // where ratio² may be infinite
+  for (std::vector<double>& column : columns_) {
+    for (double& entry : column) entry *= ratio;
+  }
   asymmetry_ *= ratio;
-  asymmetry_squares_ = asymmetry_squares_ * ratio * ratio;
-  largest_square_ = largest_square_ * ratio * ratio;
+  asymmetry_squares_ = asymmetry_squares_ * ratio * ratio;  // where ratio² may be infinite
+  largest_length_ *= ratio;
   unit_ *= ratio;
 }
 
@@ -163,65 +235,82 @@ double RitzBasis::noise() const {
   return component * std::sqrt(static_cast<double>(length_));
 }
 
-void RitzBasis::restart(const std::vector<double>& coefficients, const std::vector<double>& values) {
-  const int64_t m = size_, keep = static_cast<int64_t>(values.size());
-  const at::AutoDispatchBelowADInplaceOrView below;
-  replace_by_combinations(rows_.narrow(0, 0, 2 * m).view({m, 2 * length_}),
-                          to_device(coefficients, m, rows_));
-  std::vector<double> squares(keep * keep);
+void RitzBasis::restart(const std::vector<double>& coefficients) {
+  const int64_t m = size_, beside = num_rows_ - m;
+  const int64_t keep = static_cast<int64_t>(coefficients.size()) / m;
+  Columns columns;
   for (int64_t i = 0; i < keep; ++i) {
-    const std::vector<double> image = times_product_squares(&coefficients[i * m]);
+    const std::vector<double> image = product(&coefficients[i * m]);
+    std::vector<double>& column = columns.emplace_back();
     for (int64_t j = 0; j < keep; ++j) {
-      squares[i * keep + j] = std::inner_product(image.begin(), image.end(), &coefficients[j * m], 0.0);
+      column.push_back(std::inner_product(image.begin(), image.begin() + m, &coefficients[j * m], 0.0));
     }
+    column.insert(column.end(), image.begin() + m, image.end());
   }
-  product_squares_ = std::move(squares);
-  projection_.assign(keep * keep, 0.0);
-  for (int64_t i = 0; i < keep; ++i) projection_[i * keep + i] = values[i];
-  settled_ = size_ = keep;
+  // The residuals of fewer vectors have fewer directions: those come first.
+  Columns rotation = identity(beside);
+  int64_t rank = 0;
+  for (; rank < std::min(keep, beside); ++rank) {
+    const auto rest = [&](const std::vector<double>& column) {
+      return std::vector<double>(column.begin() + keep + rank, column.end());
+    };
+    std::vector<double> longest = rest(columns.front());
+    for (const std::vector<double>& column : columns) {
+      if (norm_of(rest(column)) > norm_of(longest)) longest = rest(column);
+    }
+    if (!(norm_of(longest) > rounding(largest_length_))) break;
+    if (longest.size() == 1) continue;
+    reflect(rotation, rank, longest);
+    reflect(columns, keep + rank, std::move(longest));
+  }
+  for (std::vector<double>& column : columns) column.resize(keep + rank);
+  columns_ = std::move(columns);
+  // [coefficients, 0; 0, the first rows of the rotation]
+  std::vector<double> all((keep + rank) * num_rows_);
+  const std::vector<double> of_rest = first_rows(rotation, rank);
+  for (int64_t i = 0; i < keep; ++i) std::copy_n(&coefficients[i * m], m, &all[i * num_rows_]);
+  for (int64_t i = 0; i < rank; ++i) {
+    std::copy_n(&of_rest[i * beside], beside, &all[(keep + i) * num_rows_ + m]);
+  }
+  const at::AutoDispatchBelowADInplaceOrView below;
+  replace_by_combinations(rows_.narrow(0, 0, num_rows_), to_device(all, num_rows_, rows_));
+  size_ = keep;
+  num_rows_ = keep + rank;
 }
 
 at::Tensor RitzBasis::combine(const std::vector<double>& coefficients) const {
   return combinations(to_device(coefficients, size_, rows_), vectors());
 }
 
-std::vector<double> RitzBasis::residual_norms(const std::vector<double>& coefficients,
-                                              const std::vector<double>& values,
-                                              const std::vector<double>& enough) const {
-  // ‖H y - θ y‖² = ‖H y‖² - θ² costs no look at the vectors; but where that cancels, only they know.
-  const double cancelled_below = kRoundingsOfAGoodDifference * epsilon_ * largest_square_;
-  const int64_t m = size_;
-  std::vector<double> norms, factors;
-  std::vector<size_t> cancelled;
-  for (size_t i = 0; i < values.size(); ++i) {
-    const double* c = &coefficients[i * m];
-    const double square =
-        std::inner_product(c, c + m, times_product_squares(c).begin(), -values[i] * values[i]);
-    norms.push_back(std::sqrt(std::max(square, cancelled_below)));
-    if (square > cancelled_below || norms.back() <= enough[i]) continue;
-    cancelled.push_back(i);
-    const std::vector<double> own = residual_factors(c, values[i]);
-    factors.insert(factors.end(), own.begin(), own.end());
-  }
-  if (cancelled.empty()) return norms;
-  const std::vector<double> exact = combination_norms(to_device(factors, 2 * m, rows_), pairs());
-  for (size_t i = 0; i < cancelled.size(); ++i) norms[cancelled[i]] = exact[i];
-  return norms;
+double RitzBasis::residual_norm(const double* coefficients, double value) const {
+  std::vector<double> residual = product(coefficients);
+  for (int64_t i = 0; i < size_; ++i) residual[i] -= value * coefficients[i];
+  return norm_of(residual);
 }
 
-std::vector<double> RitzBasis::residual_factors(const double* coefficients, double value) const {
-  std::vector<double> factors;
-  for (int64_t j = 0; j < size_; ++j) {
-    factors.push_back(-value * coefficients[j]);
-    factors.push_back(coefficients[j]);
-  }
-  return factors;
+std::vector<double> RitzBasis::projection() const {
+  std::vector<double> out(size_ * size_);
+  for (int64_t i = 0; i < size_ * size_; ++i) out[i] = columns_[i % size_][i / size_];
+  return out;
 }
 
-std::vector<double> RitzBasis::times_product_squares(const double* x) const {
+std::vector<double> RitzBasis::beside(const double* coefficients) const {
+  const std::vector<double> all = product(coefficients);
+  return {all.begin() + size_, all.end()};
+}
+
+std::vector<double> RitzBasis::product_overlaps(const double* x) const {
   std::vector<double> out;
-  for (int64_t i = 0; i < size_; ++i) {
-    out.push_back(std::inner_product(x, x + size_, &product_squares_[i * size_], 0.0));
+  for (const std::vector<double>& column : columns_) {
+    out.push_back(std::inner_product(column.begin() + size_, column.end(), x, 0.0));
+  }
+  return out;
+}
+
+std::vector<double> RitzBasis::product(const double* coefficients) const {
+  std::vector<double> out(num_rows_);
+  for (int64_t j = 0; j < size_; ++j) {
+    for (int64_t i = 0; i < num_rows_; ++i) out[i] += coefficients[j] * columns_[j][i];
   }
   return out;
 }

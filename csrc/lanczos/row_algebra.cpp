@@ -11,7 +11,6 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linalg_vector_norm.h>
 #include <ATen/ops/mm.h>
-#include <ATen/ops/stack.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 
@@ -20,6 +19,7 @@
 #include <atomic>
 #include <cmath>
 #include <limits>
+#include <numeric>
 
 #include "row_loops.h"
 
@@ -43,6 +43,16 @@ constexpr int64_t kBlock = 4096;
 // Numbers that are worth a thread.
 constexpr int64_t kGrain = 1 << 16;
 
+// What is left of x is orthogonal to n rows when its measured part in them is no longer than another
+// subtraction would leave it: the roundings of P entries, about half an epsilon of each and independent,
+// have a part of about epsilon √(n / P) / 3 of the length in n orthonormal rows. So many times that:
+constexpr double kRoundingsLeft = 2.0;
+// A part of less than this share of what is left is gone after one more subtraction but for rounding: "twice
+// is enough" (Kahan; Parlett 1998, 6.9). It is larger where most of x was in the rows, or the guess was
+// wrong.
+constexpr double kEnough = 0.1;
+constexpr int kMaxSubtractions = 3;
+
 // work(first column, columns, number of the block) for every block of columns; `rows` of each are touched.
 template <typename Work>
 void for_blocks(int64_t length, int64_t rows, Work work) {
@@ -55,22 +65,23 @@ void for_blocks(int64_t length, int64_t rows, Work work) {
   });
 }
 
-// sum(i, j, first column, columns), added up over the blocks, as a (count_a, count_b) matrix.
-template <typename Sum>
-void add_blocks(int64_t length, int64_t count_a, int64_t count_b, double* out, Sum sum) {
-  const int64_t entries = count_a * count_b;
-  std::fill_n(out, entries, 0.0);
-  const auto add = [&](int64_t first, int64_t columns, double* to) {
-    for (int64_t i = 0; i < count_a; ++i) {
-      for (int64_t j = 0; j < count_b; ++j) *to++ += sum(i, j, first, columns);
-    }
-  };
-  if (length <= kBlock) return add(0, length, out);
+// The sum over the blocks of what work(first column, columns, numbers) makes of one, `entries` numbers.
+template <typename Work>
+void sum_blocks(int64_t length, int64_t rows, int64_t entries, double* out, Work work) {
+  if (length <= kBlock) return work(0, length, out);
   std::vector<double> partial((length + kBlock - 1) / kBlock * entries);
-  for_blocks(length, count_a + count_b, [&](int64_t first, int64_t columns, int64_t block) {
-    add(first, columns, &partial[block * entries]);
+  for_blocks(length, rows, [&](int64_t first, int64_t columns, int64_t block) {
+    work(first, columns, &partial[block * entries]);
   });
+  std::fill_n(out, entries, 0.0);
   for (size_t i = 0; i < partial.size(); ++i) out[i % entries] += partial[i];
+}
+
+template <typename T>
+std::vector<const T*> pointers(const Rows& rows, int64_t first = 0) {
+  std::vector<const T*> out(rows.count());
+  for (int64_t j = 0; j < rows.count(); ++j) out[j] = rows.row<T>(j) + first;
+  return out;
 }
 
 // The columns of rows on a device, some at a time, such that `count` rows as short as a block are small
@@ -89,39 +100,47 @@ std::vector<at::Tensor> device_blocks(const at::Tensor& rows, int64_t count) {
 template <typename T>
 void combine_columns(T* to, int64_t stride, const Rows& coefficients, const Rows& rows, int64_t first,
                      int64_t columns) {
+  const std::vector<const T*> from = pointers<T>(rows, first);
   for (int64_t i = 0; i < coefficients.count(); ++i, to += stride) {
-    const T* weights = coefficients.row<T>(i);
     std::fill_n(to, columns, T(0));
-    for (int64_t j = 0; j < rows.count(); ++j) add_scaled(to, weights[j], rows.row<T>(j) + first, columns);
+    add_combination(to, coefficients.row<T>(i), from.data(), rows.count(), columns);
   }
 }
 
-// Some columns of out = x - coefficients · rows.
+// out = x - weights · rows, whatever the columns: rows of weight zero are not read.
 template <typename T>
-void subtract_columns(const Rows& out, const std::optional<Rows>& x, const at::Tensor& coefficients,
-                      const Rows& rows, int64_t first, int64_t columns) {
-  const auto* weights = coefficients.const_data_ptr<double>();
-  const int64_t step = coefficients.stride(0);
-  // The sum first: x is rounded once, and not the same way in all its entries.
-  std::array<T, kBlock> sum;
-  std::fill_n(sum.data(), columns, T(0));
-  for (int64_t j = 0; j < rows.count(); ++j) {
-    add_scaled(sum.data(), static_cast<T>(weights[j * step]), rows.row<T>(j) + first, columns);
+class Subtraction {
+ public:
+  Subtraction(const Rows& out, const Rows& x, const double* weights, int64_t step, const Rows& rows)
+      : out_(out.row<T>(0)), x_(x.row<T>(0)) {
+    for (int64_t j = 0; j < rows.count(); ++j) {
+      if (weights[j * step] == 0.0) continue;
+      weights_.push_back(static_cast<T>(weights[j * step]));
+      rows_.push_back(rows.row<T>(j));
+    }
   }
-  T* to = out.row<T>(0) + first;
-  if (!x) {
-    std::fill_n(to, columns, T(0));
-  } else if (const T* from = x->row<T>(0) + first; from != to) {
-    std::copy_n(from, columns, to);
-  }
-  add_scaled(to, T(-1), sum.data(), columns);
-}
 
-void subtract_on_device(const Rows& out, const std::optional<Rows>& x, const at::Tensor& coefficients,
-                        const Rows& rows) {
+  void operator()(int64_t first, int64_t columns) const {
+    // The sum first: x is rounded once, and not the same way in all its entries.
+    std::array<T, kBlock> sum;
+    std::fill_n(sum.data(), columns, T(0));
+    std::vector<const T*> from = rows_;
+    for (const T*& row : from) row += first;
+    add_combination(sum.data(), weights_.data(), from.data(), static_cast<int64_t>(from.size()), columns);
+    subtract(out_ + first, x_ + first, sum.data(), columns);
+  }
+
+ private:
+  T* out_;
+  const T* x_;
+  std::vector<T> weights_;
+  std::vector<const T*> rows_;
+};
+
+void subtract_on_device(const Rows& out, const Rows& x, const at::Tensor& coefficients, const Rows& rows) {
   at::Tensor to = out.vector();
   const at::Tensor weights = coefficients.to(to.scalar_type());
-  at::addmv_out(to, x ? x->vector() : to, rows.tensor().t(), weights, x ? 1 : 0, -1);
+  at::addmv_out(to, x.vector(), rows.tensor().t(), weights, 1, -1);
 }
 
 // The whole blocks of the columns of x: (blocks, rows, columns of a block); and what is left of them.
@@ -181,10 +200,19 @@ at::Tensor inner_products(const Rows& a, const Rows& b) {
   const at::Tensor out =
       single ? at::empty({a.count()}, options) : at::empty({a.count(), b.count()}, options);
   AT_DISPATCH_FLOATING_TYPES(a.matrix().scalar_type(), "inner_products", [&] {
-    add_blocks(a.length(), a.count(), b.count(), out.mutable_data_ptr<double>(),
-               [&](int64_t i, int64_t j, int64_t first, int64_t columns) {
-                 return dot(a.row<scalar_t>(i) + first, b.row<scalar_t>(j) + first, columns);
+    const std::vector<const scalar_t*> of_b = pointers<scalar_t>(b);
+    const int64_t count = a.count(), entries = count * b.count();
+    std::vector<double> by_b(entries);
+    sum_blocks(a.length(), count + b.count(), entries, by_b.data(),
+               [&](int64_t first, int64_t columns, double* sums) {
+                 const std::vector<const scalar_t*> here = pointers<scalar_t>(a, first);
+                 for (const scalar_t* row : of_b) {
+                   dots(here.data(), count, row + first, columns, sums);
+                   sums += count;
+                 }
                });
+    auto* to = out.mutable_data_ptr<double>();
+    for (int64_t i = 0; i < entries; ++i) to[i] = by_b[i % b.count() * count + i / b.count()];
   });
   return out;
 }
@@ -200,34 +228,6 @@ at::Tensor combinations(const Rows& coefficients, const Rows& rows) {
       combine_columns(begin + first, length, coefficients, rows, first, columns);
     });
   });
-  return out;
-}
-
-std::vector<double> combination_norms(const Rows& coefficients, const Rows& rows) {
-  const Plainly plainly;
-  const int64_t count = coefficients.count();
-  if (!rows.on_host()) {
-    std::vector<at::Tensor> parts;
-    for (const at::Tensor& columns : device_blocks(rows.tensor(), count)) {
-      parts.push_back(lengths_on_device(at::mm(coefficients.tensor(), columns)));
-    }
-    return to_host({at::linalg_vector_norm(at::stack(parts), 2, 0)});
-  }
-  const int64_t blocks = (rows.length() + kBlock - 1) / kBlock;
-  std::vector<double> squares(blocks * count);
-  AT_DISPATCH_FLOATING_TYPES(rows.matrix().scalar_type(), "combination_norms", [&] {
-    for_blocks(rows.length(), rows.count(), [&](int64_t first, int64_t columns, int64_t block) {
-      std::vector<scalar_t> combined(count * columns);
-      combine_columns(combined.data(), columns, coefficients, rows, first, columns);
-      for (int64_t i = 0; i < count; ++i) {
-        const scalar_t* row = &combined[i * columns];
-        squares[block * count + i] = dot(row, row, columns);
-      }
-    });
-  });
-  std::vector<double> out(count);
-  for (size_t i = 0; i < squares.size(); ++i) out[i % count] += squares[i];
-  for (double& value : out) value = std::sqrt(value);
   return out;
 }
 
@@ -252,47 +252,61 @@ void replace_by_combinations(const at::Tensor& rows, const Rows& coefficients) {
   });
 }
 
-void subtract_combination(const Rows& out, const std::optional<Rows>& x, const at::Tensor& coefficients,
-                          const Rows& rows) {
+void subtract_combination(const Rows& out, const Rows& x, const at::Tensor& coefficients, const Rows& rows) {
   const Plainly plainly;
   if (!rows.on_host()) return subtract_on_device(out, x, coefficients, rows);
   AT_DISPATCH_FLOATING_TYPES(rows.matrix().scalar_type(), "subtract_combination", [&] {
-    for_blocks(rows.length(), rows.count(), [&](int64_t first, int64_t columns, int64_t) {
-      subtract_columns<scalar_t>(out, x, coefficients, rows, first, columns);
-    });
+    const Subtraction<scalar_t> subtract_from(out, x, coefficients.const_data_ptr<double>(),
+                                              coefficients.stride(0), rows);
+    for_blocks(rows.length(), rows.count(),
+               [&](int64_t first, int64_t columns, int64_t) { subtract_from(first, columns); });
   });
 }
 
-at::Tensor subtract_and_overlap(const Rows& out, const std::optional<Rows>& x, const at::Tensor& coefficients,
-                                const Rows& rows, const Rows& against) {
+at::Tensor orthogonalise(const Rows& out, const Rows& x, const at::Tensor& overlaps, const Rows& rows) {
   const Plainly plainly;
+  const int64_t count = rows.count(), length = rows.length();
   if (!rows.on_host()) {
-    subtract_on_device(out, x, coefficients, rows);
-    return inner_products(against, out);
+    subtract_on_device(out, x, overlaps, rows);
+    const at::Tensor left = inner_products(rows, out);
+    subtract_on_device(out, out, left, rows);
+    return at::cat({overlaps.add(left), lengths(out)});
   }
-  const int64_t count = against.count(), blocks = (rows.length() + kBlock - 1) / kBlock;
-  std::vector<double> partial(blocks * count);
-  AT_DISPATCH_FLOATING_TYPES(rows.matrix().scalar_type(), "subtract_and_overlap", [&] {
-    for_blocks(rows.length(), rows.count() + count, [&](int64_t first, int64_t columns, int64_t block) {
-      subtract_columns<scalar_t>(out, x, coefficients, rows, first, columns);
-      for (int64_t i = 0; i < count; ++i) {
-        partial[block * count + i] =
-            dot(against.row<scalar_t>(i) + first, out.row<scalar_t>(0) + first, columns);
-      }
+  const at::Tensor total = at::zeros({count + 1}, at::TensorOptions(at::kDouble));
+  auto* sums = total.mutable_data_ptr<double>();
+  // Of what is left: the overlaps with the rows, and the square of its length.
+  std::vector<double> left(count + 1);
+  for (int64_t j = 0; j < count; ++j) {
+    sums[j] = left[j] = overlaps.const_data_ptr<double>()[j * overlaps.stride(0)];
+  }
+  const double negligible = kRoundingsLeft * rounding_of(rows.matrix().options()) *
+                            std::sqrt(static_cast<double>(count) / static_cast<double>(length));
+  bool last = false;
+  for (int i = 0; i < kMaxSubtractions; ++i) {
+    AT_DISPATCH_FLOATING_TYPES(rows.matrix().scalar_type(), "orthogonalise", [&] {
+      const Subtraction<scalar_t> subtract_from(out, i == 0 ? x : out, left.data(), 1, rows);
+      const auto* to = out.row<scalar_t>(0);
+      // The rows of a block come from memory once: they are still in the cache for the inner products.
+      sum_blocks(length, 2 * count, count + 1, left.data(),
+                 [&](int64_t first, int64_t columns, double* of_block) {
+                   subtract_from(first, columns);
+                   std::vector<const scalar_t*> here = pointers<scalar_t>(rows, first);
+                   here.push_back(to + first);
+                   dots(here.data(), count + 1, to + first, columns, of_block);
+                 });
     });
-  });
-  const at::Tensor overlaps = at::zeros({count}, at::TensorOptions(at::kDouble));
-  auto* sums = overlaps.mutable_data_ptr<double>();
-  for (size_t i = 0; i < partial.size(); ++i) sums[i % count] += partial[i];
-  return overlaps;
+    for (int64_t j = 0; j < count; ++j) sums[j] += left[j];
+    sums[count] = std::sqrt(left[count]);
+    const double inside = std::inner_product(left.begin(), left.end() - 1, left.begin(), 0.0);
+    const double share = std::sqrt(inside) / sums[count];
+    if (last || !(share > negligible)) break;
+    last = share <= kEnough;
+  }
+  return total;
 }
 
-void orthogonalise(const Rows& out, const Rows& x, const at::Tensor& overlaps, const Rows& rows) {
-  subtract_combination(out, out, subtract_and_overlap(out, x, overlaps, rows, rows), rows);
-}
-
-void orthogonalise(const Rows& out, const Rows& x, const Rows& rows) {
-  orthogonalise(out, x, inner_products(rows, x), rows);
+at::Tensor orthogonalise(const Rows& out, const Rows& x, const Rows& rows) {
+  return orthogonalise(out, x, inner_products(rows, x), rows);
 }
 
 void assign(const Rows& out, const Rows& x, double factor) {
@@ -318,9 +332,8 @@ at::Tensor lengths(const Rows& x) {
   const at::Tensor out = at::empty({x.count()}, at::TensorOptions(at::kDouble));
   auto* begin = out.mutable_data_ptr<double>();
   AT_DISPATCH_FLOATING_TYPES(x.matrix().scalar_type(), "lengths", [&] {
-    add_blocks(x.length(), x.count(), 1, begin, [&](int64_t i, int64_t, int64_t first, int64_t columns) {
-      const auto* row = x.row<scalar_t>(i) + first;
-      return dot(row, row, columns);
+    sum_blocks(x.length(), x.count(), x.count(), begin, [&](int64_t first, int64_t columns, double* sums) {
+      for (const scalar_t* row : pointers<scalar_t>(x, first)) dots(&row, 1, row, columns, sums++);
     });
   });
   std::transform(begin, begin + x.count(), begin, [](double square) { return std::sqrt(square); });

@@ -3,7 +3,6 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
-#include <optional>
 #include <vector>
 
 namespace dynloss {
@@ -47,26 +46,19 @@ at::Tensor inner_products(const Rows& a, const Rows& b);
 // coefficients · rows: shape (rows of coefficients, length).
 at::Tensor combinations(const Rows& coefficients, const Rows& rows);
 
-// The lengths of the rows of coefficients · rows, on the host, without holding them.
-std::vector<double> combination_norms(const Rows& coefficients, const Rows& rows);
-
-// Replaces the first rows of a (count, length) matrix by combinations of all of them.
+// Replaces the first rows of a (count, length) matrix by combinations of all of them, of which there are at
+// most as many.
 void replace_by_combinations(const at::Tensor& rows, const Rows& coefficients);
 
 // out = x - coefficients · rows for single rows x and out, which may be the same, and coefficients as
-// inner_products gives them. Without an x, out = -coefficients · rows, where out is none of the rows.
-void subtract_combination(const Rows& out, const std::optional<Rows>& x, const at::Tensor& coefficients,
-                          const Rows& rows);
+// inner_products gives them.
+void subtract_combination(const Rows& out, const Rows& x, const at::Tensor& coefficients, const Rows& rows);
 
-// subtract_combination, and the inner products of `against` with its result, at one pass over rows that are
-// in both.
-at::Tensor subtract_and_overlap(const Rows& out, const std::optional<Rows>& x, const at::Tensor& coefficients,
-                                const Rows& rows, const Rows& against);
-
-// out = x without its part in orthonormal rows, by classical Gram-Schmidt, twice, for single rows x and out,
-// which may be the same; with the overlaps of the rows with x where they are known.
-void orthogonalise(const Rows& out, const Rows& x, const at::Tensor& overlaps, const Rows& rows);
-void orthogonalise(const Rows& out, const Rows& x, const Rows& rows);
+// out = x without its part in orthonormal rows, for single rows x and out, which may be the same: classical
+// Gram-Schmidt, as often as it takes. `overlaps` are those of the rows with x, or on the host a guess of
+// them. Returns the overlaps, as they turned out to be, and as the last entry the length of what is left.
+at::Tensor orthogonalise(const Rows& out, const Rows& x, const at::Tensor& overlaps, const Rows& rows);
+at::Tensor orthogonalise(const Rows& out, const Rows& x, const Rows& rows);
 
 // out = factor x for single rows, which may be the same.
 void assign(const Rows& out, const Rows& x, double factor = 1.0);

@@ -80,9 +80,7 @@ Quadrature gauss_quadrature(SymmetricOperator& op, const at::Tensor& start, int6
     } else {
       assign(slot, multiply(v), unit);
     }
-    const at::Tensor overlaps = inner_products(known, slot);
-    orthogonalise(slot, slot, overlaps, known);
-    columns.push_back(to_host({overlaps, lengths(slot)}));
+    columns.push_back(to_host({orthogonalise(slot, slot, known)}));
     const double diagonal = columns[j][j], next = columns[j][j + 1];
     check_finite(diagonal);
     check_finite(next);

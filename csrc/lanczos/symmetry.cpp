@@ -20,7 +20,7 @@ constexpr double kExplained = 10.0;
 }  // namespace
 
 double Projection::asymmetry() const {
-  const int64_t m = v.count();
+  const int64_t m = v.count() + (last ? 1 : 0);
   double largest = 0.0;
   for (int64_t i = 0; i < m * m; ++i) {
     largest = std::max(largest, std::abs(entries[i] - entries[i % m * m + i / m]));
@@ -35,9 +35,9 @@ SymmetryCheck::SymmetryCheck(const SymmetricOperator& op, double tolerance)
 
 bool SymmetryCheck::fails(double asymmetry, double norm, const Projection& projection,
                           const Multiply& multiply) {
-  const auto& [v, entries, unit] = projection;
+  const auto& [v, entries, unit, last] = projection;
   if (asymmetry <= std::max(negligible_ * norm, 2.0 * explained_ * unit)) return false;
-  const int64_t m = v.count();
+  const int64_t m = v.count() + (last ? 1 : 0);
   std::mt19937_64 random(0);
   std::normal_distribution<double> normal;
   for (int i = 0; i < kMaxProducts; ++i) {
@@ -45,8 +45,13 @@ bool SymmetryCheck::fails(double asymmetry, double norm, const Projection& proje
     for (double& x : c) x = normal(random);
     const double length = std::sqrt(std::inner_product(c.begin(), c.end(), c.begin(), 0.0));
     for (double& x : c) x /= length;
-    const at::Tensor product = multiply(combinations(to_device(c, m, v.matrix()), v).select(0, 0));
-    const std::vector<double> overlaps = to_host({inner_products(v, product)});
+    const at::Tensor weights = to_device(c, m, v.matrix());
+    const at::Tensor x = combinations(weights.narrow(1, 0, v.count()), v);
+    if (last) x.addcmul_(weights.narrow(1, v.count(), 1), last->tensor());
+    const at::Tensor product = multiply(x.select(0, 0));
+    std::vector<at::Tensor> wanted{inner_products(v, product)};
+    if (last) wanted.push_back(inner_products(*last, product));
+    const std::vector<double> overlaps = to_host(wanted);
     double noise = 0.0;
     for (int64_t j = 0; j < m; ++j) {
       noise = std::hypot(noise,

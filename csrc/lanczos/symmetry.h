@@ -3,6 +3,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <functional>
+#include <optional>
 #include <vector>
 
 #include "operator.h"
@@ -10,11 +11,13 @@
 
 namespace dynloss {
 
-// A projection of an operator, V H Vᵀ, row-major (rows of v, rows of v), `unit` times as large as it is.
+// A projection of an operator, V H Vᵀ, row-major, `unit` times as large as it is, where V are the rows of v
+// and perhaps one more.
 struct Projection {
-  const Rows& v;
-  const std::vector<double>& entries;
+  Rows v;
+  std::vector<double> entries;
   double unit;
+  std::optional<Rows> last = std::nullopt;
 
   double asymmetry() const;  // max |T[i, j] - T[j, i]|, in the unit
 };
