@@ -33,14 +33,14 @@ from dynloss_ext import EigenTracker, HessianOperator, batch_sharpness, plot, pr
 Array = NDArray[Any]
 Optimizer = torch.optim.Optimizer
 
-# The larger beta₂ the slower P changes; the limit is that of a P that rests.
-OPTIMIZERS: dict[str, Callable[[Iterable[Tensor], EdgeConfig], Optimizer]] = {
-    "SGD": lambda params, c: torch.optim.SGD(params, lr=c.lr),
-    "momentum": lambda params, c: torch.optim.SGD(params, lr=c.lr, momentum=0.9),
-    "Nesterov": lambda params, c: torch.optim.SGD(params, lr=c.lr, momentum=0.9, nesterov=True),
-    "Adam": lambda params, c: torch.optim.Adam(params, lr=c.adaptive_lr),
-    "AdamW": lambda params, c: torch.optim.AdamW(params, lr=c.adaptive_lr, weight_decay=0.1),
-    "RMSprop": lambda params, c: torch.optim.RMSprop(params, lr=c.adaptive_lr / 10, alpha=0.999),
+# Learning rates at which the made-up images take each close to its limit.
+OPTIMIZERS: dict[str, Callable[[Iterable[Tensor], float], Optimizer]] = {
+    "SGD": lambda params, rate: torch.optim.SGD(params, lr=0.4 * rate),
+    "momentum": lambda params, rate: torch.optim.SGD(params, lr=0.3 * rate, momentum=0.9),
+    "Nesterov": lambda params, rate: torch.optim.SGD(params, lr=0.15 * rate, momentum=0.9, nesterov=True),
+    "Adam": lambda params, rate: torch.optim.Adam(params, lr=0.01 * rate),
+    "AdamW": lambda params, rate: torch.optim.AdamW(params, lr=0.01 * rate, weight_decay=0.1),
+    "RMSprop": lambda params, rate: torch.optim.RMSprop(params, lr=0.003 * rate, alpha=0.999),
 }
 BATCHES = ("full batch", "mini-batches")
 
@@ -52,19 +52,19 @@ class EdgeConfig(BaseConfig):
     preset: Literal["cpu", "smoke"] = "cpu"  # a named set of defaults
     out: Path = Path("runs/edge_of_stability")  # folder: config, metrics, summary, figure
     data: Path | None = None  # folder with CIFAR-10, or the archive itself; none: small made-up images
-    images: int = 100  # training images
-    width: int = 16  # channels
+    images: int = 60  # training images
+    width: int = 8  # channels
     batch_size: int = 10  # images of a mini-batch
-    steps: int = 1500  # updates of each optimizer
+    steps: int = 600  # updates of each optimizer
     eig_every: int = 10  # updates between eigenvalues
     sharpness_batches: int = 20  # mini-batches for the batch sharpness
-    lr: float = 0.05  # learning rate of SGD, momentum and Nesterov
-    adaptive_lr: float = 1e-3  # learning rate of Adam and AdamW; a tenth of it: RMSprop's
+    rate: float = 1.0  # of each optimizer's own learning rate
+    batch_rate: float = 0.4  # the same in mini-batches, with whose noise momentum diverges sooner
 
     def __post_init__(self) -> None:
         for name in ("images", "width", "batch_size", "steps", "eig_every", "sharpness_batches"):
             self.require(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("lr", "adaptive_lr"):
+        for name in ("rate", "batch_rate"):
             self.require(name, getattr(self, name) > 0, "more than 0")
         self.require("batch_size", self.batch_size <= self.images, "at most --images")
         self.require("resume", not self.resume, "no --resume: a run takes minutes and is made in one go")
@@ -113,11 +113,12 @@ def train(config: EdgeConfig, name: str, batches: str, images: Tensor, labels: T
     torch.manual_seed(config.seed)
     model = network(config.width).to(images.device)
     params = list(model.parameters())
-    optimizer = OPTIMIZERS[name](params, config)
+    in_batches = batches != "full batch"
+    optimizer = OPTIMIZERS[name](params, config.batch_rate if in_batches else config.rate)
     tracker = EigenTracker(k=1, tol=1e-2)
     generator = torch.Generator().manual_seed(config.seed)
     table = Table("step", "loss", "eigenvalue", "limit", "sharpness")
-    size = len(images) if batches == "full batch" else config.batch_size
+    size = config.batch_size if in_batches else len(images)
 
     def loss_of(rows: Tensor) -> tuple[Tensor, int]:
         return (model(images[rows]) - labels[rows]).square().sum() / 2, len(rows)
@@ -132,10 +133,12 @@ def train(config: EdgeConfig, name: str, batches: str, images: Tensor, labels: T
         optimizer.step()
         if step % config.eig_every == 0:
             whole, count = loss_of(torch.arange(len(images), device=images.device))
+            if not whole / count < 1e3:  # diverged, from less than 1: the curve ends here
+                break
             H = HessianOperator(whole / count, params)
             seen = H.preconditioned(preconditioner(optimizer))
             sharpness = float("nan")
-            if name == "SGD" and size < len(images):
+            if name == "SGD" and in_batches:
                 sharpness = batch_sharpness(loss_of, params, (draw() for _ in range(config.sharpness_batches))).value
             table.append(
                 step=step,
@@ -162,6 +165,8 @@ def network(width: int) -> nn.Module:
 
 def ending(curve: Mapping[str, Array]) -> dict[str, float]:
     """Medians over the last quarter of the records: the eigenvalue goes up and down where it is at the limit."""
+    if not len(curve["step"]):
+        return dict.fromkeys(("loss", "limit", "share"), float("nan"))
     last = slice(3 * len(curve["step"]) // 4, None)
     share = np.median(curve["eigenvalue"][last] / curve["limit"][last])
     return {"loss": float(curve["loss"][-1]), "limit": float(curve["limit"][-1]), "share": float(share)}
@@ -181,7 +186,8 @@ def figure(curves: Mapping[tuple[str, str], Mapping[str, Array]]) -> Figure:
                 axis.plot(curve["step"], sharpness, color=plot.EIGENVALUE_COLOURS[2], lw=0.5, label="batch sharpness")
                 axis.legend(loc="lower right")
             axis.axhline(1.0, color=plot.STOP_COLOUR, ls=":")
-            axis.set_title(f"{name}, {batches}: limit {curve['limit'][-1]:.4g}", loc="left")
+            limit = f"limit {curve['limit'][-1]:.4g}" if len(curve["limit"]) else "diverged at once"
+            axis.set_title(f"{name}, {batches}: {limit}", loc="left")
         row[0].set_ylabel("$\\lambda_1$ / limit")
     for axis in axes[-1]:
         axis.set_xlabel("step")

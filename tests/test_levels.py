@@ -88,6 +88,16 @@ def test_identities_stay_while_others_come_and_go():
     assert crossed == [first[1], first[0], longer[2]]
 
 
+def test_identities_stay_where_values_cross_in_an_update_that_looks_for_more():
+    tracker = EigenTracker(3, above=1.5, tol=1e-8)
+    for values in ((9.0, 7.0, 1.2, 1.1), (7.0, 9.2, 5.0, 6.0)):
+        known = Known(torch.cat([torch.tensor(values, dtype=torch.float64), BULK[:40]]))
+        tracker.update(known, **options(known))
+    assert tracker.identities.tolist()[:2] == [1, 0]
+    assert tracker.identities[3] == 2  # what was the next one
+    assert tracker.identities[2] > 2  # which none of the old vectors shows
+
+
 def test_an_update_without_a_change_costs_what_one_with_that_k_costs():
     known = Known(spectrum(9.0, 7.0, 5.0))
     level, fixed = EigenTracker(4, above=1.5), EigenTracker(4)
