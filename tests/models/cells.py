@@ -139,7 +139,7 @@ def of_differences(case: Case, reference: Reference) -> tuple[float, float]:
         H = HessianOperator.from_gradients(loss_and_count, parameters(case), torch.arange(len(case.inputs)).split(2))
     else:
         H = HessianOperator.from_gradients(case.loss, parameters(case))
-    result, expected = eigsh(H, 2, tol=case.tolerance / 100), reference.hessian()
+    result, expected = eigsh(H, 2, tol=case.tolerance), reference.hessian()
     if result.status == "not symmetric":
         raise Refused(result.status)
     values = torch.linalg.eigvalsh(expected).flip(0)[:2]
