@@ -90,7 +90,7 @@ def eigsh(
     tol: float = 1e-3,
     v0: Tensor | None = None,
     max_hvp: int = 1000,
-    max_basis: int = 24,
+    max_basis: int | None = None,
     seed: int = 0,
     above: float | None = None,
     max_k: int = 20,
@@ -124,7 +124,8 @@ def eigsh(
         tol: relative tolerance of the residuals, >= 0.
         v0: (P,) or (P, m): where to start, such as the vectors of a similar problem; random otherwise.
         max_hvp: most products to spend, at least k.
-        max_basis: most basis vectors to hold, the knob of memory: see above.
+        max_basis: most basis vectors to hold, the knob of memory: see above. From k + 2 (or P) up; by default the
+            larger of 24 and 2 · k + 8, of which a restart keeps k + 3; of max_k, with a level.
         seed: of the random vectors; the global random state is neither read nor changed.
         above: a level: all eigenpairs above it are asked for, to within their residuals, and the next one, which shows
             that they are all. The search begins with k; as long as all lie above, it goes on with 2, 4, 8, ... more.
@@ -153,7 +154,7 @@ def eigsh(
     op, size, options = _resolve(H, n, dtype, device, v0)
     level = check_level(above, max_k, which)
     settings = _check_settings(k if level is None else min(max_k, size), which, tol, max_hvp, max_basis, size)
-    start = None if v0 is None else _check_start(v0, size, options, max_basis)
+    start = None if v0 is None else _check_start(v0, size, options, settings["max_basis"])
     settings["k"] = check_count("k", k, 1)
     result, _ = _solve_all(H, op, level, **settings, v0=start, seed=check_seed(seed), audit=True)
     _refuse_callable(H, result)
@@ -215,7 +216,7 @@ class EigenTracker:
         which: str = "LA",
         tol: float = 1e-3,
         audit_every: int = 20,
-        max_basis: int = 24,
+        max_basis: int | None = None,
         max_hvp: int = 1000,
         max_interval: int = 1,
         rest: float = 0.01,
@@ -381,7 +382,15 @@ class EigenTracker:
     _COUNTERS = ("num_updates", "num_hvp", "_next_identity", "_since_audit", "_num_asymmetric", "_interval", "_seed")
 
 
-def _check_settings(k: int, which: str, tol: float, max_hvp: int, max_basis: int, size: int | None) -> dict[str, Any]:
+def check_basis(max_basis: int | None, k: int, size: int | None) -> int:
+    """Room for k pairs and two vectors more, and by default for as many new ones as a restart keeps; size is P."""
+    least = k + 2 if size is None else min(size, k + 2)
+    return check_count("max_basis", max(24, 2 * k + 8) if max_basis is None else max_basis, least)
+
+
+def _check_settings(
+    k: int, which: str, tol: float, max_hvp: int, max_basis: int | None, size: int | None
+) -> dict[str, Any]:
     """The settings of the driver, if they can work; size is P where it is known."""
     k = check_count("k", k, 1, size, "the size of H")
     return {
@@ -389,7 +398,7 @@ def _check_settings(k: int, which: str, tol: float, max_hvp: int, max_basis: int
         "which": check_choice("which", which, ("LA", "SA", "LM")),
         "tol": check_number("tol", tol, 0, 1),
         "max_hvp": check_count("max_hvp", max_hvp, k),
-        "max_basis": check_count("max_basis", max_basis, k + 2 if size is None else min(size, k + 2)),
+        "max_basis": check_basis(max_basis, k, size),
     }
 
 

@@ -371,7 +371,7 @@ class ModuleEnsemble:
         *,
         tol: float = 1e-3,
         max_hvp: int = 1000,
-        max_basis: int = 24,
+        max_basis: int | None = None,
         audit: bool = True,
         seed: int = 0,
         start: EnsembleEigenvalues | None = None,
@@ -390,7 +390,7 @@ class ModuleEnsemble:
             As `hessian`; TypeError, ValueError: naming the argument.
         """
         settings = _check_settings(k, "LA", tol, max_hvp, max_basis, self.num_parameters)
-        rows = None if start is None else start_rows(start, self._flat, max_basis)
+        rows = None if start is None else start_rows(start, self._flat, settings["max_basis"])
         seed = check_seed(seed) % 2**63
         results = []
         for m in range(self.num_members):

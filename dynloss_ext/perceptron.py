@@ -23,6 +23,7 @@ from dynloss_ext._ensemble import (
     start_rows,
 )
 from dynloss_ext._operators import CurvatureOperator
+from dynloss_ext.eigen import check_basis
 from dynloss_ext.oscillation import Oscillation
 
 __all__ = ["Perceptron", "PerceptronEnsemble", "perceptron_values"]
@@ -320,7 +321,7 @@ class PerceptronEnsemble:
         *,
         tol: float = 1e-3,
         max_hvp: int = 1000,
-        max_basis: int = 24,
+        max_basis: int | None = None,
         audit: bool = True,
         seed: int = 0,
         start: EnsembleEigenvalues | None = None,
@@ -338,7 +339,7 @@ class PerceptronEnsemble:
             TypeError, ValueError: naming the argument.
         """
         k = check_count("k", k, 1, self.num_parameters, "the number of parameters")
-        max_basis = check_count("max_basis", max_basis, min(k + 2, self.num_parameters))
+        max_basis = check_basis(max_basis, k, self.num_parameters)
         rows = None if start is None else start_rows(start, self._flat, max_basis)
         values, residuals, converged, num_hvp, found = _C.perceptron_eigenvalues(
             _C.Perceptrons(self._flat, *self._problem()),

@@ -253,6 +253,13 @@ def test_bad_products(answer, error, match):
         eigsh(answer, 2, n=5, dtype=torch.float64)
 
 
+def test_room_for_many_pairs_by_default():
+    spectrum = 1.0 / torch.arange(1, 2001, dtype=torch.float64)
+    result = eigsh(lambda v: spectrum * v, 30, n=2000, dtype=torch.float64, tol=1e-6)
+    assert result.status == "converged"
+    assert torch.allclose(result.values, spectrum[:30], rtol=1e-9)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "match"),
     [
