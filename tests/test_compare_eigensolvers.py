@@ -98,3 +98,39 @@ def test_a_capture_that_fails_costs_its_own_figure_and_the_exit_status(
     found = json.loads(path.read_text())["spiral"]["driver"]
     assert (found["graphed_product_seconds"], found["update_over_graphed_products"]) == (1.5, 2.0)
     assert "an update takes 2.00 times" in capsys.readouterr().out
+
+
+def test_a_grid_over_sizes_and_numbers_of_pairs(
+    solvers: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(solvers, "contenders", lambda: {"eigsh (cold)": solvers.ours_cold, "absent": None})
+    path = tmp_path / "figures.json"
+    command = [
+        "x",
+        "grid",
+        "--sizes",
+        "40",
+        "200",
+        "--ks",
+        "1",
+        "2",
+        "--states",
+        "2",
+        "--gap",
+        "1",
+        "--json",
+        str(path),
+    ]
+    monkeypatch.setattr(sys, "argv", command)
+    solvers.main()
+    grid = json.loads(path.read_text())["grid"]["solvers"]
+    assert [(row["product"], row["k"]) for row in grid.values()] == [
+        (c, k) for c in ("cheap", "dear") for k in (1, 2, 1, 2)
+    ]
+    for row in grid.values():
+        assert abs(row["parameters"] - (40 if row["parameters"] < 100 else 200)) < 60
+        ours = row["solvers"]["eigsh (cold)"]
+        assert ours["products"] >= row["k"] and 0 < ours["seconds_min"] <= ours["seconds_median"]
+        assert row["solvers"]["absent"] is None
+    assert path.with_suffix(".png").stat().st_size > 1000
+    assert "not installed" in capsys.readouterr().out

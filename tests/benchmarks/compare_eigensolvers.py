@@ -3,13 +3,16 @@
     pip install '.[bench]'
     python tests/benchmarks/compare_eigensolvers.py spiral --states 40 --json FILE
     python tests/benchmarks/compare_eigensolvers.py myrtle5 --data DIR --dtype float32 --states 1 --json FILE
+    python tests/benchmarks/compare_eigensolvers.py grid --sizes 1000 100000 --ks 1 3 30 --dtype float32 --json FILE
 
 `spiral` follows gradient descent along the paper's spiral experiment; the reference is the dense Hessian. `myrtle5`
 takes 300 CIFAR-10 images (random ones without --data) and plain SGD steps; its dense Hessian does not fit, so the
 reference is SciPy's ARPACK on the same products, at a tolerance of 1e-12 in float64, and of 1e-5 in float32, where
 rounding hides more. `mlp` is a fully connected network on the same images: many parameters, cheap products. SciPy's
 solver runs on our cached product, the others on their own. Every solver sees the same states by turns, and times are
-medians over them; "warm" ones start from what they found at the last one. --json merges the figures into FILE.
+medians over them; "warm" ones start from what they found at the last one. --json merges the figures into FILE. `grid`
+takes networks of several sizes, with cheap and dear products, and numbers of pairs (eigensolver_grid.py): smallest
+times and peak memory, and beside FILE their figure.
 """
 
 from __future__ import annotations
@@ -60,6 +63,8 @@ class Problem:
     lr: float
     dense: bool
     step: int = 0
+    k: int = K
+    exact: bool = True  # whether there is a reference
     params: list[Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -80,12 +85,15 @@ class Problem:
             self.step += 1
 
     def reference(self) -> np.ndarray:
+        """The eigenvalues as well as they can be had; NaN where that is not wanted."""
+        if not self.exact:
+            return np.full(self.k, np.nan)
         H = self.hessian()
         if self.dense:
             matrix = H.to_dense()
-            return torch.linalg.eigvalsh((matrix + matrix.T) / 2)[-K:].flip(0).cpu().numpy()
+            return torch.linalg.eigvalsh((matrix + matrix.T) / 2)[-self.k :].flip(0).cpu().numpy()
         tol = 1e-12 if H.dtype == torch.float64 else 1e-5
-        return arpack(lambda x: product_of(H, x), H.shape[0], tol, None, None)[0]
+        return arpack(lambda x: product_of(H, x), H.shape[0], tol, None, None, self.k)[0]
 
 
 @dataclass
@@ -113,17 +121,22 @@ def product_of(H: HessianOperator, x: np.ndarray) -> np.ndarray:
 
 
 def arpack(
-    product: Callable[[np.ndarray], np.ndarray], size: int, tol: float, ncv: int | None, v0: np.ndarray | None
+    product: Callable[[np.ndarray], np.ndarray],
+    size: int,
+    tol: float,
+    ncv: int | None,
+    v0: np.ndarray | None,
+    k: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     import scipy.sparse.linalg
 
     operator = scipy.sparse.linalg.LinearOperator((size, size), matvec=product, dtype="float64")
-    values, vectors = scipy.sparse.linalg.eigsh(operator, k=K, which="LA", tol=tol, ncv=ncv, v0=v0)
+    values, vectors = scipy.sparse.linalg.eigsh(operator, k=k, which="LA", tol=tol, ncv=ncv, v0=v0)
     return np.sort(values)[::-1], vectors
 
 
 def ours_cold(problem: Problem) -> Answer:
-    result = eigsh(problem.hessian(), K, tol=TOL)
+    result = eigsh(problem.hessian(), problem.k, tol=TOL)
     return Answer(result.values.numpy(), result.num_hvp)
 
 
@@ -131,14 +144,17 @@ class Tracked:
     """EigenTracker with its defaults, audits included."""
 
     def __init__(self) -> None:
-        self.tracker = EigenTracker(K, tol=TOL)
+        self.tracker: EigenTracker | None = None
 
     def __call__(self, problem: Problem) -> Answer:
+        self.tracker = self.tracker or EigenTracker(problem.k, tol=TOL)
         result = self.tracker.update(problem.hessian())
         return Answer(result.values.numpy(), result.num_hvp)
 
 
 class Scipy:
+    """With ncv Lanczos vectors, or as many more than pairs as 8 are than 3."""
+
     def __init__(self, ncv: int | None, warm: bool) -> None:
         importlib.import_module("scipy")
         self.ncv, self.warm, self.start = ncv, warm, None
@@ -146,7 +162,8 @@ class Scipy:
     def __call__(self, problem: Problem) -> Answer:
         H = problem.hessian()
         product = Counted(lambda x: product_of(H, x))
-        values, vectors = arpack(product, H.shape[0], TOL, self.ncv, self.start)
+        ncv = None if self.ncv is None else max(self.ncv, problem.k + 5)
+        values, vectors = arpack(product, H.shape[0], TOL, ncv, self.start, problem.k)
         if self.warm:
             self.start = vectors.sum(1)
         return Answer(values, product.calls)
@@ -162,7 +179,7 @@ def pyhessian() -> Solver:
             with contextlib.redirect_stdout(io.StringIO()):
                 data, cuda = (problem.inputs, problem.target), problem.inputs.is_cuda
                 computer = peer.hessian(problem.model, problem.criterion, data=data, cuda=cuda)
-                values, _ = computer.eigenvalues(top_n=K, tol=TOL)
+                values, _ = computer.eigenvalues(top_n=problem.k, tol=TOL)
         finally:
             peer.hessian_vector_product = original
             problem.model.zero_grad(set_to_none=True)  # it leaves gradients with their graphs behind
@@ -189,7 +206,7 @@ def curvlinops() -> Solver:
         )
         bridge = operator.to_scipy()
         product = Counted(lambda x: (bridge @ x.reshape(-1).astype(bridge.dtype)).astype(np.float64))
-        return Answer(arpack(product, bridge.shape[0], TOL, None, None)[0] * mean, product.calls)
+        return Answer(arpack(product, bridge.shape[0], TOL, None, None, problem.k)[0] * mean, product.calls)
 
     return solve
 
@@ -206,7 +223,9 @@ def eigenthings() -> Solver:
         )
         product = Counted(operator.matvec)
         operator.matvec = product
-        values = lanczos(operator, k=K, which="LA", tol=TOL, max_iter=20, seed=0).eigenvalues
+        values = lanczos(
+            operator, k=problem.k, which="LA", tol=TOL, max_iter=max(20, 2 * problem.k), seed=0
+        ).eigenvalues
         return Answer(torch.as_tensor(values).double().cpu().sort(descending=True).values.numpy(), product.calls)
 
     return solve
@@ -296,6 +315,7 @@ def summarize(rows: dict[str, list[tuple[float, float, int, float]]], failed: di
         summary[name] = {
             "products": float(products.mean()),
             "seconds_median": float(np.median(seconds)),
+            "seconds_min": float(seconds.min()),
             "cpu_seconds_median": float(np.median(cpu)),
             "worst_error": float(errors.max()),
         }
@@ -410,7 +430,7 @@ def write_json(path: Path, problem: str, figures: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("problem", choices=("spiral", "myrtle5", "mlp"))
+    parser.add_argument("problem", choices=("spiral", "myrtle5", "mlp", "grid"))
     parser.add_argument("--states", type=int, default=40, help="measured states")
     parser.add_argument("--gap", type=int, default=25, help="steps of training from one to the next")
     parser.add_argument("--start", type=int, default=0, help="steps of training before the first")
@@ -421,24 +441,29 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[1_000, 10_000, 100_000, 1_000_000], help="of a grid")
+    parser.add_argument("--ks", type=int, nargs="+", default=[1, 3, 10, 30], help="of a grid")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.set_default_dtype(getattr(torch, arguments.dtype))  # PyHessian draws its vectors in it
     warnings.simplefilter("ignore")
 
+    figures: dict[str, Any] = {
+        "settings": {name: str(value) for name, value in vars(arguments).items() if name not in ("json", "data")},
+        "machine": machine(arguments.device)
+        | {"cores": os.cpu_count(), "load": os.getloadavg()[0], "versions": versions()},
+        "solvers": {},
+    }
+
+    if arguments.problem == "grid":
+        eigensolver_grid = importlib.import_module("eigensolver_grid")  # beside this script
+        return eigensolver_grid.run(sys.modules[__name__], arguments, figures)
     problem = spiral(arguments) if arguments.problem == "spiral" else images(arguments)
     problem.train(arguments.start)
     # First: ours is not to be lost with a peer. On a copy, so that the states of the comparison stay the same.
     driver: dict[str, Any] = dict(measure_overhead(copy.deepcopy(problem), arguments.states, min(arguments.gap, 5)))
-    figures: dict[str, Any] = {
-        "settings": {name: str(value) for name, value in vars(arguments).items() if name not in ("json", "data")},
-        "parameters": sum(p.numel() for p in problem.params),
-        "machine": machine(arguments.device)
-        | {"cores": os.cpu_count(), "load": os.getloadavg()[0], "versions": versions()},
-        "solvers": {},
-        "driver": driver,
-    }
+    figures |= {"parameters": sum(p.numel() for p in problem.params), "driver": driver}
 
     def save(summary: dict[str, Any]) -> None:
         figures["solvers"] = summary
