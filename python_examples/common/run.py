@@ -403,7 +403,7 @@ class RunFolder:
         """A file for `torch.load` with its checksum behind."""
         content = io.BytesIO()
         torch.save(dict(state), content)
-        self._write("checkpoint.pt", content.getvalue() + _checksum(content.getvalue()))
+        self._write("checkpoint.pt", content.getvalue() + checksum(content.getvalue()))
 
     def read_config(self) -> dict[str, Any]:
         return self._read_json("config.json")
@@ -482,7 +482,8 @@ def check_unpacked(file: Path | BinaryIO) -> None:
         raise ValueError(f"{unpacked} bytes in a file of {size}")
 
 
-def _checksum(content: bytes) -> bytes:
+def checksum(content: bytes) -> bytes:
+    """What says that a file is as it was written."""
     return b"sha256:" + hashlib.sha256(content).hexdigest().encode()
 
 
@@ -494,8 +495,8 @@ def _checked(content: bytes) -> bytes:
             if part := parts.testzip():
                 raise ValueError(f"bytes in {part} that differ from those saved")
         return content
-    size = len(content) - len(_checksum(b""))
-    if size <= 0 or content[size:] != _checksum(content[:size]):
+    size = len(content) - len(checksum(b""))
+    if size <= 0 or content[size:] != checksum(content[:size]):
         raise ValueError("bytes that differ from those saved")
     return content[:size]
 

@@ -26,7 +26,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from common.run import RunError, atomic_write
+from common.run import RunError, atomic_write, checksum
 
 Member = Mapping[str, Any]  # what one run differs by from the others, in JSON's types
 Row = dict[str, Any]
@@ -88,6 +88,35 @@ def _name(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:20]
 
 
+# A Parquet file has checksums of its pages, and none of its footer, which says what is where. That of all of it lies
+# between the two, where readers of such files see nothing.
+
+
+def _as_parquet(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
+    content: bytes = sink.getvalue().to_pybytes()
+    footer = _start_of_footer(content)
+    return content[:footer] + checksum(content) + content[footer:]
+
+
+def _without_checksum(content: bytes) -> bytes:
+    """ValueError where it is wrong; files from before there was one have none."""
+    footer, length = _start_of_footer(content), len(checksum(b""))
+    found = content[max(0, footer - length) : max(0, footer)]
+    if found[:7] != checksum(b"")[:7]:
+        return content
+    rest = content[: footer - length] + content[footer:]
+    if found != checksum(rest):
+        raise ValueError("bytes that differ from those saved")
+    return rest
+
+
+def _start_of_footer(content: bytes) -> int:
+    """Its length comes before the last four bytes."""
+    return len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+
+
 class SweepFolder:
     """The folder of a sweep; several processes may work in it at once.
 
@@ -126,9 +155,10 @@ class SweepFolder:
     def read(self, chunk: Chunk) -> pa.Table | None:
         """The rows of a finished chunk; None where there is none, or none that can be read."""
         try:
-            table = pq.read_table(self.file(chunk), page_checksum_verification=True)
+            content = pa.BufferReader(_without_checksum(self.file(chunk).read_bytes()))
+            table = pq.read_table(content, page_checksum_verification=True)
             return table if table.num_rows == len(chunk.members) else None
-        except (OSError, pa.ArrowException):
+        except (OSError, ValueError, pa.ArrowException):
             return None
 
     def missing(self, chunks: Sequence[Chunk]) -> list[Chunk]:
@@ -149,9 +179,7 @@ class SweepFolder:
                 table = pa.Table.from_pylist(
                     [{**member, **row} for member, row in zip(chunk.members, rows, strict=True)]
                 )
-                sink = pa.BufferOutputStream()
-                pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
-                self._write(self.file(chunk), sink.getvalue().to_pybytes())
+                self._write(self.file(chunk), _as_parquet(table))
             return True
 
     def collect(self, chunks: Sequence[Chunk]) -> pa.Table:
@@ -170,7 +198,7 @@ class SweepFolder:
                 f"{damaged}, with {sum(len(c.members) for c in lost)} members; run the sweep again to compute them"
             )
         table = pa.concat_tables(tables, promote_options="permissive")  # a column of nothing has no type yet
-        self._write_table(self.path / "table.parquet", table)
+        self._write(self.path / "table.parquet", _as_parquet(table))
         return table
 
     def _saved(self) -> dict[str, Any] | None:
@@ -184,11 +212,6 @@ class SweepFolder:
         if not isinstance(content, dict) or type(members) is not int or members < 1:
             raise RunError(f"{self.path / 'sweep.json'}: expected the options of a sweep, got something else")
         return content
-
-    def _write_table(self, path: Path, table: pa.Table) -> None:
-        sink = pa.BufferOutputStream()
-        pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
-        self._write(path, sink.getvalue().to_pybytes())
 
     def _write(self, path: Path, content: str | bytes) -> None:
         try:

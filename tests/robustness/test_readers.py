@@ -91,6 +91,19 @@ def test_the_loss_of_a_function_before_step_zero_is_that_of_its_weights() -> Non
     assert float(criterion(logits, target, -3)) == pytest.approx(5 * float(readers.np.log(2)))
 
 
+def test_any_flipped_byte_of_a_chunk_is_noticed(tmp_path: Path) -> None:
+    """In the footer, too, of which Parquet has no checksum; and the file is one for any reader."""
+    (file,) = readers._write_chunk(tmp_path)
+    good, expected = file.read_bytes(), readers._read_chunk(tmp_path)
+    assert readers.pq.read_table(file).to_pylist() == expected
+    for at in range(len(good)):
+        file.write_bytes(good[:at] + bytes([good[at] ^ 4]) + good[at + 1 :])
+        try:
+            assert readers._read_chunk(tmp_path) == expected, at  # a flip of the checksum's own name
+        except run.RunError as error:
+            assert "damaged" in str(error)
+
+
 def test_initial_values_of_no_points_are_refused(tmp_path: Path) -> None:
     empty = readers._INITIAL | {"X": readers.np.zeros((0, 2)), "y": readers.np.zeros(0, int)}
     readers.np.savez(tmp_path / "none.npz", **empty)
