@@ -57,6 +57,7 @@ MIRRORED = {
         "python_examples/figures/bifurcation_crossings/README.md": "mirrored/crossings",
         "python_examples/figures/phase_diagram_spiral/README.md": "mirrored/phase_diagram_spiral",
         "tests/models/README.md": "mirrored/models",
+        "tests/robustness/README.md": "mirrored/robustness",
         "tests/MATRIX.md": "mirrored/matrix",
     }.items()
 }

@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
-# The CPU tests with the extension under sanitizers: bash tests/robustness/sanitizers.sh [address] [thread], by default both.
+# The CPU code under sanitizers: bash tests/robustness/sanitizers.sh [kernels] [address] [thread], by default all.
 # Needs $PYTHON (default python3) with torch, ninja, setuptools and the test packages, and g++ (or $CXX). The extension is built in
 # a temporary folder, or in $SANITIZED, where it stays for the next time: 5 minutes a build on two cores.
 #
-# address: AddressSanitizer and UndefinedBehaviorSanitizer see what the extension does, and memory of others that it touches. Not
-#   seen: what torch does by itself, and leaks (Python and torch keep much until the process ends; test_memory.py looks at those).
+# kernels: kernel_bounds.cpp, which needs little of torch: AddressSanitizer and UndefinedBehaviorSanitizer on arrays that end where they
+#   must, for every instruction set that this machine has. Last with arrays that are too short, which must be found.
+# address: the tests with the whole extension under both: they see what it does, and memory of others that it touches. Not seen:
+#   what torch does by itself, and leaks (Python and torch keep much until the process ends; test_memory.py looks at those).
 # thread: ThreadSanitizer on eight threads of Python, each with its own op calls, operators and trackers. Neither torch nor libgomp
 #   is instrumented: it cannot see the barriers of OpenMP, so the script runs with one OpenMP thread, and what the threads of one
 #   parallel loop share is NOT checked; neither is what happens inside of torch. See thread.supp.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-root=$PWD
-here=$root/tests/robustness
+here=$PWD/tests/robustness
 python=$(command -v "${PYTHON:-python3}")
 
 scratch=$(mktemp -d)
@@ -34,6 +35,20 @@ preloaded() { # preloaded RUNTIME COMMAND...: libstdc++ too, or the runtime does
   (cd "$folder" && env LD_PRELOAD="$runtime:$libstdcxx" PYTHONPATH="$folder" PYTHONMALLOC=malloc "${@:2}")
 }
 
+run_kernels() {
+  local checked=(-std=c++20 -O1 -g1 -fno-strict-aliasing -fopenmp -Wall -Wextra -Wno-psabi -fsanitize=address,undefined
+    -fno-sanitize-recover=all -Icsrc) torch source
+  torch=$("$python" -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).parent)')
+  for source in tests/robustness/kernel_bounds csrc/lanczos/small_eigen csrc/cpu/rows_{default,avx2,avx512}; do
+    nice "${CXX:-g++}" "${checked[@]}" -isystem "$torch/include" -c "$source.cpp" -o "$scratch/$(basename "$source").o"
+  done
+  "${CXX:-g++}" "${checked[@]}" "$scratch"/*.o -L"$torch/lib" -lc10 -Wl,-rpath,"$torch/lib" -o "$scratch/kernel_bounds"
+  export ASAN_OPTIONS=detect_leaks=0
+  timeout 900 "$scratch/kernel_bounds"
+  if timeout 900 "$scratch/kernel_bounds" 1 2>"$scratch/report"; then echo 'NOT FOUND: arrays too short'; return 1; fi
+  grep -m 1 'heap-buffer-overflow' "$scratch/report"
+}
+
 run_address() {
   # vptr asks for type information that torch hides.
   built address -fsanitize=address,undefined -fno-sanitize=vptr -fno-omit-frame-pointer
@@ -50,9 +65,9 @@ run_thread() {
     preloaded libtsan.so timeout 900 "$python" "$here/eight_threads.py"
 }
 
-[ $# -gt 0 ] || set -- address thread
+[ $# -gt 0 ] || set -- kernels address thread
 for name in "$@"; do
-  [ "$(type -t "run_$name")" = function ] || { echo "expected address or thread, not $name" >&2; exit 2; }
+  [ "$(type -t "run_$name")" = function ] || { echo "expected kernels, address or thread, not $name" >&2; exit 2; }
 done
 for name in "$@"; do
   echo "=== $name"
