@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -78,3 +79,14 @@ def test_options_that_make_no_run_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             replace(SMOKE, **changes)
+
+
+def test_the_committed_figure_is_of_the_defaults_and_the_page_says_its_numbers():
+    figures = Path(edge_of_stability.__file__).parent / "figures"
+    assert json.loads((figures / "edge_of_stability" / "config.json").read_text()) == PRESETS["cpu"].as_dict()
+    summary = json.loads((figures / "edge_of_stability" / "summary.json").read_text())
+    share = {name: f"{of[BATCHES[0]]['share']:.2f}" for name, of in summary.items()}
+    share["in batches"] = f"{summary['RMSprop'][BATCHES[1]]['share']:.2f}"
+    page = (figures / "README.md").read_text()
+    said = page[page.index("each optimizer at its own limit") :]
+    assert all(value in said for value in share.values())

@@ -49,12 +49,16 @@ def test_a_level_below_the_whole_spectrum_gives_all_of_it():
     torch.testing.assert_close(found.values, known.spectrum, rtol=1e-9, atol=0)
 
 
-def test_the_products_of_all_searches_count_against_max_hvp():
+@pytest.mark.parametrize("left", [2, 6])
+def test_the_products_of_all_searches_count_against_max_hvp(left):
+    """Too few for another search, and too few to finish it."""
     known = Known(spectrum(*[5.0 + i / 10 for i in range(10)]))
+    alone = eigsh(known, 1, tol=1e-9, **options(known)).num_hvp
+    known.calls = 0
     with pytest.warns(ConvergenceWarning, match="max_hvp"):
-        found = eigsh(known, 1, above=1.5, max_hvp=22, tol=1e-9, **options(known))
+        found = eigsh(known, 1, above=1.5, max_k=4, max_hvp=alone + left, tol=1e-9, **options(known))
     assert found.status == "max_hvp"
-    assert found.num_hvp == known.calls <= 22
+    assert found.num_hvp == known.calls == alone + (left if left > 2 else 0)
 
 
 def test_a_tracker_follows_the_number_above_the_level():
@@ -98,12 +102,22 @@ def test_identities_stay_where_values_cross_in_an_update_that_looks_for_more():
     assert tracker.identities[2] > 2  # which none of the old vectors shows
 
 
-def test_an_update_without_a_change_costs_what_one_with_that_k_costs():
+def test_one_that_falls_below_the_level_is_the_next_one():
+    tracker = EigenTracker(3, above=1.5, tol=1e-8)
+    for third in (5.0, 1.3):
+        known = Known(spectrum(9.0, 7.0, third, 1.2))
+        found = tracker.update(known, **options(known))
+    torch.testing.assert_close(found.values, torch.tensor([9.0, 7.0, 1.3], dtype=torch.float64))
+    assert tracker.identities.tolist() == [0, 1, 2]
+
+
+def test_an_update_costs_what_one_with_its_number_costs():
     known = Known(spectrum(9.0, 7.0, 5.0))
-    level, fixed = EigenTracker(4, above=1.5), EigenTracker(4)
+    level, fixed, many = EigenTracker(4, above=1.5), EigenTracker(4), EigenTracker(10, above=1.5)
     for _ in range(3):
-        costs = [tracker.update(known, **options(known)).num_hvp for tracker in (level, fixed)]
+        costs = [tracker.update(known, **options(known)).num_hvp for tracker in (level, fixed, many)]
     assert costs[0] == costs[1]
+    assert costs[2] < 10  # ten pairs would cost a product each
     assert torch.equal(level.result.values, fixed.result.values)
 
 
