@@ -62,6 +62,18 @@ def test_the_estimate_bounds_the_error(name, kind, order):
     assert H.noise <= usable * largest
 
 
+def test_a_direction_that_bends_more_tells_by_itself():
+    x = torch.full((2000,), 0.1, dtype=torch.float64, requires_grad=True)
+    H = HessianOperator.from_gradients(lambda: (x**2).sum() / 2 + torch.cosh(10 * x[0]) / 100, [x])
+    before, diagonal = H.noise, torch.ones(2000, dtype=torch.float64)
+    diagonal[0] += math.cosh(1.0)
+    sharp, other = torch.zeros(2, 2000, dtype=torch.float64)
+    sharp[0] = other[1] = 1.0
+    assert (H @ other - diagonal * other).norm() <= 2 * before
+    error = (H @ sharp - diagonal * sharp).norm()
+    assert 100 * before < error <= 2 * H.noise
+
+
 @pytest.mark.parametrize("order", [2, 4])
 def test_a_product_takes_as_many_gradients_as_its_order(order):
     problem, calls = Problem("tanh"), 0
@@ -182,7 +194,7 @@ class Everything(nn.Module):
 
     def forward(self, x):
         self.calls = self.calls + 1
-        hidden = self.dropout(torch.tanh(self.norm(self.first(x))))
+        hidden = self.dropout(torch.tanh(self.norm(self.first(x)))) * self.calls.sqrt()
         if self.fails:
             raise KeyError("my own failure")
         return self.last(hidden)
