@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import random
@@ -166,6 +167,7 @@ def _work(target: Target, numbers: range, folder: Path, log: Path) -> None:
             started.append(event)
 
     sys.addaudithook(hook)
+    faulthandler.disable()  # pytest's would tell of crashes that the parent counts
     _limit_memory()
     signal.signal(signal.SIGALRM, _raise_too_long)
     with log.open("w") as out, warnings.catch_warnings():
