@@ -31,7 +31,7 @@ class CurvatureTracker:
 
     def __init__(self, k: int, tol: float, oscillation: Oscillation, also: Sequence[str] = ()) -> None:
         self.k, self.oscillation = k, oscillation
-        self.tracker = EigenTracker(k, tol=tol, max_basis=max(24, 2 * k), max_hvp=max(1000, 20 * k))
+        self.tracker = EigenTracker(k, tol=tol, max_hvp=max(1000, 20 * k))
         self.rows = Table("eig_step", "eigenvalues", "residuals", "num_hvp", "converged", *also)
         self.latest = math.nan  # λ_max of the newest row
         self.step = 0  # of the last update
