@@ -113,7 +113,11 @@ def test_one_that_falls_below_the_level_is_the_next_one():
 
 def test_an_update_costs_what_one_with_its_number_costs():
     known = Known(spectrum(9.0, 7.0, 5.0))
-    level, fixed, many = EigenTracker(4, above=1.5), EigenTracker(4), EigenTracker(10, above=1.5)
+    level, fixed, many = (
+        EigenTracker(4, above=1.5, max_basis=24),
+        EigenTracker(4, max_basis=24),
+        EigenTracker(10, above=1.5),
+    )
     for _ in range(3):
         costs = [tracker.update(known, **options(known)).num_hvp for tracker in (level, fixed, many)]
     assert costs[0] == costs[1]
@@ -183,4 +187,4 @@ def test_levels_that_are_none_are_refused():
         with pytest.raises(ValueError, match=r"max_k: expected an int >= 1, got 0"):
             make(above=1.0, max_k=0)
         with pytest.raises(ValueError, match=r"max_basis: expected an int >= 32, got 24"):
-            make(above=1.0, max_k=30)
+            make(above=1.0, max_k=30, max_basis=24)

@@ -82,6 +82,7 @@ class Work:
     def _in_child(self, folder: Path) -> None:
         code = 1
         try:
+            torch.set_num_threads(1)  # GNU's OpenMP has no threads in a fork of a process that has used them, and waits
             # Drawing would take most of the time.
             spiral_mlp.trajectory = lambda *arguments, **options: None
             RunFolder.write_figure = lambda run, figure, name="figure.png", dpi=0: run._write(name, b"drawn")
