@@ -1,8 +1,8 @@
 """The loss in training loops: the module and its state, checkpointing, loss scaling, DDP, in-place gradients."""
 
 import copy
-import io
 import faulthandler
+import io
 import os
 import pickle
 import re
