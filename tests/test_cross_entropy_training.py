@@ -518,7 +518,7 @@ def data_parallel_worker(rank, world, folder):
         module.criterion.step()
     torch.save([p.detach() for p in module.parameters()] + [module.criterion.current_step], f"{folder}/{rank}.pt")
     torch.distributed.barrier()
-    # Not by way of ~Reducer: with the GIL held it ends the group, whose thread may wait for the GIL (seen in torch 2.13).
+    # Not by ~Reducer: with the GIL held it ends the group, whose thread may wait for the GIL (seen in torch 2.13).
     os._exit(0)
 
 
