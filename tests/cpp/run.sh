@@ -14,20 +14,21 @@ sanitize=(-fsanitize=address,undefined -fno-sanitize-recover=all)
 compile() { "${CXX:-g++}" "${common[@]}" "$@"; }
 
 # in_parallel COMMAND...: runs commands, each one string, as many at a time as there are processors; the
-# output of each in one piece. Fails if one does.
+# output of each in one piece. Fails if one does. A command that passed leaves a file: a shell forgets the status
+# of a child when a later one is given its number, as happens after so many.
 in_parallel() {
   local i=0 job
-  local -A running=()
+  rm -f "$build"/passed.*
   for job in "$@"; do
     while [ "$(jobs -rp | wc -l)" -ge "$(nproc)" ]; do sleep 0.1; done
     i=$((i + 1))
-    eval "$job" >"$build/job.$i" 2>&1 &
-    running[$i]=$!
+    (eval "$job"; : >"$build/passed.$i") >"$build/job.$i" 2>&1 &
   done
+  wait
   local failed=0 k
   for ((k = 1; k <= i; ++k)); do
-    wait "${running[$k]}" || failed=1
     cat "$build/job.$k"
+    [ -e "$build/passed.$k" ] || failed=1
   done
   return $failed
 }
