@@ -323,6 +323,8 @@ struct Perceptron {
 template <typename T, Activation A, int D, int C, bool along>
 struct FewPlanes {
   static constexpr int units = VECTOR_BYTES == 64 && !along ? 2 : 1;
+  // With 16 registers a product's weights would be read from memory for every vector of samples, too.
+  static constexpr bool sums_in_registers = VECTOR_BYTES == 64 || !along;
   using Block = Perceptron<T, A>;
 
   // A hidden unit by the parameters or a direction.
@@ -386,45 +388,82 @@ struct FewPlanes {
     });
   }
 
+  // What a vector of samples has: inputs, gradients of the logits and, along a direction, their derivatives.
+  struct Samples {
+    Vec<T> x[D], g[C], r[C];
+
+    DYNLOSS_ALWAYS_INLINE_MEMBER Samples(const Block& block, int64_t n) {
+      unrolled<D>([&](int d) DYNLOSS_ALWAYS_INLINE_LAMBDA { x[d] = load(block.inputs()[d] + n); });
+      unrolled<C>([&](int c) DYNLOSS_ALWAYS_INLINE_LAMBDA {
+        g[c] = load(block.logits()[c] + n);
+        if constexpr (along) r[c] = load(block.logits_along()[c] + n);
+      });
+    }
+  };
+
+  // The derivatives by a unit's parameters: of its inputs' weights, of its bias, of its outputs' weights.
+  static constexpr int of_unit = D + 1 + C;
+
+  DYNLOSS_ALWAYS_INLINE_MEMBER static void add_derivatives(const Samples& at, const Unit& unit,
+                                                           const Unit& change, Vec<T>* sum) {
+    const Vec<T> value = activated<A, T>(unit.before(at.x));
+    Vec<T> back = unit.back(along ? at.r : at.g), moved{};
+    if constexpr (along) {
+      moved = times_slope<A, T>(change.before(at.x), value);
+      back += change.back(at.g);
+    }
+    back = times_slope<A, T>(back, value);
+    if constexpr (along && A == Activation::tanh) back -= T(2) * value * moved * unit.back(at.g);
+    unrolled<D>([&](int d) DYNLOSS_ALWAYS_INLINE_LAMBDA { sum[d] += back * at.x[d]; });
+    sum[D] += back;
+    unrolled<C>([&](int c) DYNLOSS_ALWAYS_INLINE_LAMBDA {
+      sum[D + 1 + c] += value * (along ? at.r[c] : at.g[c]);
+      if constexpr (along) sum[D + 1 + c] += moved * at.g[c];
+    });
+  }
+
+  // Of I units from h on.
+  template <int I>
+  DYNLOSS_ALWAYS_INLINE_MEMBER static void write_sums(const PerceptronShape& shape, const Vec<T>* sums,
+                                                      int64_t h, T* out) {
+    add_lanes<T, I * of_unit>(sums, [&](int k) {
+      const int64_t unit = h + k / of_unit, place = k % of_unit;
+      return out + (place < D    ? place * shape.hidden + unit
+                    : place == D ? shape.b1() + unit
+                                 : shape.w2() + unit * C + place - D - 1);
+    });
+  }
+
   static void backward(const Block& block, const T* v, T* out) {
     const PerceptronShape& shape = block.shape;
     const T* p = block.member.parameters;
-    constexpr int of_unit = D + 1 + C;
-    in_tiles<units>(shape.hidden, [&]<int I>(int64_t h) DYNLOSS_ALWAYS_INLINE_LAMBDA {
-      Vec<T> sums[I * of_unit] = {};
-      for (int64_t n = 0; n < block.samples; n += width<T>) {
-        Vec<T> x[D], g[C], r[C];
-        unrolled<D>([&](int d) DYNLOSS_ALWAYS_INLINE_LAMBDA { x[d] = load(block.inputs()[d] + n); });
-        unrolled<C>([&](int c) DYNLOSS_ALWAYS_INLINE_LAMBDA {
-          g[c] = load(block.logits()[c] + n);
-          if constexpr (along) r[c] = load(block.logits_along()[c] + n);
-        });
-        unrolled<I>([&](int i) DYNLOSS_ALWAYS_INLINE_LAMBDA {
-          Vec<T>* sum = sums + i * of_unit;
-          const Unit unit(shape, p, h + i), change(shape, along ? v : p, h + i);
-          const Vec<T> value = activated<A, T>(unit.before(x));
-          Vec<T> back = unit.back(along ? r : g), moved{};
-          if constexpr (along) {
-            moved = times_slope<A, T>(change.before(x), value);
-            back += change.back(g);
-          }
-          back = times_slope<A, T>(back, value);
-          if constexpr (along && A == Activation::tanh) back -= T(2) * value * moved * unit.back(g);
-          unrolled<D>([&](int d) DYNLOSS_ALWAYS_INLINE_LAMBDA { sum[d] += back * x[d]; });
-          sum[D] += back;
-          unrolled<C>([&](int c) DYNLOSS_ALWAYS_INLINE_LAMBDA {
-            sum[D + 1 + c] += value * (along ? r[c] : g[c]);
-            if constexpr (along) sum[D + 1 + c] += moved * g[c];
+    const auto unit_of = [&](const T* flat, int64_t h)
+                             DYNLOSS_ALWAYS_INLINE_LAMBDA { return Unit(shape, along ? flat : p, h); };
+    if constexpr (sums_in_registers) {
+      in_tiles<units>(shape.hidden, [&]<int I>(int64_t h) DYNLOSS_ALWAYS_INLINE_LAMBDA {
+        Vec<T> sums[I * of_unit] = {};
+        for (int64_t n = 0; n < block.samples; n += width<T>) {
+          const Samples at(block, n);
+          unrolled<I>([&](int i) DYNLOSS_ALWAYS_INLINE_LAMBDA {
+            add_derivatives(at, Unit(shape, p, h + i), unit_of(v, h + i), sums + i * of_unit);
           });
-        });
-      }
-      add_lanes<T, I * of_unit>(sums, [&](int k) {
-        const int64_t unit = h + k / of_unit, place = k % of_unit;
-        return out + (place < D    ? place * shape.hidden + unit
-                      : place == D ? shape.b1() + unit
-                                   : shape.w2() + unit * C + place - D - 1);
+        }
+        write_sums<I>(shape, sums, h, out);
       });
-    });
+    } else {
+      constexpr int most = 64;
+      Vec<T> sums[most * of_unit];
+      for (int64_t first = 0; first < shape.hidden; first += most) {
+        const int64_t count = std::min<int64_t>(most, shape.hidden - first);
+        std::fill(sums, sums + count * of_unit, Vec<T>{});
+        for (int64_t n = 0; n < block.samples; n += width<T>) {
+          const Samples at(block, n);
+          for (int64_t i = 0; i < count; ++i)
+            add_derivatives(at, Unit(shape, p, first + i), unit_of(v, first + i), sums + i * of_unit);
+        }
+        for (int64_t i = 0; i < count; ++i) write_sums<1>(shape, sums + i * of_unit, first + i, out);
+      }
+    }
     block.template backward_biases<along>(out);
   }
 };
