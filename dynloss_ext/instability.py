@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from dynloss_ext._checks import check_array, check_choice, check_count, check_number
+from dynloss_ext._periods import periods_of, shortest
 from dynloss_ext.oscillation import Oscillation
 
 __all__ = [
@@ -38,11 +39,7 @@ __all__ = [
 
 Array = NDArray[Any]
 
-MIN_COMPARISONS = 7  # so that the shortest default window, 10 jumps in 11 steps, can still read period 2
-CLEAN = 0.75  # of a segment's steps that must be alike; kinks and jumps of the drive every 10 steps spoil 0.12 of them
 WHOLE_RUN = 0.9  # the share of a run that a window must not cover alone
-DOUBLING_GAIN = 3.0  # each doubling of a cascade lowers the misfit 3.3 times (√(2/(α⁻² + α⁻⁴)), Feigenbaum's α)
-DOUBLING_FLOOR = 1e-3  # of rms(Δ²F): below lie rounding and what is left of a doubling that has decayed
 
 
 @dataclass(frozen=True)
@@ -277,8 +274,8 @@ def detect_periods(
     step, loss = _series("step", step, "loss", loss)
     max_period = check_count("max_period", max_period, 1)
     segment = check_count("segment", segment, 1)
-    if segment < _shortest(max_period):
-        raise ValueError(f"segment: expected an int >= {_shortest(max_period)} for {max_period=}, got {segment}")
+    if segment < shortest(max_period):
+        raise ValueError(f"segment: expected an int >= {shortest(max_period)} for {max_period=}, got {segment}")
     tolerance = check_number("tolerance", tolerance, 0, open_low=True)
     min_amplitude = check_number("min_amplitude", min_amplitude, 0)
     inside = np.ones(len(step), dtype=bool)
@@ -289,7 +286,7 @@ def detect_periods(
     window = np.flatnonzero(inside)
     if np.any(np.diff(step[window]) != 1):
         raise ValueError("step: expected every step within the window, got some where one is missing")
-    if len(window) < _shortest(2):
+    if len(window) < shortest(2):
         return []
     near = (step >= step[window[0]] - segment) & (step <= step[window[-1]] + segment)
     near &= step - step[window[0]] == np.arange(len(step)) - window[0]  # no step missing in between
@@ -298,7 +295,7 @@ def detect_periods(
     if drive is not None:
         loss = _without_drive(step, loss, drive, parts)
     segments: list[PeriodSegment] = []
-    for part, period in zip(parts, _periods(loss, parts, epsilon, max_period, tolerance, min_amplitude), strict=True):
+    for part, period in zip(parts, periods_of(loss, parts, epsilon, max_period, tolerance, min_amplitude), strict=True):
         first, last = int(step[part[0]]), int(step[part[-1]])
         if segments and segments[-1].period == period:
             first = segments.pop().start
@@ -455,73 +452,3 @@ def _without_drive(step: Array, loss: Array, drive: Oscillation, parts: list[Arr
             class_losses = np.linalg.lstsq(weights[part], loss[part])[0]
             plain[part] -= (weights[part] - 1) @ class_losses
     return plain
-
-
-def _periods(
-    loss: Array, parts: list[Array], epsilon: float, max_period: int, tolerance: float, min_amplitude: float
-) -> Iterator[int | None]:
-    """The period of each segment. A stretch may reach beyond: its steps on this side repeat as well."""
-    with np.errstate(invalid="ignore", over="ignore"):
-        jagged = _jagged(loss, epsilon, min_amplitude)
-        deviations = {p: _deviation(loss, p) for p in range(1, max_period + 1) if _shortest(p) <= len(parts[0])}
-    around = _least_around(jagged, 5)
-    misfits = {p: _misfit(deviation, p) for p, deviation in deviations.items() if p > 1}
-    for part in parts:
-        first, length = part[0], len(part)
-        if not np.all(np.isfinite(loss[part])):
-            yield None
-        elif np.mean(around[part]) <= 1 - CLEAN:
-            exact = {p: float(d[first : first + length - 2 * p].max()) for p, d in deviations.items()}
-            kinked = jagged[first : first + length - 4].any() and np.abs(np.diff(loss[part], 4)).max() >= exact[1]
-            yield (_fitting(exact, exact.pop(1), tolerance) if kinked else None) or 1
-        else:
-            misfit = {p: _clean(values[part]) for p, values in misfits.items()}
-            yield _fitting(misfit, _clean(deviations[1][first : first + length - 2]), tolerance)
-
-
-def _fitting(misfit: dict[int, float], size: float, tolerance: float) -> int | None:
-    """The smallest period that fits, or that of its doublings that fits better than noise would have it."""
-    fitting = next((period for period in misfit if misfit[period] <= tolerance * size), None)
-    if fitting is None:
-        return None
-    doublings = [fitting << times for times in range(len(misfit)) if fitting << times in misfit]
-    bound = max(DOUBLING_GAIN * min(misfit[period] for period in doublings), DOUBLING_FLOOR * size)
-    return next(period for period in doublings if misfit[period] <= bound)
-
-
-def _jagged(loss: Array, epsilon: float, min_amplitude: float) -> Array:
-    """Whether each 5 steps are more than a piece of a curve, as a float."""
-    bends, fourth = sliding_window_view(np.diff(loss, 2), 3), np.abs(np.diff(loss, 4))
-    one_way = (bends.min(1) >= 0) | (bends.max(1) <= 0)
-    rounding = epsilon * sliding_window_view(np.abs(loss), 5).max(1)
-    smooth = one_way & (fourth < np.abs(bends).max(1)) | (fourth / 16 <= np.maximum(min_amplitude, rounding))
-    jagged: Array = np.where(smooth, 0.0, 1.0)
-    return jagged
-
-
-def _deviation(loss: Array, period: int) -> Array:
-    deviation: Array = np.abs(loss[2 * period :] - 2 * loss[period:-period] + loss[: -2 * period])
-    return deviation
-
-
-def _misfit(deviation: Array, period: int) -> Array:
-    """At each step, how far the best `_shortest(period)` steps around it are from repeating themselves."""
-    width = _shortest(period)
-    return _least_around(sliding_window_view(deviation, width - 2 * period).max(1), width)
-
-
-def _least_around(values: Array, width: int) -> Array:
-    """For each step the smallest of the values of the stretches of `width` steps that it lies in."""
-    padded = np.pad(np.where(np.isnan(values), np.inf, values), width - 1, constant_values=np.inf)
-    least: Array = sliding_window_view(padded, width).min(1)
-    return least
-
-
-def _clean(values: Array) -> float:
-    return float(np.quantile(values, CLEAN, method="higher"))
-
-
-def _shortest(period: int) -> int:
-    """Steps in which a period can be told from chaos, and be it period 2."""
-    period = max(period, 2)
-    return max(3 * period, 2 * period + MIN_COMPARISONS)

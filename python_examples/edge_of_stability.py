@@ -27,7 +27,8 @@ from tqdm import tqdm
 
 from common.config import parse_options
 from common.data import load_cifar10, synthetic_cifar10
-from common.run import BaseConfig, RunFolder, Table, in_one_line, resolve_device
+from common.records import Table
+from common.run import BaseConfig, RunFolder, in_one_line, resolve_device
 from dynloss_ext import EigenTracker, HessianOperator, batch_sharpness, plot, preconditioner, stability_limit
 
 Array = NDArray[Any]

@@ -22,20 +22,12 @@ import torch
 from tqdm import tqdm
 
 from common.config import parse_options
+from common.records import load_state, state_of
 from common.report import Analysis, analyse, trajectory
-from common.run import (
-    BaseConfig,
-    GracefulStop,
-    RunFolder,
-    Stopped,
-    in_one_line,
-    load_state,
-    open_run,
-    resolve_device,
-    state_of,
-)
+from common.run import BaseConfig, RunFolder, in_one_line, open_run, resolve_device
 from common.spiral import SpiralMLP, load_initial_values, spiral_data
 from common.spiral_run import BLOCK, AutogradRun, FusedRun, SpiralRun, Task
+from common.stopping import GracefulStop, Stopped
 from dynloss_ext import (
     plot,
     stability_limit,

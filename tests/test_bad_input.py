@@ -11,7 +11,7 @@ from dynloss_ext import DynamicCrossEntropyLoss, Oscillation, dynamic_cross_entr
 
 OSCILLATION = Oscillation(3, 5, 10)
 ENSEMBLE = Oscillation(3, torch.tensor([2.0, 3.0]), 10)
-X, Y = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
+X, Y = torch.linspace(-1, 1, 12).view(4, 3), torch.tensor([0, 1, 2, 0])
 
 
 def describe(value):

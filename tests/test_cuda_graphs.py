@@ -18,7 +18,7 @@ from torch import nn
 from common.config import TrainingConfig
 from common.data import load_data
 from common.distributed import World
-from common.training import Training
+from common.training_state import Training
 from dynloss_ext import (
     CapturedHessian,
     CapturedStep,

@@ -25,8 +25,8 @@ import wrn28_10_cifar10
 from common import training
 from common.config import TrainingConfig
 from common.data import FOLDER, TEST_FILE, TRAIN_FILES, load_data, synthetic_cifar10
-from common.run import GracefulStop
-from common.training import build_model, learning_rate
+from common.stopping import GracefulStop
+from common.training_state import build_model, learning_rate
 
 SCRIPTS = [myrtle5_bifurcations, myrtle5_cifar10, wrn28_10_cifar10]
 RUN_FILES = {"config.json", "metrics.npz", "summary.json", "figure.png", "checkpoint.pt"}

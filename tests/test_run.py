@@ -18,20 +18,9 @@ import torch
 from matplotlib.figure import Figure
 
 from common.config import parse_options
-from common.run import (
-    BaseConfig,
-    GracefulStop,
-    RunError,
-    RunFolder,
-    Stopped,
-    Table,
-    atomic_write,
-    interruptible,
-    load_state,
-    open_run,
-    resolve_device,
-    state_of,
-)
+from common.records import Table, load_state, state_of
+from common.run import BaseConfig, RunError, RunFolder, atomic_write, open_run, resolve_device
+from common.stopping import GracefulStop, Stopped, interruptible
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

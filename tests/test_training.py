@@ -23,12 +23,13 @@ import torch
 import torch.nn.functional as F
 
 import dynloss_ext
-from common import training as training_module
+from common import training_state
 from common.config import TrainingConfig, parse_options
 from common.data import Batches, load_data
 from common.distributed import World
 from common.run import RunFolder, changed_options
-from common.training import Training, build_model, learning_rate, train
+from common.training import train
+from common.training_state import Training, build_model, learning_rate
 from dynloss_ext import EigenTracker, graphs
 
 EXAMPLES = Path(__file__).parent.parent / "python_examples"
@@ -309,7 +310,7 @@ def test_replayed_steps_train_as_plain_ones(tmp_path: Path, monkeypatch: pytest.
     plain = run(small(tmp_path / "plain", **options))
     monkeypatch.setattr(graphs, "_Stage", PretendedStage)
     monkeypatch.setattr(graphs, "_obstacle", lambda device, capture: None)
-    monkeypatch.setattr(training_module, "_BLOCK", 5)
+    monkeypatch.setattr(training_state, "_BLOCK", 5)
     monkeypatch.setattr(Training, "_obstacle_to_graphs", lambda self: None)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     config = small(tmp_path / "replayed", **options)
@@ -331,7 +332,7 @@ def test_replayed_steps_train_as_plain_ones(tmp_path: Path, monkeypatch: pytest.
 
 def test_learning_rates_that_lie_on_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on CUDA: SGD's fused kernel with one of a block of rates; across blocks, and a resume in the middle of one."""
-    monkeypatch.setattr(training_module, "_BLOCK", 5)
+    monkeypatch.setattr(training_state, "_BLOCK", 5)
     options: dict[str, Any] = {"precision": "float32", "momentum": 0.9, "nesterov": True, "weight_decay": 1e-3}
     config = small(tmp_path / "run", schedule="cosine", batch_size=25, **options)
     plain, device = (Training(config, load_data(config), CPU) for _ in range(2))

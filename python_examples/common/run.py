@@ -22,15 +22,12 @@ import hashlib
 import io
 import json
 import os
-import signal
 import sys
 import tempfile
-import threading
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 from weakref import WeakValueDictionary
 
@@ -190,71 +187,6 @@ def changed_options(config: BaseConfig, saved: Mapping[str, Any]) -> list[str]:
     """Names of the options that differ from a saved configuration in a way that makes it another run."""
     given = config.as_dict()
     return [name for name in given if name not in config.MAY_CHANGE and given[name] != saved.get(name)]
-
-
-class Stopped(BaseException):
-    """The first Ctrl-C or SIGTERM within `interruptible()`."""
-
-
-class GracefulStop:
-    """Turns the first Ctrl-C or SIGTERM inside the block into `requested`; a second Ctrl-C interrupts.
-
-    A KeyboardInterrupt could strike half-way through a parameter update; a flag that the loop reads between
-    two steps leaves a state that `--resume` continues exactly. Eigenvalue updates are long: see `interruptible`.
-
-    Args:
-        interrupts: whether `interruptible` may end. One of several processes must not, as the others wait for it.
-    """
-
-    _current: ClassVar[GracefulStop | None] = None
-
-    def __init__(self, interrupts: bool = True) -> None:
-        self.requested = False
-        self._interrupts, self._raises = interrupts, False
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> GracefulStop:
-        if threading.current_thread() is not threading.main_thread():
-            return self  # a worker's: signals are not for it
-        GracefulStop._current = self
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._previous[number] = signal.signal(number, self._request)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if not self._previous:
-            return
-        GracefulStop._current = None
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _request(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
-            if number == signal.SIGINT:
-                raise KeyboardInterrupt
-            return
-        self.requested = True
-        if self._raises:
-            raise Stopped
-
-
-@contextmanager
-def interruptible() -> Iterator[None]:
-    """A block that a stop ends at once, by `Stopped`: in an eigenvalue update, between two products.
-
-    Whatever the block has begun to change has to be put back by the caller.
-    """
-    stop = GracefulStop._current
-    if stop is None or not stop._interrupts:
-        yield
-        return
-    stop._raises = True
-    try:
-        if stop.requested:
-            raise Stopped
-        yield
-    finally:
-        stop._raises = False
 
 
 # --- files ----------------------------------------------------------------------------------------------------
@@ -512,117 +444,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float):
         return value if np.isfinite(value) else None
     return str(value) if isinstance(value, os.PathLike) else value
-
-
-# --- rows -----------------------------------------------------------------------------------------------------
-
-
-class Table:
-    """Named columns that grow row by row without a host synchronisation per row.
-
-    Values may be numbers or tensors on any device. Rows are moved to the host `block` at a time, so a GPU
-    loop waits once per block and 70,000 rows do not live as 70,000 little tensors.
-    """
-
-    def __init__(self, *columns: str, block: int = 512) -> None:
-        self._pending: dict[str, list[Any]] = {name: [] for name in columns}
-        self._blocks: dict[str, list[NDArray[Any]]] = {name: [] for name in columns}
-        self._block = block
-        self._rows = 0
-
-    def __len__(self) -> int:
-        return self._rows
-
-    def append(self, **row: Any) -> None:
-        """Add one row: a value (number or tensor) for every column."""
-        self._check(row)
-        for name, value in row.items():
-            self._pending[name].append(value.detach() if isinstance(value, torch.Tensor) else value)
-        self._rows += 1
-        if len(next(iter(self._pending.values()))) >= self._block:
-            self._flush()
-
-    def extend(self, **columns: Any) -> None:
-        """Add many rows: for every column an array or tensor whose first dimension counts them."""
-        self._check(columns)
-        lengths = {name: len(column) for name, column in columns.items()}
-        if len(set(lengths.values())) != 1:
-            raise ValueError(f"columns: expected one number of rows, got {lengths}")
-        self._flush()
-        for name, column in columns.items():
-            self._blocks[name].append(_to_host(column))
-        self._rows += next(iter(lengths.values()))
-
-    def arrays(self) -> dict[str, NDArray[Any]]:
-        """Every column as one array, rows first."""
-        self._flush()
-        for name, blocks in self._blocks.items():
-            self._blocks[name] = [np.concatenate(blocks)] if blocks else []
-        return {name: blocks[0] if blocks else np.empty(0) for name, blocks in self._blocks.items()}
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        return {name: torch.from_numpy(array) for name, array in self.arrays().items()}
-
-    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Replace all rows by those saved."""
-        self._pending = {name: [] for name in self._pending}
-        self._blocks = {name: [] for name in self._blocks}
-        self._rows = 0
-        if len(next(iter(state.values()))):
-            self.extend(**state)
-
-    def _check(self, given: Mapping[str, Any]) -> None:
-        if given.keys() != self._pending.keys():
-            raise ValueError(f"columns: expected {sorted(self._pending)}, got {sorted(given)}")
-
-    def _flush(self) -> None:
-        for name, values in self._pending.items():
-            if values:
-                tensors = isinstance(values[0], torch.Tensor)
-                self._blocks[name].append(_to_host(torch.stack(values) if tensors else values))
-                self._pending[name] = []
-
-
-def _to_host(column: Any) -> NDArray[Any]:
-    if isinstance(column, torch.Tensor):
-        return column.detach().cpu().numpy()
-    return np.asarray(column)
-
-
-def state_of(owner: Any, names: Iterable[str]) -> dict[str, Any]:
-    """The named attributes for a checkpoint: plain values, or the state of what has one."""
-    parts = {name: getattr(owner, name) for name in names}
-    return {name: part.state_dict() if hasattr(part, "state_dict") else part for name, part in parts.items()}
-
-
-def load_state(owner: Any, state: Mapping[str, Any], names: Iterable[str]) -> None:
-    """Gives the named attributes back what `state_of` took."""
-    for name in names:
-        part = getattr(owner, name)
-        if hasattr(part, "load_state_dict"):
-            part.load_state_dict(state[name])
-        elif isinstance(state[name], type(part)):
-            setattr(owner, name, state[name])
-        else:
-            raise TypeError(f"{name} of type {type(state[name]).__name__}")
-
-
-class EventLog:
-    """TensorBoard's events of a run in `folder`/tensorboard; a resumed run writes over what it does again."""
-
-    def __init__(self, folder: Path, next_step: int = 0) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ValueError("--tensorboard: expected the package tensorboard, got none (pip install it)") from error
-        self._next_step = next_step
-        self._writer: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=next_step or None)
-
-    def log(self, curves: Mapping[str, tuple[NDArray[Any], NDArray[Any]]], stop: int) -> None:
-        """Adds to every curve, (steps, values), its points before step `stop` that it does not have yet."""
-        for name, (steps, values) in curves.items():
-            for step, value in zip(steps, values, strict=True):
-                if self._next_step <= step < stop:
-                    self._writer.add_scalar(name, value, int(step))
-        self._next_step = stop
-        self._writer.flush()

@@ -12,8 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from common.run import Table, interruptible, resolve_device
+from common.records import Table
+from common.run import resolve_device
 from common.spiral import SpiralMLP
+from common.stopping import interruptible
 from common.tracking import CurvatureTracker
 from dynloss_ext import (
     CapturedHessian,

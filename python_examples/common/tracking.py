@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from common.data import Batch
-from common.run import Stopped, Table, interruptible
+from common.records import Table
+from common.stopping import Stopped, interruptible
 from dynloss_ext import EigenTracker, HessianOperator, Oscillation, dynamic_cross_entropy
 from dynloss_ext.hessian import CurvatureOperator
 

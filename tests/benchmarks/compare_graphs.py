@@ -33,7 +33,7 @@ from common.data import Dataset, Split
 from common.distributed import World
 from common.run import atomic_write
 from common.spiral import SpiralMLP, spiral_data
-from common.training import Training, configure_numerics
+from common.training_state import Training, configure_numerics
 from dynloss_ext import (
     CapturedHessian,
     CapturedStep,

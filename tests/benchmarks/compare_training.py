@@ -36,7 +36,7 @@ from common.config import TrainingConfig
 from common.data import Batches, Dataset, Split
 from common.distributed import World
 from common.run import atomic_write
-from common.training import Training, build_model, configure_numerics
+from common.training_state import Training, build_model, configure_numerics
 
 NETWORKS: dict[str, tuple[TrainingConfig, TrainingConfig]] = {  # at the paper's size, and small
     "myrtle5": (myrtle5_cifar10.PAPER, replace(myrtle5_cifar10.PAPER, width=16, batch_size=128)),
