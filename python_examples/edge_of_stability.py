@@ -59,8 +59,8 @@ class EdgeConfig(BaseConfig):
     steps: int = 600  # updates of each optimizer
     eig_every: int = 10  # updates between eigenvalues
     sharpness_batches: int = 20  # mini-batches for the batch sharpness
-    rate: float = 1.0  # of each optimizer's own learning rate
-    batch_rate: float = 0.4  # the same in mini-batches, with whose noise momentum diverges sooner
+    rate: float = 1.0  # factor on the learning rate of each optimizer, chosen to come close to its limit
+    batch_rate: float = 0.4  # that in mini-batches, with whose noise momentum diverges sooner
 
     def __post_init__(self) -> None:
         for name in ("images", "width", "batch_size", "steps", "eig_every", "sharpness_batches"):

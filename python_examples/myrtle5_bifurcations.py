@@ -19,6 +19,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ from common.training import Record, train
 Array = NDArray[Any]
 
 PAPER = TrainingConfig(
+    out=Path("runs/myrtle5_bifurcations"),
     classes=3,
     train_images=3000,
     validation_images=1500,

@@ -25,6 +25,7 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -73,6 +74,7 @@ class SeedsConfig(TrainingConfig):
 
 
 PAPER = SeedsConfig(
+    out=Path("runs/myrtle5_cifar10"),
     model="myrtle5",
     width=64,
     amplitude=50.0,

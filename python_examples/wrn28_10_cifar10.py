@@ -18,6 +18,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from common.config import TrainingConfig, parse_options
@@ -27,6 +28,7 @@ from common.run import RunFolder, in_one_line
 from common.training import Record, train
 
 PAPER = TrainingConfig(
+    out=Path("runs/wrn28_10_cifar10"),
     model="wrn",
     depth=28,
     widen=10,

@@ -100,6 +100,13 @@ def test_the_committed_runs_have_the_options_of_preset_cpu(name: str) -> None:
     assert list(config.as_dict()) == list(saved)
 
 
+def test_every_script_has_a_folder_of_its_own() -> None:
+    scripts = list(OPTIONS)
+    assert [parse_or_default(script).out for script in scripts] == [Path("runs") / s.__name__ for s in scripts]
+    for script in scripts[1:]:
+        assert all(preset.out == script.PAPER.out for preset in script.PRESETS.values())
+
+
 def test_members_have_their_own_folders_and_seeds(tmp_path: Path) -> None:
     config = parse(
         myrtle5_cifar10, "--preset", "smoke", "--synthetic", "--seeds", "2", "--seed", "3", "--out", "runs/x"

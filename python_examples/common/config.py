@@ -136,7 +136,7 @@ class TrainingConfig(BaseConfig):
     eig_batch: int | None = None  # images per part of a Hessian-vector product; none: all at once
     eig_tol: float = 1e-3  # relative residual at which an eigenvalue counts as found
     # speed
-    precision: Literal["float32", "tf32", "float64", "bfloat16", "float16"] = "float32"  # eigenvalues: at least float32
+    precision: Literal["float32", "tf32", "float64", "bfloat16", "float16"] = "float32"  # training; λ: at least float32
     channels_last: bool = False  # channels-last memory format
     compile: bool = False  # compile the network with torch.compile
     deterministic: bool = True  # the same bits on every run, also on CUDA (slower there)
