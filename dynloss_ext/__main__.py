@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import platform
 from pathlib import Path
 
@@ -41,6 +42,7 @@ def report() -> str:
 
 
 def main() -> None:
+    argparse.ArgumentParser(prog="dynloss-ext", description="Prints " + (__doc__ or "").partition(": ")[2]).parse_args()
     print(report())
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def plain_number(value: Any) -> Any:
@@ -183,6 +183,9 @@ def check_params(params: Parameters, name: str = "params", *, once: bool = False
     gradients are asked for, and no graphs of these."""
     if isinstance(params, Tensor):
         raise TypeError(f"{name}: expected an iterable of tensors, got one tensor: pass [tensor]")
+    if isinstance(params, nn.Module):
+        kind = type(params).__name__
+        raise TypeError(f"{name}: expected an iterable of tensors, got a module, {kind}: pass its .parameters()")
     if not isinstance(params, Iterable):
         raise TypeError(f"{name}: expected an iterable of tensors, got {type(params).__name__}")
     if isinstance(params, Mapping):

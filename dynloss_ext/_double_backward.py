@@ -103,7 +103,8 @@ class double_backward:
     """A context in which a model is evaluated or differentiated so that it can be differentiated twice.
 
     Raises:
-        RuntimeError: what torch says where it cannot, in words that say which layer it is and what to do.
+        RuntimeError: what torch says where it cannot, in words that say which layer it is, or that the graph was freed,
+            and what to do.
     """
 
     def __enter__(self) -> None:
@@ -118,7 +119,7 @@ class double_backward:
 
 
 def _explain(error: RuntimeError) -> None:
-    """Raises an error in its place, if it says that torch has no second derivative."""
+    """Raises an error in its place, if it says that torch has no second derivative, or no graph any more."""
     text = str(error)
     if found := re.search(r"derivative for '?(?:aten::)?([\w: ]+?)'? is not implemented", text):
         operator = found[1].removesuffix("_backward").strip("_")
@@ -130,6 +131,11 @@ def _explain(error: RuntimeError) -> None:
         _refuse(layer, f"{operator} has {order}: {remedy}", error)
     if "Recomputed values" in text:
         _refuse("a checkpoint whose forward pass took fused attention", _REMEDIES["scaled_dot_product"][1], error)
+    if "backward through the graph a second time" in text:
+        raise RuntimeError(
+            "loss: expected one whose graph is there, got one whose graph a backward pass has freed: use the operator"
+            " before loss.backward(), whose gradients are H.gradients, too; or give a closure"
+        ) from error
     if "no autograd formula was registered" in text:
         _refuse("a custom operator without a derivative", text.partition("\n")[0], error)
 

@@ -205,6 +205,8 @@ class Gradients:
         """This process's combinations, whether its sums changed, and the fingerprint of u."""
         for p, origin, label in zip(self.params, self._origin, self.params.labels, strict=True):
             if not torch.equal(_local(p), origin):
+                if origin.isnan().any():
+                    raise ValueError(f"{label}: expected finite values, got NaN")
                 raise RuntimeError(f"{label}: expected the values it had when the operator was made, got others")
         rows = torch.zeros(len(weights), self.size, dtype=self._dtype, device=self._device)
         sums = torch.zeros(3, dtype=torch.float64, device=self._device)

@@ -450,4 +450,6 @@ class DynamicCrossEntropyLoss(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *reports)
 
     def extra_repr(self) -> str:
-        return f"{self.oscillation}, reduction={self.reduction!r}, normalization={self.normalization!r}"
+        options = [f"{name}={getattr(self, name)!r}" for name in ("reduction", "normalization", "ignore_index")]
+        weight = "None" if self.weight is None else f"tensor of shape {tuple(self.weight.shape)}"
+        return ", ".join([f"{self.oscillation}", *options, f"label_smoothing={self.label_smoothing}, weight={weight}"])

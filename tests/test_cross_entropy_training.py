@@ -229,6 +229,9 @@ def test_copies_pickles_and_casts_keep_step_and_oscillation():
     twin.step()
     assert criterion.current_step == 2**53 - 5
     assert "Oscillation(num_classes=4" in repr(criterion)
+    assert "ignore_index=-100, label_smoothing=0.0, weight=None" in repr(criterion)
+    other = DynamicCrossEntropyLoss(OSCILLATION, weight=torch.ones(4), ignore_index=-1, label_smoothing=0.1)
+    assert "ignore_index=-1, label_smoothing=0.1, weight=tensor of shape (4,)" in repr(other)
 
 
 def test_eval_does_not_change_the_weights():

@@ -438,3 +438,13 @@ def test_names_of_parameters_in_errors():
         ValueError, match=r"^2\.bias: expected a tensor that requires grad, got a tensor of shape \(1,\)"
     ):
         HessianOperator(net(x).sum(), net.named_parameters())
+
+
+@pytest.mark.parametrize("made_before", [True, False])
+def test_a_graph_that_a_backward_pass_has_freed_is_refused_with_what_to_do(made_before):
+    net, x = two_layers()
+    loss = net(x).square().sum()
+    H = HessianOperator(loss, net.parameters()) if made_before else None
+    loss.backward()
+    with pytest.raises(RuntimeError, match=r"^loss: expected one whose graph is there, got .* H\.gradients"):
+        eigsh(H or HessianOperator(loss, net.parameters()), k=1)

@@ -376,6 +376,13 @@ def test_parameters_that_changed_are_refused():
         H @ torch.ones(H.shape[0])
 
 
+def test_parameters_that_are_not_finite_are_named_as_that():
+    problem = Problem("tanh")
+    problem.model[2].bias.data[0] = math.nan
+    with pytest.raises(ValueError, match=r"2\.bias: expected finite values, got NaN"):
+        HessianOperator.from_gradients(problem.loss, problem.model.named_parameters())
+
+
 X = torch.ones(3, dtype=torch.float64, requires_grad=True)
 
 

@@ -227,7 +227,7 @@ def test_a_changed_parameter_is_named():
                 eigsh(H, 1)
 
 
-def test_a_dict_of_parameters_is_refused_with_a_hint():
+def test_a_dict_or_a_module_as_parameters_is_refused_with_a_hint():
     net = nn.Linear(3, 1)
 
     def loss():
@@ -240,6 +240,10 @@ def test_a_dict_of_parameters_is_refused_with_a_hint():
     ):
         with pytest.raises(TypeError, match=r": expected an iterable .* got a dict: pass its \.items\(\)"):
             make(dict(net.named_parameters()))
+        with pytest.raises(TypeError, match=r": expected .* got a module, Linear: pass its \.parameters\(\)"):
+            make(net)
+    with pytest.raises(TypeError, match=r"got a module, Sequential: pass its \.parameters\(\)"):  # an iterable
+        HessianOperator(loss, nn.Sequential(net))
     with pytest.raises(ValueError, match=r"every tensor once, got one twice, as weight and tied"):
         HessianOperator(loss, [*net.named_parameters(), ("tied", net.weight)])
 

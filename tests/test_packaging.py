@@ -79,6 +79,12 @@ def test_report_names_versions_build_and_devices() -> None:
         assert text in result.stdout
 
 
+def test_the_command_says_what_it_does_and_refuses_the_rest() -> None:
+    told, refused = python("-m", "dynloss_ext", "--help"), python("-m", "dynloss_ext", "--devices")
+    assert told.returncode == 0 and "Prints what is installed" in told.stdout and "cpu: " not in told.stdout
+    assert refused.returncode == 2 and "unrecognized arguments: --devices" in refused.stderr
+
+
 def test_the_command_prints_the_report() -> None:
     command = re.findall(r'^dynloss-ext = "(.+):(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     ((module, function),) = command
