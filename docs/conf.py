@@ -27,6 +27,7 @@ myst_heading_anchors = 3
 default_role = "py:obj"
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
+autodoc_mock_imports = ["lightning", "transformers"]  # of dynloss_ext.integrations, where they are not installed
 python_maximum_signature_line_length = 90
 autodoc_class_signature = "mixed"
 napoleon_use_rtype = False
