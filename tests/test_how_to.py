@@ -20,6 +20,7 @@ SLOW = {
     "plot_lightning",
     "plot_phase_diagram_on_a_cluster",  # these two start processes, each importing torch
     "plot_several_processes",
+    "plot_without_double_backward",
 }
 OPTIONAL = {
     "plot_hugging_face_trainer": ("transformers", "accelerate"),
