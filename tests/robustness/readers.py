@@ -39,7 +39,7 @@ from robustness.record import machine, today
 
 import phase_diagram
 import spiral_mlp
-from common import data, run, spiral, sweep
+from common import data, records, run, spiral, sweep
 from dynloss_ext import DynamicCrossEntropyLoss, Oscillation
 
 # ---- what is wrong on purpose
@@ -271,7 +271,7 @@ def _archive(kind: str) -> Target:
 
 
 def _state() -> dict[str, Any]:
-    table = run.Table("loss", "accuracy")
+    table = records.Table("loss", "accuracy")
     for row in range(5):
         table.append(loss=1.0 / (row + 1), accuracy=0.5)
     return {"step": 5, "seconds": 1.5, "rows": table.state_dict(), "model": {"w": torch.ones(3, 2), "b": torch.ones(2)}}
@@ -282,7 +282,7 @@ class _Owner:
 
     def __init__(self) -> None:
         self.step, self.seconds = 0, 0.0
-        self.rows = run.Table("loss", "accuracy")
+        self.rows = records.Table("loss", "accuracy")
         self.model = torch.nn.Module()
         self.model.w, self.model.b = torch.nn.Parameter(torch.zeros(3, 2)), torch.nn.Parameter(torch.zeros(2))
 
@@ -294,7 +294,7 @@ class _Owner:
 
 def _restore(folder: Path) -> list[Any]:
     owner = _Owner()
-    run.RunFolder(folder).restore(lambda state: run.load_state(owner, state, ("step", "seconds", "rows", "model")))
+    run.RunFolder(folder).restore(lambda state: records.load_state(owner, state, ("step", "seconds", "rows", "model")))
     return owner.contents()
 
 
