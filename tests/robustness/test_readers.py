@@ -51,7 +51,8 @@ def _bad(how: str) -> fuzzing.Target:
 
 @pytest.mark.parametrize("how", ["other exception", "unclear", "crash", "memory", "code", "hang", "wrong"])
 def test_what_a_reader_must_not_do_is_seen(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fuzzing, "SECONDS", 0.5)
+    if how == "hang":
+        monkeypatch.setattr(fuzzing, "SECONDS", 0.5)
     faults = fuzzing.fuzz(_bad(how), range(2))
     words = {"other exception": "KeyError", "crash": "ended", "memory": "MiB", "code": "ran", "hang": "took more"}
     assert words.get(how, how) in " ".join(fault.what for fault in faults)
