@@ -29,7 +29,8 @@ class PeriodicTracker:
             raise TypeError(f"tracker: expected an EigenTracker, got {type(tracker).__name__}")
         if not isinstance(name, str) or not name.isidentifier():
             raise ValueError(f"name: expected a word of letters, digits and underscores, got {name!r}")
-        self._tracker, self._name, self._last = tracker, name, None
+        self._tracker, self._name = tracker, name
+        self._last: int | None = None
         self._every_n_steps = check_count("every_n_steps", every_n_steps, 1)
 
     def _update(self, model: nn.Module, step: int) -> dict[str, float]:
