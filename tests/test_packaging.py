@@ -298,7 +298,7 @@ def test_a_build_says_which_torch_it_is_for(setup_script: dict[str, Any], monkey
 
 def test_the_source_distribution_brings_examples_tests_and_documentation(tmp_path: Path) -> None:
     wanted = ["csrc/op.cpp", "docs/index.md", "python_examples/common/run.py", "tests/data/x.npz", "CHANGELOG.md"]
-    wanted += ["dynloss_ext/plot/__init__.py"]
+    wanted += ["dynloss_ext/plot/__init__.py", "dynloss_ext/integrations/__init__.py"]
     unwanted = ["docs/_build/html/index.html", "python_examples/x.pyc", "runs/a.npy", "dynloss_ext/_C.so", ".venv/x.py"]
     for name in [*wanted, *unwanted]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
