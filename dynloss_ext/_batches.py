@@ -41,13 +41,24 @@ def fingerprint(tensors: Sequence[Tensor]) -> Tensor:
 
     Summed over n processes, n Σd² = (Σd)² holds for every digit only if all have the same; see `all_alike`.
     """
-    shapes = repr([(tuple(t.shape), t.dtype) for t in tensors]).encode()
-    device = tensors[0].device
-    total = torch.tensor(zlib.crc32(shapes), dtype=torch.int64, device=device)
+    total = _hash(repr([(tuple(t.shape), t.dtype) for t in tensors]), tensors[0].device)
     for t in tensors:
         for chunk in torch.split(t.detach().reshape(-1), CHUNK):
             total = total * 6364136223846793005 + _C.fingerprints([chunk + 0.0])[0]  # -0 counts as 0
-    digits = (total >> torch.arange(0, 64, 5, device=device)) & 31
+    return _digits(total)
+
+
+def fingerprint_of(text: str, device: torch.device) -> Tensor:
+    """The same of a text."""
+    return _digits(_hash(text, device))
+
+
+def _hash(text: str, device: torch.device) -> Tensor:
+    return torch.tensor(zlib.crc32(text.encode()), dtype=torch.int64, device=device)
+
+
+def _digits(total: Tensor) -> Tensor:
+    digits = (total >> torch.arange(0, 64, 5, device=total.device)) & 31
     return torch.cat([digits, digits**2]).double()
 
 

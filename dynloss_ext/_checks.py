@@ -6,12 +6,15 @@ import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from dynloss_ext._shards import Shards
 
 
 def plain_number(value: Any) -> Any:
@@ -136,7 +139,9 @@ Parameters = Iterable[Tensor] | Iterable[tuple[str, Tensor]]
 
 class Params(list[Tensor]):
     """Parameters that something is to be differentiated by, and what to call each in a message: ``named``, by its
-    own name."""
+    own name. ``shards`` says how vectors of sharded ones are laid out over processes."""
+
+    shards: Shards | None = None
 
     def __init__(self, params: Iterable[Tensor], labels: list[str], named: bool = False) -> None:
         super().__init__(params)

@@ -105,7 +105,8 @@ class GradientDifferences:
             step = check_number("step", step, 0, open_low=True)
         self._seed = check_seed(seed) % 2**32
         self._gradients = Gradients(closure, params, batches, process_group, self._seed)
-        self.size, self.like, self.params = self._gradients.size, self._gradients.like, self._gradients.params
+        self.like, self.params, self._layout = self._gradients.like, self._gradients.params, self._gradients.layout
+        self.size = self._layout.dimension
         self.order = order
         self._formula = _FORMULAS[self.order]
         self._chosen = self._choose() if step is None else self._measure(self._direction(step), step, step)[0]
@@ -113,9 +114,19 @@ class GradientDifferences:
         if not math.isfinite(self.noise):
             raise ValueError(f"closure: expected finite gradients within {self.step:.2g} of the parameters, got others")
 
-    def operator(self) -> _C.SymmetricOperator:
-        """What the driver calls. Not kept: the garbage collector does not see through it to what the closure holds."""
-        return _C.PythonOperator(self._product, self.size, self.like, noise=lambda: self.noise)
+    def operator(self, in_shards: bool = False) -> _C.SymmetricOperator:
+        """What the driver calls, with whole vectors or in shards. Not kept: the garbage collector does not see through
+        it to what the closure holds."""
+        shards = self.params.shards
+        if shards is None:
+            return _C.PythonOperator(self._product, self.size, self.like, noise=lambda: self.noise)
+        if in_shards:
+            return _C.PythonOperator(self._product, shards.size, self.like, noise=lambda: self.noise, shards=shards)
+
+        def product(v: Tensor) -> Tensor:
+            return shards.gather(self._product(shards.cut(v)))
+
+        return _C.PythonOperator(product, self.size, self.like, noise=lambda: self.noise)
 
     def fail(self, error: Exception) -> None:
         """Raises what kept this process from asking for a product; the others, which wait for it, are told."""
@@ -130,15 +141,15 @@ class GradientDifferences:
         return nullcontext()
 
     def _product(self, v: Tensor) -> Tensor:
-        length = _norm(v)
+        length = self._gradients.length_of(v)
         u = v / length if 0.0 < length < math.inf else torch.zeros_like(v)
         if self.order == 2:
-            return self._differences(u, self.step)[0] * length
+            return self._differences(u, self.step)[0][0] * length
         best, error, step = u, math.inf, self.step
         for _ in range(_MAX_TRIES):
-            product, change = self._differences(u, step)
+            (product, _), (size, change) = self._differences(u, step)
             rounding = self._chosen.rounding * self.step / step
-            truncation = _truncation_of(_norm(change), _norm(product))
+            truncation = _truncation_of(change, size)
             if not error <= math.hypot(rounding, truncation):
                 best, error = product, math.hypot(rounding, truncation)
             # This direction bends more than the one that the step is for, or has a kink nearer than that.
@@ -150,8 +161,8 @@ class GradientDifferences:
             self.noise = max(self.noise, error)
         return best * length
 
-    def _differences(self, u: Tensor, step: float) -> Tensor:
-        """The rows of the formula, (rows, P)."""
+    def _differences(self, u: Tensor, step: float) -> tuple[Tensor, list[float]]:
+        """The rows of the formula, and their lengths."""
         points, weights = self._formula.at(step)
         return self._gradients.combinations(u, points, weights)
 
@@ -169,7 +180,8 @@ class GradientDifferences:
         for _ in range(_MAX_SPACINGS[self._gradients.rounding < 1e-12] - 1):
             spacing /= _FINER
             found, product = self._measure(u, spacing)
-            if _norm(product - before) <= max(_norm(product), _norm(before)) / 2:
+            between, new, old = self._layout.lengths([product - before, product, before])
+            if between <= max(new, old) / 2:
                 trusted += [last, found]
                 if last.relative <= min(_GOOD, found.relative):
                     break
@@ -179,15 +191,19 @@ class GradientDifferences:
     def _direction(self, spacing: float) -> Tensor:
         """Half random, half what two products make of such a vector of half the gradient: there products are large, and
         bend."""
-        generator = torch.Generator().manual_seed(self._seed)
-        random = torch.randn(self.size, generator=generator, dtype=self.like.dtype).to(self.like.device)
-        u = _unit(_unit(self._gradients.at_origin) + _unit(random))
+        random = self._unit(self._layout.normal(self._seed))
+        u = self._unit(self._unit(self._gradients.at_origin) + random)
         for _ in range(2):
-            (product,) = self._gradients.combinations(u, [spacing, -spacing], [[0.5 / spacing, -0.5 / spacing]])
-            if not bool(product.isfinite().all()):
+            (product,), _ = self._gradients.combinations(u, [spacing, -spacing], [[0.5 / spacing, -0.5 / spacing]])
+            (infinite,) = self._layout.lengths([], ~product.isfinite().all())
+            if infinite:
                 break
-            u = _unit(_unit(product) + _unit(random))
+            u = self._unit(self._unit(product) + random)
         return u
+
+    def _unit(self, v: Tensor) -> Tensor:
+        (length,) = self._layout.lengths([v])
+        return v / length if length > 0.0 else v
 
     def _measure(self, u: Tensor, spacing: float, step: float | None = None) -> tuple[_Step, Tensor]:
         """The best step, or this one, for what gradients at this spacing along u show, and H u as they show it."""
@@ -195,8 +211,7 @@ class GradientDifferences:
         first = [0.0, 0.0, -0.5 / spacing, 0.0, 0.5 / spacing, 0.0, 0.0]
         third = [-0.5 / (3 * spacing), 0.0, 0.0, 0.0, 0.0, 0.0, 0.5 / (3 * spacing)]
         bend = [b - a for a, b in zip(first, third, strict=True)]  # D(3s) - D(s) = 4 s² c / 3
-        rows = self._gradients.combinations(u, points, [list(_SIXTH), first, bend])
-        sixth, product, change = (_norm(row) for row in rows)
+        rows, (sixth, product, change) = self._gradients.combinations(u, points, [list(_SIXTH), first, bend])
         # Exact arithmetic in small integers would show none.
         noise = max(sixth / _SIXTH_NOISE, 0.25 * self._gradients.rounding * product * spacing)
         unresolved = math.sqrt(5 / 9) * noise / spacing
@@ -229,12 +244,3 @@ def _truncation_of(difference: float, product: float) -> float:
     if difference > _CONVERGES * product:
         return difference + product
     return 8 / 15 * difference**2 / product if difference > 0.0 else 0.0
-
-
-def _norm(v: Tensor) -> float:
-    return float(torch.linalg.vector_norm(v, dtype=torch.float64))
-
-
-def _unit(v: Tensor) -> Tensor:
-    length = _norm(v)
-    return v / length if length > 0.0 else v

@@ -19,6 +19,7 @@ from dynloss_ext._batches import (
     check_process_group,
     check_sums,
     fingerprint,
+    fingerprint_of,
     listed,
     message_device,
     reduce_over,
@@ -36,6 +37,7 @@ from dynloss_ext._evaluation import (
     uses_batch_statistics,
     warn_of_unreached,
 )
+from dynloss_ext._shards import Shards, layout_of, mesh_group, norm
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -46,14 +48,14 @@ class Gradients:
 
     Every evaluation of a batch starts from the same random numbers. Parameters, their ``.grad``, buffers and random
     state are afterwards as they were, to the bit, also where the closure raises. Of sharded parameters (DTensor) each
-    process moves its part; flat vectors are whole in every process.
+    process moves its part.
 
     Args:
         closure, params, batches, process_group, seed: see `HessianOperator.from_gradients`.
 
     Attributes:
         like: an empty tensor of the dtype and on the device of flat vectors.
-        size: their length.
+        layout: of flat vectors, in shards or whole.
         norm: the length of the parameters.
         rounding: ε of the coarsest dtype among them.
         at_origin: the gradient where the parameters are.
@@ -73,19 +75,22 @@ class Gradients:
         self._in_batches = batches is not None
         given = listed(params)
         self._device = message_device(given, process_group)
-        self._processes = 1 if process_group is None else distributed.get_world_size(process_group)
+        # Who must agree: not in what is called while a closure runs, which has messages of its own for sharded params.
+        self._all = process_group or mesh_group(given)
+        self._processes = 1 if self._all is None else distributed.get_world_size(self._all)
         self.params = Params([], [])
         self._modules: dict[int, nn.Module] = {}
         self._weight, self._own_weight = 1.0, math.nan  # of all processes; of this one
-        self.size = 0
         # Nobody knows the size before the params are checked, and all must make the same call.
-        _, (count, *alike) = self._reduce(partial(self._check, given), 27)
+        _, (count, *alike) = reduce_over(self._all, self._device, partial(self._check, given), 27)
         if count != self._processes or not all_alike(alike, self._processes):
-            raise ValueError(
-                "params: expected the same in all processes of process_group, got different shapes or values"
-            )
+            where = "process_group" if self._group else "the mesh"
+            raise ValueError(f"params: expected the same in all processes of {where}, got different shapes or values")
+        self.layout = layout_of(self.params, self.like)
+        self.params.shards = self.layout if isinstance(self.layout, Shards) else None
+        norms = [torch.linalg.vector_norm(self.layout.entries(p.detach()), dtype=torch.float64) for p in self.params]
+        (self.norm,) = self.layout.lengths([torch.stack(norms)])
         sums = torch.zeros(3, dtype=torch.float64, device=self._device)
-        self.like = torch.empty(0, dtype=self._dtype, device=self._device)
         # First uncompiled, as hooks tell which modules are called; then as it will always be.
         _, found = self._reduce(partial(self._survey, sums), 4, dtype=torch.float64)
         weight, count, statistics, reached = found
@@ -95,23 +100,45 @@ class Gradients:
         if self._group is None:
             warn_of_unreached(self.params, self._reached, stacklevel=4)
         self._weight = weight
-        self.at_origin = self.combinations(None, [0.0], [[1.0]])[0]
-        if not bool(torch.isfinite(self.at_origin).all()):
-            parts = torch.split(self.at_origin, [p.numel() for p in self.params])
-            wrong = [label for label, part in zip(self.params.labels, parts, strict=True) if not part.isfinite().all()]
+        (self.at_origin,), _ = self.combinations(None, [0.0], [[1.0]])
+        infinite = self.layout.lengths([], *(~part.isfinite().all() for part in self.layout.split(self.at_origin)))
+        wrong = [label for label, found in zip(self.params.labels, infinite, strict=True) if found]
+        if wrong:
             raise ValueError(f"closure: expected finite gradients, got NaN or infinity in {', '.join(wrong[:5])}")
 
-    def combinations(self, u: Tensor | None, points: Sequence[float], weights: Sequence[Sequence[float]]) -> Tensor:
-        """Row i is Σ_k weights[i][k] · gradient at (parameters + points[k] · u), shape (rows, P).
+    def length_of(self, v: Tensor) -> float:
+        """Of a whole vector, before products with it: a process with sharded parameters that cannot go on tells the
+        others.
+
+        Raises:
+            RuntimeError: a parameter was changed since this was made; another process failed.
+        """
+        if self.params.shards is None:
+            return norm(v)
+
+        def square() -> Tensor:
+            self._check_unchanged()
+            return torch.tensor([norm(v) ** 2], dtype=torch.float64, device=self._device)
+
+        _, (total,) = reduce_over(self._all, self._device, square, 1)
+        return math.sqrt(total)
+
+    def combinations(
+        self, u: Tensor | None, points: Sequence[float], weights: Sequence[Sequence[float]]
+    ) -> tuple[Tensor, list[float]]:
+        """Row i is Σ_k weights[i][k] · gradient at (parameters + points[k] · u), shape (rows, size of the layout); and
+        the lengths of whole rows.
 
         Raises:
             RuntimeError: a parameter was changed since this was made; another process failed, or has another u.
             ValueError: the weights do not add up to what they were.
         """
-        kept = len(weights) * self.size
+        kept = len(weights) * self.layout.size
         total, (changed, *alike) = self._reduce(
-            partial(self._pass, u, points, weights), kept + 27, keep=kept, dtype=self._dtype
+            partial(self._pass, u, points, weights), kept + 27, keep=kept, dtype=self.like.dtype
         )
+        rows = (total / self._weight).view(len(weights), self.layout.size)
+        *lengths, changed = self.layout.lengths(list(rows), torch.tensor(changed, device=self._device))
         if not all_alike(alike, self._processes):
             raise RuntimeError(
                 "v: expected the same in all processes of process_group, got different values: they make different"
@@ -122,7 +149,7 @@ class Gradients:
                 "closure: expected the same losses and weights in every pass over batches, got others: switch off"
                 " random augmentation, and shuffling with drop_last"
             )
-        return (total / self._weight).view(len(weights), self.size)
+        return rows, lengths
 
     def fail(self, error: Exception, rows: int) -> None:
         """Raises what kept this process from asking for so many combinations; the others, which wait, are told."""
@@ -130,8 +157,10 @@ class Gradients:
         def refuse() -> Tensor:
             raise error
 
-        kept = rows * self.size
-        self._reduce(refuse, kept + 27, keep=kept, dtype=self._dtype)
+        if self.params.shards:  # who wait for the length of a vector
+            reduce_over(self._all, self._device, refuse, 1)
+        kept = rows * self.layout.size
+        self._reduce(refuse, kept + 27, keep=kept, dtype=self.like.dtype)
 
     def _reduce(
         self, compute: Callable[[], Tensor], length: int, keep: int = 0, dtype: torch.dtype = torch.float64
@@ -152,14 +181,16 @@ class Gradients:
                 " got a group"
             )
         self._reached = [False] * len(self.params)
-        self._dtype = torch.float64 if all(p.dtype == torch.float64 for p in self.params) else torch.float32
-        self.size = sum(p.numel() for p in self.params)
+        dtype = torch.float64 if all(p.dtype == torch.float64 for p in self.params) else torch.float32
+        self.like = torch.empty(0, dtype=dtype, device=self._device)
         self.rounding = max(torch.finfo(p.dtype).eps for p in self.params)
         self._origin = [_local(p).clone() for p in self.params]
-        norms = [torch.linalg.vector_norm(_whole(p.detach()), dtype=torch.float64) for p in self.params]
-        self.norm = float(torch.stack(norms).norm())
         of = [p if p.element_size() > 2 else p.float() for p in self.params] if self._group else []
-        return torch.cat([torch.ones(1, dtype=torch.float64, device=self._device), self._fingerprint(of)])
+        found = self._fingerprint(of)
+        if self._sharded:  # each has values of its own
+            layouts = [(tuple(p.shape), p.dtype, p.placements) for p in self.params]  # type: ignore[attr-defined]
+            found = fingerprint_of(repr((self.params.labels, layouts)), self._device)
+        return torch.cat([torch.ones(1, dtype=torch.float64, device=self._device), found])
 
     def _fingerprint(self, tensors: Sequence[Tensor]) -> Tensor:
         if self._group is None or not tensors:
@@ -203,12 +234,8 @@ class Gradients:
 
     def _pass(self, u: Tensor | None, points: Sequence[float], weights: Sequence[Sequence[float]]) -> Tensor:
         """This process's combinations, whether its sums changed, and the fingerprint of u."""
-        for p, origin, label in zip(self.params, self._origin, self.params.labels, strict=True):
-            if not torch.equal(_local(p), origin):
-                if origin.isnan().any():
-                    raise ValueError(f"{label}: expected finite values, got NaN")
-                raise RuntimeError(f"{label}: expected the values it had when the operator was made, got others")
-        rows = torch.zeros(len(weights), self.size, dtype=self._dtype, device=self._device)
+        self._check_unchanged()
+        rows = torch.zeros(len(weights), self.layout.size, dtype=self.like.dtype, device=self._device)
         sums = torch.zeros(3, dtype=torch.float64, device=self._device)
         with self._visit(self._leaves) as visit, random_state_kept(self._device, self._seed):
             for count, batch in enumerate(self._batches, 1):
@@ -225,6 +252,13 @@ class Gradients:
         own = [u] if u is not None else []
         changed = self._changed(sums, loss_too=u is None).view(1)
         return torch.cat([rows.view(-1), changed.to(rows), self._fingerprint(own).to(rows)])
+
+    def _check_unchanged(self) -> None:
+        for p, origin, label in zip(self.params, self._origin, self.params.labels, strict=True):
+            if not torch.equal(_local(p), origin):
+                if origin.isnan().any():
+                    raise ValueError(f"{label}: expected finite values, got NaN")
+                raise RuntimeError(f"{label}: expected the values it had when the operator was made, got others")
 
     def _changed(self, sums: Tensor, loss_too: bool) -> Tensor:
         """Whether this process's weights, and its losses where they were computed in the same place, add up to
@@ -244,27 +278,23 @@ class Gradients:
 
     def _move(self, u: Tensor | None, distance: float) -> None:
         """Displaces the parameters by distance · u."""
-        parts = [None] * len(self.params) if u is None else torch.split(u, [p.numel() for p in self.params])
+        parts = [None] * len(self.params) if u is None else self.layout.locals(u)
         for p, origin, part in zip(self.params, self._origin, parts, strict=True):
             if part is None or distance == 0.0:
                 _local(p).copy_(origin)
             else:  # in the precision of vectors, rounded once
-                _local(p).copy_(torch.add(origin.to(self._dtype), _own_part(part, p), alpha=distance))
+                _local(p).copy_(torch.add(origin.to(self.like.dtype), part, alpha=distance))
 
     def _collect(self, rows: Tensor, factors: Sequence[float]) -> None:
         """Adds the gradients that lie in .grad to the rows."""
-        begin = 0
-        for p in self.params:
-            end = begin + p.numel()
-            if p.grad is not None:
-                gradient = _whole(p.grad.detach())
-                if gradient.layout != torch.strided:
-                    gradient = gradient.to_dense()
-                gradient = gradient.reshape(-1).to(self._dtype)
-                for row, factor in zip(rows, factors, strict=True):
-                    if factor:
-                        row[begin:end].add_(gradient, alpha=factor)
-            begin = end
+        pieces = zip(*(self.layout.split(row) for row in rows), strict=True)
+        for p, of_rows in zip(self.params, pieces, strict=True):
+            if p.grad is None:
+                continue
+            gradient = self.layout.entries(p.grad.detach()).to(rows.dtype)
+            for piece, factor in zip(of_rows, factors, strict=True):
+                if factor:
+                    piece.add_(gradient, alpha=factor)
 
     @contextmanager
     def _visit(self, leaves: Iterable[Tensor] = ()) -> Iterator[_Visit]:
@@ -311,22 +341,6 @@ def _local(p: Tensor) -> Tensor:
     """The memory of a parameter in this process; what is written there no version counter sees."""
     with torch.no_grad():
         return p.data.to_local() if is_sharded(p) else p.data  # type: ignore[attr-defined]
-
-
-def _whole(t: Tensor) -> Tensor:
-    return t.full_tensor() if is_sharded(t) else t  # type: ignore[attr-defined]
-
-
-def _own_part(part: Tensor, p: Tensor) -> Tensor:
-    """What this process has of a vector of the shape of p, that is whole."""
-    part = part.view(p.shape)
-    if not is_sharded(p):
-        return part
-    from torch.distributed.tensor import distribute_tensor
-
-    sharded: Any = p
-    shard: Any = distribute_tensor(part, sharded.device_mesh, sharded.placements, src_data_rank=None)
-    return shard.to_local()  # type: ignore[no-any-return]
 
 
 def _uncompiled() -> AbstractContextManager[object]:

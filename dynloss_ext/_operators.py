@@ -173,9 +173,12 @@ class CurvatureOperator:
     def unflatten(self, v: Tensor) -> dict[str, Tensor] | list[Tensor]:
         """The pieces of v, (P,) or (P, k), in the shapes of the parameters, k last.
 
+        Of an operator by sharded parameters also those of this process's shard of v, as the vectors of `eigsh` are.
+
         Returns:
             by their names, where the parameters were given with names; otherwise a list in their order. Views of v
-            where it is contiguous.
+            where it is contiguous. Of a shard, DTensors that are sharded like the parameters, whose `full_tensor()`
+            gathers them.
 
         Raises:
             TypeError, ValueError: v is no vector of the operator, or the operator was made without parameters.
@@ -187,11 +190,15 @@ class CurvatureOperator:
             {'weight': tensor([[0., 1.]]), 'bias': tensor([2.])}
         """
         params = _params_of(self)
-        check_vector("v", v, self.shape[0], self.dtype, self.device)
-        pieces = [
-            piece.reshape(*p.shape, *v.shape[1:])
-            for p, piece in zip(params, torch.split(v, [p.numel() for p in params]), strict=True)
-        ]
+        if params.shards is not None and isinstance(v, Tensor) and v.shape[:1] == (params.shards.size,):
+            check_vector("v", v, params.shards.size, self.dtype, self.device)
+            pieces = params.shards.unflatten(v)
+        else:
+            check_vector("v", v, self.shape[0], self.dtype, self.device)
+            pieces = [
+                piece.reshape(*p.shape, *v.shape[1:])
+                for p, piece in zip(params, torch.split(v, [p.numel() for p in params]), strict=True)
+            ]
         return dict(zip(params.labels, pieces, strict=True)) if params.named else pieces
 
     def to_dense(self) -> Tensor:

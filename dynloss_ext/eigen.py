@@ -16,6 +16,7 @@ from dynloss_ext._checks import check_choice, check_count, check_number, check_s
 from dynloss_ext._differences import GradientDifferences
 from dynloss_ext._levels import Level, check_level, solve_to_level
 from dynloss_ext._operators import CurvatureOperator, products_with
+from dynloss_ext._shards import Shards, agreed
 
 __all__ = ["ConvergenceWarning", "EigenResult", "EigenTracker", "eigsh"]
 
@@ -39,7 +40,8 @@ class EigenResult:
 
     Attributes:
         values: (k,) float64 on the CPU, descending; NaN where there was no finite product.
-        vectors: (P, k), unit columns in the order of ``values``, in the operator's dtype and on its device.
+        vectors: (P, k), unit columns in the order of ``values``, in the operator's dtype and on its device. Of sharded
+            parameters this process's shard of them, which `CurvatureOperator.unflatten` makes DTensors of.
         residuals: (k,) float64 on the CPU, ‖H v − λ v‖. Some eigenvalue lies within this of the value, and
             for a gap g to the other eigenvalues the error is at most about residual² / g. With the noise of products
             that H knows of (`HessianOperator.from_gradients`).
@@ -116,13 +118,19 @@ def eigsh(
     recorded gradient; a product in two forms or, at the end, the k vectors. To that add what one product alone
     needs besides: the graph of the loss and its backward passes. ``v0`` counts by itself.
 
+    Of `HessianOperator.from_gradients` with parameters that `fully_shard` has cut along one dimension, every process
+    of their mesh holds its shard of each vector, and makes this call with the same arguments: P is then what the
+    process has of the parameters. A sum over the processes of at most 2 · max_basis numbers stands for each inner
+    product of a vector with others: three to six of them with a product.
+
     Args:
         H: a HessianOperator, or any callable v -> H v on flat vectors of shape (P,); a callable needs ``n``
             (or ``v0``).
         k: number of eigenpairs, 1 to P.
         which: "LA" largest, "SA" smallest, "LM" largest in magnitude.
         tol: relative tolerance of the residuals, >= 0.
-        v0: (P,) or (P, m): where to start, such as the vectors of a similar problem; random otherwise.
+        v0: (P,) or (P, m): where to start, such as the vectors of a similar problem; random otherwise. Shards of
+            them, where the vectors of the result are.
         max_hvp: most products to spend, at least k.
         max_basis: most basis vectors to hold, the knob of memory: see above. From k + 2 (or P) up; by default the
             larger of 24 and 2 · k + 8, of which a restart keeps k + 3; of max_k, with a level.
@@ -151,12 +159,21 @@ def eigsh(
         >>> eigsh(lambda v: spectrum * v, above=97.5, n=100, dtype=torch.float64).values.round(decimals=3)
         tensor([100.,  99.,  98.,  97.], dtype=torch.float64)
     """
-    op, size, options = _resolve(H, n, dtype, device, v0)
-    level = check_level(above, max_k, which)
-    settings = _check_settings(k if level is None else min(max_k, size), which, tol, max_hvp, max_basis, size)
-    start = None if v0 is None else _check_start(v0, size, options, settings["max_basis"])
-    settings["k"] = check_count("k", k, 1)
-    result, _ = _solve_all(H, op, level, **settings, v0=start, seed=check_seed(seed), audit=True)
+    op, _, options = _resolve(H, n, dtype, device, v0)
+    op, shards = _in_shards(H, op)
+
+    def check() -> tuple[tuple[Level | None, dict[str, Any], Tensor | None], object]:
+        level, size = check_level(above, max_k, which), op.dimension
+        settings = _check_settings(k if level is None else min(max_k, size), which, tol, max_hvp, max_basis, size)
+        start = None if v0 is None else _check_start(v0, op.size, options, settings["max_basis"])
+        settings["k"] = check_count("k", k, 1)
+        settings["seed"] = check_seed(seed)
+        return (level, settings, start), (level, settings, None if start is None else len(start))
+
+    level, settings, start = agreed(shards, "eigsh", check)
+    if start is not None:
+        start = _in_range(start, shards)
+    result, _ = _solve_all(H, op, level, **settings, v0=start, audit=True)
     _refuse_callable(H, result)
     _warn_unless_converged("eigsh", H, result)
     return result
@@ -263,16 +280,22 @@ class EigenTracker:
             ConvergenceWarning: not every pair converged, or the audit was inconclusive; the result says which and why.
         """
         old = self._start
-        op, size, options = _resolve(H, n, dtype, device, old if n is None else None)
-        if self._level is None:
-            check_count("k", self._settings["k"], 1, size, "the size of H")
-        if old is not None and (len(old), old.dtype, old.device) != (size, options.dtype, options.device):
-            raise ValueError(
-                f"H: expected the size, dtype and device of the last update's, {len(old)}, {old.dtype} on {old.device},"
-                f" got {size}, {options.dtype} on {options.device}: use a new tracker"
-            )
-        due = self._since_audit + 1 >= self._schedule["audit_every"] or self._num_asymmetric > 0
-        audited = bool(audit) or old is None or due
+        op, _, options = _resolve(H, n, dtype, device, old if n is None else None)
+        op, shards = _in_shards(H, op)
+
+        def check() -> tuple[bool, object]:
+            if self._level is None:
+                check_count("k", self._settings["k"], 1, op.dimension, "the size of H")
+            if old is not None and (len(old), old.dtype, old.device) != (op.size, options.dtype, options.device):
+                raise ValueError(
+                    f"H: expected the size, dtype and device of the last update's, {len(old)}, {old.dtype} on"
+                    f" {old.device}, got {op.size}, {options.dtype} on {options.device}: use a new tracker"
+                )
+            due = self._since_audit + 1 >= self._schedule["audit_every"] or self._num_asymmetric > 0
+            audited = bool(audit) or old is None or due
+            return audited, (audited, self._all_settings(), self.num_updates, self._seed, old is None)
+
+        audited = agreed(shards, "EigenTracker.update", check)
         result, origins = _solve_all(
             H,
             op,
@@ -416,7 +439,7 @@ def _solve_all(
     if level is None:
         return _solve(H, op, **settings)
     own = {name: settings.pop(name) for name in ("k", "v0", "max_hvp", "audit")}
-    return solve_to_level(partial(_solve, H, op, **settings), level, size=op.size, **own)
+    return solve_to_level(partial(_solve, H, op, **settings), level, size=op.dimension, **own)
 
 
 def _refuse_callable(H: Operator, result: EigenResult) -> None:
@@ -494,12 +517,26 @@ def _resolve(
     return _C.PythonOperator(H, n, like), n, Options(like.dtype, like.device)
 
 
+def _in_shards(H: Operator, op: _C.SymmetricOperator) -> tuple[_C.SymmetricOperator, Shards | None]:
+    """The operator on shards of vectors, and what these are, where it has any."""
+    if not isinstance(H, CurvatureOperator) or not isinstance(H._source, GradientDifferences):
+        return op, None
+    return H._source.operator(in_shards=True), H._source.params.shards
+
+
 def _check_start(v0: Tensor, size: int, options: Options, max_basis: int) -> Tensor:
-    """v0 as rows, none so long or short that its square is out of range."""
+    """v0 as rows."""
     check_vector("v0", v0, size, *options, columns="m")
     if v0.dim() == 2 and v0.shape[1] > max_basis:
         raise ValueError(f"v0: expected at most max_basis = {max_basis} columns, got {v0.shape[1]}")
     if not bool(torch.isfinite(v0).all()):
         raise ValueError("v0: expected finite numbers, got others")
-    rows = v0.detach().reshape(size, -1).T
-    return rows / rows.abs().amax(1, keepdim=True).clamp_min(torch.finfo(v0.dtype).tiny)
+    return (v0 if v0.dim() == 2 else v0[:, None]).detach().T
+
+
+def _in_range(rows: Tensor, shards: Shards | None) -> Tensor:
+    """None so long or short that its square is out of range."""
+    largest = rows.abs().amax(1, keepdim=True) if rows.shape[1] else rows.new_zeros(len(rows), 1)
+    if shards is not None:
+        shards.max(largest)
+    return rows / largest.clamp_min(torch.finfo(rows.dtype).tiny)

@@ -173,7 +173,7 @@ class HessianOperator(CurvatureOperator):
         seed: int = 0,
     ) -> HessianOperator:
         """The Hessian by central differences of gradients: for what torch differentiates once, as fused attention,
-        compiled, quantised and sharded modules.
+        compiled and sharded modules.
 
         A product takes ``order`` gradients and is inexact; its error is estimated when the operator is made, by 20 to
         60 gradients, and, of order 4, with every product (`noise`). `eigsh` and `EigenTracker` add it to their
@@ -189,7 +189,8 @@ class HessianOperator(CurvatureOperator):
                 numbers in every evaluation.
             params: leaves of any floating-point dtypes on one device, that have no hooks: tensors, or DTensors as of
                 `torch.distributed.fsdp.fully_shard`, which every process must pass. Vectors and sums are float64 if all
-                params are, float32 otherwise. Vectors are whole in every process, also those of sharded params.
+                params are, float32 otherwise. Those of products are whole in every process, also of sharded params;
+                `eigsh` and `EigenTracker` keep theirs in shards.
             batches: as in `from_batches`, or None.
             process_group: as in `from_batches`; without batches the mean of the processes' losses. None with DTensors
                 or DistributedDataParallel (which takes no batches), whose gradients are means already.

@@ -167,6 +167,7 @@ std::tuple<double, std::vector<double>, double> run_sample_trace(SymmetricOperat
 void bind_lanczos(py::module_& module) {
   py::class_<SymmetricOperator, std::shared_ptr<SymmetricOperator>>(module, "SymmetricOperator")
       .def_property_readonly("size", &SymmetricOperator::size)
+      .def_property_readonly("dimension", &SymmetricOperator::dimension)
       .def("apply", [](SymmetricOperator& op,
                        const at::Tensor& v) { return without_gil([&] { return op.apply(v); }); })
       .def("apply_noisily",
@@ -190,9 +191,10 @@ void bind_lanczos(py::module_& module) {
            py::arg("parameters"));
   py::class_<PythonOperator, SymmetricOperator, std::shared_ptr<PythonOperator>>(module, "PythonOperator")
       .def(py::init<py::function, int64_t, const at::Tensor&, std::optional<py::function>,
-                    std::vector<std::shared_ptr<SymmetricOperator>>, std::optional<py::function>>(),
+                    std::vector<std::shared_ptr<SymmetricOperator>>, std::optional<py::function>,
+                    std::optional<py::object>>(),
            py::arg("product"), py::arg("size"), py::arg("like"), py::arg("noisy") = py::none(),
-           py::arg("parts") = py::tuple(), py::arg("noise") = py::none());
+           py::arg("parts") = py::tuple(), py::arg("noise") = py::none(), py::arg("shards") = py::none());
   module.def("eigsh", &run_eigsh, py::arg("op"), py::kw_only(), py::arg("k"), py::arg("which"),
              py::arg("tol"), py::arg("v0"), py::arg("max_hvp"), py::arg("max_basis"), py::arg("seed"),
              py::arg("audit"));

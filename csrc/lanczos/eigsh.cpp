@@ -65,10 +65,10 @@ class Solver {
   Solver(SymmetricOperator& op, const EigshOptions& options, const at::Tensor& start)
       : op_(op),
         options_(options),
-        length_(op.size()),
-        capacity_(std::min(options.max_basis, length_)),
+        dimension_(op.dimension()),
+        capacity_(std::min(options.max_basis, dimension_)),
         epsilon_(rounding_of(op.options())),
-        basis_(capacity_, length_, op.options()),
+        basis_(capacity_, op),
         start_(start),
         symmetry_(op, options.tolerance) {}
 
@@ -134,7 +134,7 @@ class Solver {
   void expand(Propose propose) {
     make_room(1);
     for (bool proposed = propose(); !proposed;) {
-      proposed = basis_.propose(random_vector(), std::sqrt(static_cast<double>(length_)));
+      proposed = basis_.propose(random_vector(), std::sqrt(static_cast<double>(dimension_)));
     }
     basis_.accept(multiply(basis_.candidate()));
     start_.forget_overlaps();
@@ -254,11 +254,11 @@ class Solver {
     audited_ = true;
     miss_probability_ = deceived_ < kMaxDeceptions ? 0.0 : 1.0;
     if (deceived_ >= kMaxDeceptions) return;
-    if (capacity_ < length_) make_room(ComplementProbe::kColumns);
+    if (capacity_ < dimension_) make_room(ComplementProbe::kColumns);
     const double last = ritz_.values[options_.count - 1];
     const double edge = options_.which == Which::kMagnitude ? std::abs(last) : last;
     // What lies beyond by less cannot be told from the last wanted value.
-    const double beyond_noise = 3.0 * noise() / std::sqrt(static_cast<double>(length_));
+    const double beyond_noise = 3.0 * noise() / std::sqrt(static_cast<double>(dimension_));
     const double margin = std::max({limit(last), residual_norms_[options_.count - 1], beyond_noise});
     if (options_.which != Which::kSmallest) search_beyond(edge + margin, 1.0);
     if (options_.which != Which::kLargest && audited_) {
@@ -277,7 +277,7 @@ class Solver {
   // μ could hide only if x had almost none of it: its component is a normal number over the root of the
   // dimension. What comes up is taken into the basis, and the audit has to be repeated.
   void search_beyond(double bound, double side) {
-    const int64_t m = basis_.size(), complement = length_ - m;
+    const int64_t m = basis_.size(), complement = dimension_ - m;
     if (complement == 0) return;
     const int64_t count = basis_.directions().count();
     std::vector<double> coupling(count * count);  // R (μ - t)⁻¹ Rᵀ in the directions of the residuals
@@ -373,7 +373,7 @@ class Solver {
     for (int64_t i = 0; i < m; ++i) {
       asymmetry = std::max(asymmetry, std::abs(projection[i * (m + 1) + m] - projection[m * (m + 1) + i]));
     }
-    check_symmetric(asymmetry, scale_ / std::sqrt(static_cast<double>(length_)),
+    check_symmetric(asymmetry, scale_ / std::sqrt(static_cast<double>(dimension_)),
                     {basis_.vectors(), projection, basis_.unit(), probe_.first()});
   }
 
@@ -409,7 +409,7 @@ class Solver {
     if (found > 0) out.origins = start_.follow(basis_, coefficients);
     out.origins.resize(options_.count, -1);
     out.vectors = found == options_.count ? basis_.combine(coefficients)
-                                          : at::zeros({options_.count, length_}, op_.options());
+                                          : at::zeros({options_.count, op_.size()}, op_.options());
     if (found > 0 && found < options_.count) {
       out.vectors.narrow(0, 0, found).copy_(basis_.combine(coefficients));
     }
@@ -422,7 +422,7 @@ class Solver {
 
   SymmetricOperator& op_;
   const EigshOptions& options_;
-  const int64_t length_;
+  const int64_t dimension_;
   const int64_t capacity_;
   const double epsilon_;
   RitzBasis basis_;
@@ -448,6 +448,7 @@ class Solver {
 
 EigshResult eigsh(SymmetricOperator& op, const EigshOptions& options, const at::Tensor& start) {
   const at::NoGradGuard no_grad;
+  const OnShards on_shards(op.shards());
   return Solver(op, options, start).run();
 }
 

@@ -30,7 +30,8 @@ struct EigshResult {
   std::vector<uint8_t> converged;  // flags
   // The start vector that each vector overlaps with by at least a half, each at most once; -1 for none.
   std::vector<int64_t> origins;
-  at::Tensor vectors;  // (k, P), unit rows with the sign of their origin; zeros where the value is NaN
+  at::Tensor
+      vectors;  // (k, op.size()), unit rows with the sign of their origin; zeros where the value is NaN
   int64_t num_products = 0;
   // With which an eigenvector beyond the returned ones, if there is one, would have gone unnoticed by the
   // audit; NaN without one.
@@ -42,7 +43,7 @@ struct EigshResult {
 
 // The wanted eigenpairs of a symmetric operator by Rayleigh-Ritz on a basis grown by residuals: thick-restart
 // Lanczos (Wu & Simon 2000) when it starts from one vector, and as good from a block of old eigenvectors.
-// start: (m, P) rows, whose Krylov space is searched, or undefined for a random vector.
+// start: (m, op.size()) rows, whose Krylov space is searched, or undefined for a random vector.
 EigshResult eigsh(SymmetricOperator& op, const EigshOptions& options, const at::Tensor& start);
 
 }  // namespace dynloss

@@ -1,11 +1,14 @@
 #include "operator.h"
 
+#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/ops/randint.h>
 #include <ATen/ops/randn.h>
 
 namespace dynloss {
 
 at::Tensor random_normal(const SymmetricOperator& op, const at::Generator& generator) {
+  if (op.shards())
+    return op.shards()->normal(at::check_generator<at::CPUGeneratorImpl>(generator)->random64());
   return at::randn({op.size()}, generator, op.options().device(at::kCPU)).to(op.options());
 }
 

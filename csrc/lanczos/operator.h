@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "shards.h"
+
 namespace dynloss {
 
 // A real symmetric linear map on flat vectors, known only through its products.
@@ -13,8 +15,15 @@ class SymmetricOperator {
  public:
   virtual ~SymmetricOperator() = default;
 
+  // Entries of its vectors: of a shard, where there are shards.
   virtual int64_t size() const = 0;
   virtual at::TensorOptions options() const = 0;
+
+  // Where processes hold shards of the vectors; null where each holds whole ones.
+  virtual const Shards* shards() const { return nullptr; }
+
+  // P: H is a P x P matrix.
+  int64_t dimension() const { return shards() ? shards()->dimension() : size(); }
 
   // H v for a contiguous v of shape (size(),). The result may alias nothing that the operator keeps.
   virtual at::Tensor apply(const at::Tensor& v) = 0;

@@ -9,18 +9,42 @@
 #include <string>
 #include <utility>
 
+#include "row_algebra.h"
+
 namespace py = pybind11;
 
 namespace dynloss {
 
+PythonShards::PythonShards(const py::object& object)
+    : dimension_(object.attr("dimension").cast<int64_t>()),
+      sum_(object.attr("sum")),
+      max_(object.attr("max")),
+      normal_(object.attr("normal")) {}
+
+void PythonShards::sum(const at::Tensor& numbers) const {
+  const py::gil_scoped_acquire gil;
+  sum_(numbers);
+}
+
+void PythonShards::max(const at::Tensor& numbers) const {
+  const py::gil_scoped_acquire gil;
+  max_(numbers);
+}
+
+at::Tensor PythonShards::normal(uint64_t seed) const {
+  const py::gil_scoped_acquire gil;
+  return normal_(seed).cast<at::Tensor>();
+}
+
 PythonOperator::PythonOperator(py::function product, int64_t size, const at::Tensor& like,
                                std::optional<py::function> noisy,
                                std::vector<std::shared_ptr<SymmetricOperator>> parts,
-                               std::optional<py::function> noise)
+                               std::optional<py::function> noise, std::optional<py::object> shards)
     : product_(std::move(product)),
       noisy_(std::move(noisy)),
       parts_(std::move(parts)),
       noise_(std::move(noise)),
+      shards_(shards ? std::make_optional<PythonShards>(*shards) : std::nullopt),
       size_(size),
       options_(like.options()),
       grad_mode_(at::GradMode::is_enabled()) {}
@@ -47,6 +71,7 @@ double PythonOperator::noise() const {
 at::Tensor PythonOperator::call(const py::function& product_of, const at::Tensor& v) const {
   const py::gil_scoped_acquire gil;
   const at::AutoGradMode grad_mode(grad_mode_);
+  const OnShards whole(nullptr);                    // for what it computes
   const py::object answer = product_of(v.clone());  // its own: what it does to v must not reach the driver
   py::detail::make_caster<at::Tensor> tensor;
   if (!tensor.load(answer, /*convert=*/false)) {

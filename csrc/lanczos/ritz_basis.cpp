@@ -55,12 +55,12 @@ std::vector<double> first_rows(const Columns& columns, int64_t count) {
 
 }  // namespace
 
-RitzBasis::RitzBasis(int64_t capacity, int64_t length, const at::TensorOptions& options)
-    : length_(length),
-      epsilon_(rounding_of(options)),
+RitzBasis::RitzBasis(int64_t capacity, const SymmetricOperator& op)
+    : dimension_(op.dimension()),
+      epsilon_(rounding_of(op.options())),
       // There are never more residuals than vectors, nor both together than dimensions; four rows are a
       // probe's.
-      rows_(at::empty({capacity < length ? 2 * capacity : length + 4, length}, options)),
+      rows_(at::empty({capacity < dimension_ ? 2 * capacity : dimension_ + 4, op.size()}, op.options())),
       blind_(!Rows(rows_).on_host()) {}
 
 bool RitzBasis::propose(const Rows& x, double norm) {
@@ -73,7 +73,7 @@ bool RitzBasis::propose(const Rows& x, double norm) {
   }
   const std::vector<double> read = to_host({orthogonalise(slot, x, Rows(rows_, 0, num_rows_))});
   std::vector<double> direction(read.begin() + size_, read.end());
-  if (direction.back() > rounding(norm) && num_rows_ < length_) {
+  if (direction.back() > rounding(norm) && num_rows_ < dimension_) {
     assign(slot, slot, 1.0 / direction.back());
     ++num_rows_;
     for (std::vector<double>& column : columns_) column.push_back(0.0);
@@ -205,7 +205,7 @@ bool RitzBasis::append(std::vector<double> column, double length) {
   largest_length_ = std::max(largest_length_, length);
   const double rest = column.back();
   // Rounding that is left of a product is as large as H makes it, however short the product is.
-  const bool is_new = rest > rounding(largest_length_) && num_rows_ < length_;
+  const bool is_new = rest > rounding(largest_length_) && num_rows_ < dimension_;
   if (is_new) {
     if (!blind_) assign(spare_row(0), spare_row(0), 1.0 / rest);
     for (std::vector<double>& other : columns_) other.push_back(0.0);
@@ -232,7 +232,7 @@ double RitzBasis::noise() const {
   if (num_pairs_ == 0) return 0.0;
   // Each difference is one component of the noise of one product less one of another's.
   const double component = std::sqrt(asymmetry_squares_ / (2.0 * static_cast<double>(num_pairs_)));
-  return component * std::sqrt(static_cast<double>(length_));
+  return component * std::sqrt(static_cast<double>(dimension_));
 }
 
 void RitzBasis::restart(const std::vector<double>& coefficients) {

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "operator.h"
 #include "row_algebra.h"
 
 namespace dynloss {
@@ -27,7 +28,7 @@ namespace dynloss {
 // has come to its end, as that of an operator with few eigenvalues does again and again, it asks every time.
 class RitzBasis {
  public:
-  RitzBasis(int64_t capacity, int64_t length, const at::TensorOptions& options);
+  RitzBasis(int64_t capacity, const SymmetricOperator& op);
 
   int64_t size() const { return size_; }
   // Whether the last product taken in may be proposed before it is settled what it is.
@@ -104,7 +105,7 @@ class RitzBasis {
   bool append(std::vector<double> column, double length);
   void change_unit(double ratio);
 
-  int64_t length_;
+  int64_t dimension_;
   int64_t size_ = 0;      // rows of V, the first ones,
   int64_t num_rows_ = 0;  // and those of F after them
   double epsilon_;

@@ -9,6 +9,7 @@
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
 #include <ATen/ops/linalg_vector_norm.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/where.h>
@@ -20,6 +21,7 @@
 #include <cmath>
 #include <limits>
 #include <numeric>
+#include <utility>
 
 #include "row_loops.h"
 
@@ -28,6 +30,7 @@ namespace {
 
 std::atomic<bool> device_path = false;
 std::atomic<int64_t> num_reads_ = 0;
+thread_local const Shards* shards = nullptr;
 
 // Beneath autograd and autocast, and without TF32: the accuracy of these sums is that of the eigenvalues.
 class Plainly {
@@ -35,6 +38,15 @@ class Plainly {
   c10::impl::ExcludeDispatchKeyGuard no_autocast_{c10::autocast_dispatch_keyset};
   at::NoTF32Guard no_tf32_;
 };
+
+// Sums over the entries of shards become those over the entries of whole rows.
+const at::Tensor& sum_shards(const at::Tensor& sums) {
+  if (shards) shards->sum(sums);
+  return sums;
+}
+void sum_shards(double* sums, int64_t count) {
+  if (shards) shards->sum(at::from_blob(sums, {count}, at::TensorOptions(at::kDouble)));
+}
 
 // Columns that are taken at a time: forty rows of a block fit into the second cache. On a device they are
 // also what is summed in the dtype of the rows. The sums of blocks are added in double precision, in an order
@@ -170,7 +182,19 @@ at::Tensor lengths_on_device(const at::Tensor& x) {
   return at::linalg_vector_norm(at::cat({of_blocks.t(), of_rest}, 1), 2, 1);
 }
 
+// |x| of the largest entry of all shards, where NaN is larger than all: a maximum over processes may lose it.
+at::Tensor largest_entry(const at::Tensor& x) {
+  if (!shards) return at::linalg_vector_norm(x, INFINITY);
+  const at::Tensor largest = at::zeros({1}, x.options().dtype(at::kDouble));
+  if (x.numel() > 0) largest.copy_(at::linalg_vector_norm(x, INFINITY).nan_to_num(INFINITY, INFINITY));
+  shards->max(largest);
+  return largest;
+}
+
 }  // namespace
+
+OnShards::OnShards(const Shards* of) : before_(std::exchange(shards, of)) {}
+OnShards::~OnShards() { shards = before_; }
 
 bool Rows::on_host() const { return matrix_.is_cpu() && !device_path; }
 
@@ -193,7 +217,7 @@ at::Tensor inner_products(const Rows& a, const Rows& b) {
   const Plainly plainly;
   const bool single = b.count() == 1;
   if (!a.on_host()) {
-    const at::Tensor out = inner_products_on_device(a.tensor(), b.tensor());
+    const at::Tensor out = sum_shards(inner_products_on_device(a.tensor(), b.tensor()));
     return single ? out.view({a.count()}) : out;
   }
   const auto options = at::TensorOptions(at::kDouble);
@@ -211,6 +235,7 @@ at::Tensor inner_products(const Rows& a, const Rows& b) {
                    sums += count;
                  }
                });
+    sum_shards(by_b.data(), entries);
     auto* to = out.mutable_data_ptr<double>();
     for (int64_t i = 0; i < entries; ++i) to[i] = by_b[i % b.count() * count + i / b.count()];
   });
@@ -265,7 +290,8 @@ void subtract_combination(const Rows& out, const Rows& x, const at::Tensor& coef
 
 at::Tensor orthogonalise(const Rows& out, const Rows& x, const at::Tensor& overlaps, const Rows& rows) {
   const Plainly plainly;
-  const int64_t count = rows.count(), length = rows.length();
+  const int64_t count = rows.count(), length = rows.length(),
+                dimension = shards ? shards->dimension() : length;
   if (!rows.on_host()) {
     subtract_on_device(out, x, overlaps, rows);
     const at::Tensor left = inner_products(rows, out);
@@ -280,7 +306,7 @@ at::Tensor orthogonalise(const Rows& out, const Rows& x, const at::Tensor& overl
     sums[j] = left[j] = overlaps.const_data_ptr<double>()[j * overlaps.stride(0)];
   }
   const double negligible = kRoundingsLeft * rounding_of(rows.matrix().options()) *
-                            std::sqrt(static_cast<double>(count) / static_cast<double>(length));
+                            std::sqrt(static_cast<double>(count) / static_cast<double>(dimension));
   bool last = false;
   for (int i = 0; i < kMaxSubtractions; ++i) {
     AT_DISPATCH_FLOATING_TYPES(rows.matrix().scalar_type(), "orthogonalise", [&] {
@@ -295,6 +321,7 @@ at::Tensor orthogonalise(const Rows& out, const Rows& x, const at::Tensor& overl
                    dots(here.data(), count + 1, to + first, columns, of_block);
                  });
     });
+    sum_shards(left.data(), count + 1);
     for (int64_t j = 0; j < count; ++j) sums[j] += left[j];
     sums[count] = std::sqrt(left[count]);
     const double inside = std::inner_product(left.begin(), left.end() - 1, left.begin(), 0.0);
@@ -328,7 +355,10 @@ void assign(const Rows& out, const Rows& x, double factor) {
 
 at::Tensor lengths(const Rows& x) {
   const Plainly plainly;
-  if (!x.on_host()) return lengths_on_device(x.tensor());
+  if (!x.on_host()) {
+    const at::Tensor own = lengths_on_device(x.tensor());
+    return shards ? sum_shards(own.square()).sqrt() : own;
+  }
   const at::Tensor out = at::empty({x.count()}, at::TensorOptions(at::kDouble));
   auto* begin = out.mutable_data_ptr<double>();
   AT_DISPATCH_FLOATING_TYPES(x.matrix().scalar_type(), "lengths", [&] {
@@ -336,6 +366,7 @@ at::Tensor lengths(const Rows& x) {
       for (const scalar_t* row : pointers<scalar_t>(x, first)) dots(&row, 1, row, columns, sums++);
     });
   });
+  sum_shards(begin, x.count());
   std::transform(begin, begin + x.count(), begin, [](double square) { return std::sqrt(square); });
   return out;
 }
@@ -355,7 +386,7 @@ void normalise_blindly(const Rows& x, const at::Tensor& negligible) {
 
 double scale_into_range(const Rows& x) {
   const Plainly plainly;
-  const double largest = to_host({at::linalg_vector_norm(x.vector(), INFINITY)}).front();
+  const double largest = to_host({largest_entry(x.vector())}).front();
   if (!std::isfinite(largest)) return largest;
   if (largest == 0.0) return 1.0;
   const int limit = x.matrix().scalar_type() == at::kDouble ? 1020 : 120;

@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "shards.h"
+
 namespace dynloss {
 
 // Rows first, first + step, ... of a matrix, each contiguous, or a single vector as one row. What is on the
@@ -39,6 +41,19 @@ class Rows {
 
 // Linear algebra of a few long rows in double or single precision on any device. Nothing is recorded for
 // autograd, autocast and TF32 do not reach it, and on the host no result depends on the number of threads.
+
+// While it lives, rows in this thread are shards, or whole for null: inner products and lengths are those of
+// whole rows, the same bits in all processes, which make the same calls.
+class OnShards {
+ public:
+  explicit OnShards(const Shards* shards);
+  ~OnShards();
+  OnShards(const OnShards&) = delete;
+  OnShards& operator=(const OnShards&) = delete;
+
+ private:
+  const Shards* before_;
+};
 
 // a bᵀ in double precision: shape (rows of a, rows of b), or (rows of a,) for a single row b.
 at::Tensor inner_products(const Rows& a, const Rows& b);
