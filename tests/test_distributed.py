@@ -306,7 +306,7 @@ def spread(work, world_size):
     for process in processes:
         process.start()
     try:
-        return dict(answers.get(timeout=120) for _ in processes)
+        return dict(answers.get(timeout=300) for _ in processes)
     finally:
         for process in processes:
             process.join(timeout=10)
