@@ -30,8 +30,8 @@ struct EigshResult {
   std::vector<uint8_t> converged;  // flags
   // The start vector that each vector overlaps with by at least a half, each at most once; -1 for none.
   std::vector<int64_t> origins;
-  at::Tensor
-      vectors;  // (k, op.size()), unit rows with the sign of their origin; zeros where the value is NaN
+  // (k, op.size()), unit rows with the sign of their origin; zeros where the value is NaN.
+  at::Tensor vectors;
   int64_t num_products = 0;
   // With which an eigenvector beyond the returned ones, if there is one, would have gone unnoticed by the
   // audit; NaN without one.
