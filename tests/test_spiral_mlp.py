@@ -48,6 +48,11 @@ def run(out, *options):
         return dict(arrays), summary
 
 
+def contents(folder):
+    """Of every file but the lock, which is there until the claim is collected."""
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.name != ".lock"}
+
+
 def assert_same_metrics(a, b):
     assert a.keys() == b.keys()
     for name in a:
@@ -176,9 +181,8 @@ def test_initial_values_that_do_not_fit_are_refused(tmp_path, reference):
 
 def test_run_folder_is_complete(tmp_path, capsys):
     metrics, summary = run(tmp_path / "run", *SMALL, "--ntk", "--density-every", 200)
-    files = {path.name for path in (tmp_path / "run").iterdir()}
     expected = {"config.json", "metrics.npz", "summary.json", "figure.png", "checkpoint.pt", "density.png"}
-    assert files - {".lock"} == expected  # which is there until the claim is collected
+    assert contents(tmp_path / "run").keys() == expected
     shapes = {name: array.shape for name, array in metrics.items()}
     for name in ("step", "weighted_loss", "loss", "accuracy"):
         assert shapes[name] == (400,)
@@ -302,10 +306,10 @@ def test_the_fused_engine_is_of_the_cpu(monkeypatch):
 
 def test_a_run_cannot_be_cut_by_resuming_it(tmp_path):
     run(tmp_path / "run", *SMALL)
-    before = {file.name: file.read_bytes() for file in (tmp_path / "run").iterdir()}
+    before = contents(tmp_path / "run")
     with pytest.raises(SystemExit, match=r"--steps: expected at least the 400 of the run in .*, got 300"):
         run(tmp_path / "run", "--resume", "--steps", 300)
-    assert {file.name: file.read_bytes() for file in (tmp_path / "run").iterdir()} == before
+    assert contents(tmp_path / "run") == before
 
 
 def test_many_eigenvalues(tmp_path):
@@ -378,13 +382,13 @@ def test_damaged_files_end_the_program_with_their_name_and_stay(tmp_path, capsys
         RunFolder(out).write_checkpoint({"step": 3})
     else:
         (out / name).write_bytes(content)
-    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    before = contents(out)
     with pytest.raises(SystemExit) as exit_info:
         run(out, "--resume", "--steps", 200)
     told = f"{exit_info.value}\n{capsys.readouterr().err}"
     assert f"{out / name}: {message}" in told
     assert "Traceback" not in told
-    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+    assert contents(out) == before
 
 
 def test_a_checkpoint_that_cannot_be_written_ends_the_program_in_one_line(tmp_path, monkeypatch):
