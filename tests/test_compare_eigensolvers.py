@@ -103,7 +103,13 @@ def test_a_capture_that_fails_costs_its_own_figure_and_the_exit_status(
 def test_a_grid_over_sizes_and_numbers_of_pairs(
     solvers: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(solvers, "contenders", lambda: {"eigsh (cold)": solvers.ours_cold, "absent": None})
+    def low(problem: Any) -> Any:
+        answer = solvers.ours_cold(problem)
+        return solvers.Answer(0.9 * answer.values, answer.products)
+
+    monkeypatch.setattr(
+        solvers, "contenders", lambda: {"eigsh (cold)": solvers.ours_cold, "absent": None, "PyHessian": low}
+    )
     path = tmp_path / "figures.json"
     command = [
         "x",
@@ -132,5 +138,13 @@ def test_a_grid_over_sizes_and_numbers_of_pairs(
         ours = row["solvers"]["eigsh (cold)"]
         assert ours["products"] >= row["k"] and 0 < ours["seconds_min"] <= ours["seconds_median"]
         assert row["solvers"]["absent"] is None
+        assert ours["worst_error"] == 0  # the best of those that are to be trusted
+        assert row["solvers"]["PyHessian"]["worst_error"] == pytest.approx(0.1)
     assert path.with_suffix(".png").stat().st_size > 1000
     assert "not installed" in capsys.readouterr().out
+
+    monkeypatch.setattr(sys, "argv", [*command, "--ks", "2", "3", "--products", "cheap"])
+    solvers.main()
+    more = json.loads(path.read_text())["grid"]["solvers"]
+    assert {name: more.pop(name) for name in grid} == grid  # not measured again
+    assert [(row["product"], row["k"]) for row in more.values()] == [("cheap", 3)] * 2

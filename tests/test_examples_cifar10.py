@@ -271,7 +271,9 @@ def test_what_an_ensemble_cannot_do_is_refused(tmp_path: Path, options: tuple[st
     ) in " ".join(capsys.readouterr().err.replace("│", " ").split())
 
 
-@pytest.mark.parametrize("options", [(), ("--ensemble",)], ids=["one by one", "ensemble"])
+@pytest.mark.parametrize(
+    "options", [pytest.param((), id="one by one"), pytest.param(("--ensemble",), id="ensemble", marks=pytest.mark.slow)]
+)
 def test_torchrun_on_two_processes_gives_the_results_of_one(tmp_path: Path, options: tuple[str, ...]) -> None:
     options = ("--train-images", "50", "--batch-size", "25", "--precision", "float64", *options)
     alone = smoke(myrtle5_cifar10, tmp_path / "alone", *options)

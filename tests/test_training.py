@@ -221,6 +221,7 @@ def test_fast_modes_follow_float64(tmp_path: Path, changes: dict[str, Any]) -> N
     np.testing.assert_allclose(fast["weighted_loss"], reference["weighted_loss"], rtol=tolerance)
 
 
+@pytest.mark.slow
 def test_compiled_network_follows_the_eager_one(tmp_path: Path) -> None:
     options = {"precision": "float32", "batch_size": 25, "epochs": 2, "eig_every": 2}
     eager, compiled = (

@@ -8,6 +8,7 @@ process held most above what it held before.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 from collections.abc import Callable
 from functools import partial
@@ -55,12 +56,15 @@ def with_peak(solve: Callable[..., Any], peaks: list[int], problem: Any) -> Any:
     return answer
 
 
-def measure_grid(solvers: Any, arguments: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """Rows by product, P and k; `solvers` is the module that compares them."""
-    grid: dict[str, Any] = {}
+def measure_grid(
+    solvers: Any, arguments: argparse.Namespace, grid: dict[str, Any], save: Callable[[dict[str, Any]], None]
+) -> None:
+    """Adds rows by product, P and k to those that `grid` has; `solvers` is the module that compares them."""
     for cost, samples in SAMPLES.items():
         for size in arguments.sizes:
             for k in arguments.ks:
+                if f"{cost} P={size} k={k}" in grid or cost not in arguments.products:
+                    continue
                 model, inputs, target = network(size, samples, getattr(torch, arguments.dtype))
                 oscillation = solvers.Oscillation(10, 10.0, 100)
                 problem = solvers.Problem(model, inputs, target, oscillation, lr=0.02, dense=False, k=k, exact=False)
@@ -78,11 +82,13 @@ def measure_grid(solvers: Any, arguments: argparse.Namespace, save: Callable[[di
                 parameters = sum(p.numel() for p in problem.params)
                 grid[f"{cost} P={size} k={k}"] = {"product": cost, "parameters": parameters, "k": k, "solvers": rows}
                 save(grid)
-    return grid
 
 
-def draw(grid: dict[str, Any], path: Path) -> None:
-    """Seconds and peak bytes over P, a column for each k, solid for dear products and dashed for cheap ones."""
+def draw(grid: dict[str, Any], path: Path, tolerance: float) -> None:
+    """Seconds and peak bytes over P, a column for each k, solid for dear products and dashed for cheap ones.
+
+    A cross where the values are wrong by more than the tolerance.
+    """
     import matplotlib.pyplot as plt
 
     ks = sorted({row["k"] for row in grid.values()})
@@ -96,7 +102,10 @@ def draw(grid: dict[str, Any], path: Path) -> None:
                     values = [(row["solvers"][name] or {}).get(measure, math.nan) for row in rows]
                     sizes = [row["parameters"] for row in rows]
                     label = name if cost == "dear" else None
+                    errors = [(row["solvers"][name] or {}).get("worst_error", math.nan) for row in rows]
+                    wrong = [j for j, error in enumerate(errors) if error > tolerance]
                     axis.plot(sizes, values, style, marker=".", color=f"C{i}", label=label)
+                    axis.plot(sizes, values, "x", color=f"C{i}", markevery=wrong)
             axis.set(xscale="log", yscale="log")
         axes[0, column].set_title(f"k = {k}")
         axes[1, column].set_xlabel("parameters")
@@ -109,16 +118,22 @@ def draw(grid: dict[str, Any], path: Path) -> None:
 
 
 def run(solvers: Any, arguments: argparse.Namespace, figures: dict[str, Any]) -> None:
-    """Figures by product, P and k into the file, after each, and beside it the picture of them all."""
+    """Figures by product, P and k into the file, after each, and beside it the picture of them all.
+
+    What the file has from the same processor stays, so that a grid can be measured piece by piece.
+    """
+    known = json.loads(arguments.json.read_text()).get("grid") if arguments.json and arguments.json.exists() else None
+    same = known is not None and known["machine"]["processor"] == figures["machine"]["processor"]
+    grid: dict[str, Any] = known["solvers"] if same else {}
 
     def save(grid: dict[str, Any]) -> None:
         figures["solvers"] = grid
         if arguments.json:
             solvers.write_json(arguments.json, "grid", figures)
 
-    grid = measure_grid(solvers, arguments, save)
+    measure_grid(solvers, arguments, grid, save)
     for name, row in grid.items():
         print(name)
         solvers.show(row["solvers"])
     if arguments.json:
-        draw(grid, arguments.json.with_suffix(".png"))
+        draw(grid, arguments.json.with_suffix(".png"), solvers.TOL)
