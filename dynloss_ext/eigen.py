@@ -331,7 +331,7 @@ class EigenTracker:
 
     def _adapt(self, result: EigenResult) -> None:
         """Makes the interval between updates longer while the leading eigenvalue rests."""
-        if self.result is None:
+        if self.result is None or self._schedule["max_interval"] == 1:
             return
         before, now = self._leading(self.result), self._leading(result)
         resting = abs(now - before) <= self._schedule["rest"] * max(abs(now), abs(before))

@@ -97,10 +97,10 @@ def perceptron_values(
 
 
 class _State(NamedTuple):
-    """Tells the parameters of one moment from those of another."""
+    """Tells the parameters and data of one moment from those of another."""
 
     step: int
-    version: int
+    versions: tuple[int, int, int]
 
 
 class _MemberHessian:
@@ -253,7 +253,7 @@ class PerceptronEnsemble:
         return self._inputs, self._target, self.hidden, _ACTIVATIONS[self.activation], self.step, *schedule
 
     def _state(self) -> _State:
-        return _State(self.step, self._flat._version)
+        return _State(self.step, (self._flat._version, self._inputs._version, self._target._version))
 
     # ---- training
 

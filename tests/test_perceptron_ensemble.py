@@ -1,6 +1,7 @@
 """PerceptronEnsemble: many networks at once, each as if it were alone."""
 
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -129,6 +130,22 @@ def test_eigenvalues_do_not_depend_on_threads():
         torch.set_num_threads(threads)
 
 
+def test_an_operator_in_threads():
+    """They share what was laid out for its products."""
+    operator = ensemble(points=100, hidden=100).hessian(1)
+    alone = [eigsh(operator, 4, tol=1e-10, seed=seed).values for seed in range(8)]
+    with ThreadPoolExecutor(4) as pool:
+        together = pool.map(lambda seed: eigsh(operator, 4, tol=1e-10, seed=seed).values, range(8))
+        assert all(map(torch.equal, together, alone))
+
+
+def test_a_direction_that_does_not_fit():
+    op = ensemble().hessian(0)._op
+    for v in (torch.ones(op.size, dtype=torch.float32), torch.ones(op.size - 1, dtype=torch.float64)):
+        with pytest.raises(ValueError, match="v: expected a tensor like the parameters, Double of shape"):
+            op.apply(v)
+
+
 def test_an_operator_is_of_its_step():
     made = ensemble()
     v = torch.ones(made.num_parameters, dtype=torch.float64)
@@ -140,6 +157,10 @@ def test_an_operator_is_of_its_step():
     made.parameters["b2"][0, 0] += 1
     with pytest.raises(RuntimeError, match="hessian: expected the ensemble as it was at step 1"):
         eigsh(operator, 1)
+    operator = made.hessian(0)
+    made._inputs.add_(1)
+    with pytest.raises(RuntimeError, match="hessian: expected the ensemble as it was at step 1"):
+        operator @ v
     with pytest.raises(TypeError, match="cannot be copied or pickled"):
         pickle.dumps(operator)
 

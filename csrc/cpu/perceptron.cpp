@@ -11,6 +11,8 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <memory>
+#include <mutex>
 #include <new>
 #include <tuple>
 #include <utility>
@@ -155,12 +157,17 @@ void with_type(const at::Tensor& x, F&& f) {
     f(float{});
 }
 
+ScheduleData checked_schedule(const PerceptronArguments& x) {
+  ScheduleData schedule(x.schedule(), x.shape().classes);
+  check_class_order(schedule, x.shape().classes);
+  check_labels(x.target.contiguous(), x.shape().classes, no_label - 1);
+  return schedule;
+}
+
 // f(bench, member) for every member, each thread with a bench of its own.
 template <typename T, typename F>
 void for_members(const PerceptronArguments& x, bool along, F&& f) {
-  const ScheduleData schedule(x.schedule(), x.shape().classes);
-  check_class_order(schedule, x.shape().classes);
-  check_labels(x.target.contiguous(), x.shape().classes, no_label - 1);
+  const ScheduleData schedule = checked_schedule(x);
   at::parallel_for(0, x.members(), 1, [&](int64_t begin, int64_t end) {
     PerceptronBench<T> bench(x, schedule, along);
     for (int64_t m = begin; m < end; ++m) {
@@ -200,6 +207,40 @@ at::Tensor perceptron_hvp(const PerceptronArguments& x, const at::Tensor& v) {
   });
   return product;
 }
+
+template <typename T>
+class ProductOf final : public PerceptronProduct {
+ public:
+  explicit ProductOf(const PerceptronArguments& x)
+      : parameters_(x.parameters),
+        inputs_(x.inputs),
+        target_(x.target),
+        clock_(x.clock),
+        class_order_(x.class_order),
+        table_(x.table),
+        x_{parameters_, inputs_, target_, x.hidden, x.activation, x.step, clock_, class_order_, table_},
+        schedule_(checked_schedule(x_)),
+        bench_(x_, schedule_, /*along=*/true) {
+    bench_.take(0);
+  }
+
+  at::Tensor multiply(const at::Tensor& v) override {
+    if (v.scalar_type() != parameters_.scalar_type() || v.dim() != 1 || v.size(0) != bench_.shape().size())
+      check_perceptron_direction(x_, v.unsqueeze(0));  // raises
+    at::Tensor product = new_tensor({bench_.shape().size()}, parameters_.scalar_type());
+    const std::lock_guard<std::mutex> alone(mutex_);
+    bench_.multiply(static_cast<const T*>(v.const_data_ptr()), static_cast<T*>(product.data_ptr()));
+    return product;
+  }
+
+ private:
+  const at::Tensor parameters_, inputs_, target_, clock_;
+  const OptionalTensor class_order_, table_;
+  const PerceptronArguments x_;  // of these
+  const ScheduleData schedule_;
+  PerceptronBench<T> bench_;
+  std::mutex mutex_;
+};
 
 // The parameters of one member, and where the next ones are written.
 template <typename T>
@@ -270,6 +311,12 @@ at::Tensor perceptron_train_(const PerceptronArguments& x, const DescentArgument
 }
 
 }  // namespace
+
+std::unique_ptr<PerceptronProduct> PerceptronProduct::of(const PerceptronArguments& x) {
+  check_perceptron(x);
+  if (x.parameters.scalar_type() == at::kDouble) return std::make_unique<ProductOf<double>>(x);
+  return std::make_unique<ProductOf<float>>(x);
+}
 
 TORCH_LIBRARY_IMPL(dynloss, CPU, library) {
   library.impl("perceptron_gradient", &perceptron_kernel<&perceptron_gradient>);

@@ -2,6 +2,8 @@
 // used for as many evaluations as there are.
 #pragma once
 
+#include <ATen/core/Tensor.h>
+
 #include <memory>
 #include <vector>
 
@@ -48,8 +50,6 @@ class PerceptronBench {
   const PerceptronShape& shape() const { return member_.shape; }
 
  private:
-  void lay_out(int64_t index);
-
   const PerceptronArguments& x_;
   const ScheduleData& schedule_;
   PerceptronMember<T> member_;
@@ -61,5 +61,17 @@ class PerceptronBench {
 
 extern template class PerceptronBench<float>;
 extern template class PerceptronBench<double>;
+
+// Products with the Hessian of the only member of `x`, laid out for the first of them: with few samples that
+// and the call of an op take as long as a product itself.
+class PerceptronProduct {
+ public:
+  // Checks the arguments as the op perceptron_hvp does.
+  static std::unique_ptr<PerceptronProduct> of(const PerceptronArguments& x);
+  virtual ~PerceptronProduct() = default;
+
+  // H v for a contiguous v (P,). Of one thread at a time; others wait.
+  virtual at::Tensor multiply(const at::Tensor& v) = 0;
+};
 
 }  // namespace dynloss::cpu

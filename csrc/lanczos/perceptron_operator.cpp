@@ -24,6 +24,12 @@ at::Tensor row(const at::Tensor& x, int64_t dim_of_all, int64_t index) {
   return x.dim() == dim_of_all ? x.select(0, index) : x;
 }
 
+// No fake tensor, nor one that a transform or a subclass wraps.
+bool is_plain_cpu(const at::Tensor& x) {
+  return x.key_set().has(at::DispatchKey::CPU) && x.has_storage() &&
+         !x.key_set().has(at::DispatchKey::Python);
+}
+
 // Each number times 1 + ε or 1 - ε.
 at::Tensor rounded_at_random(const at::Tensor& x, const at::Generator& generator) {
   const at::Tensor signs = at::randint(2, x.sizes(), generator, at::kChar).mul_(2).sub_(1);
@@ -46,9 +52,15 @@ Perceptrons Perceptrons::member(int64_t index) const {
           own_table};
 }
 
-PerceptronOperator::PerceptronOperator(Perceptrons member) : member_(std::move(member)) {}
+PerceptronOperator::PerceptronOperator(Perceptrons member) : member_(std::move(member)) {
+  const auto& [parameters, inputs, target, hidden, activation, step, clock, class_order, table] = member_;
+  if (is_plain_cpu(parameters) && is_plain_cpu(inputs) && is_plain_cpu(target))
+    product_ = cpu::PerceptronProduct::of(
+        {parameters, inputs, target, hidden, activation, step, clock, class_order, table});
+}
 
 at::Tensor PerceptronOperator::apply(const at::Tensor& v) {
+  if (product_ && is_plain_cpu(v)) return product_->multiply(v.contiguous());
   static const auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow("dynloss::perceptron_hvp", "").typed<ProductSignature>();
   const at::AutoDispatchBelowADInplaceOrView below;

@@ -3,9 +3,11 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <vector>
 
+#include "cpu/perceptron.h"
 #include "eigsh.h"
 #include "operator.h"
 
@@ -21,7 +23,7 @@ struct Perceptrons {
   Perceptrons member(int64_t index) const;
 };
 
-// The Hessian of the loss of one of them, by the op perceptron_hvp.
+// The Hessian of the loss of one of them: by the op perceptron_hvp, or on CPU by what is behind it.
 class PerceptronOperator final : public SymmetricOperator {
  public:
   explicit PerceptronOperator(Perceptrons member);
@@ -34,6 +36,7 @@ class PerceptronOperator final : public SymmetricOperator {
 
  private:
   Perceptrons member_;
+  std::unique_ptr<cpu::PerceptronProduct> product_;  // null where there are no CPU kernels
 };
 
 // The largest eigenvalues of the wanted ones of members [begin, end), several at a time; start: (M, m, P),
