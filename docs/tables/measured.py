@@ -115,6 +115,30 @@ def eigensolvers(result: Json, path: Path) -> str:
     return "\n".join(parts)
 
 
+def eigensolver_grid(result: Json, path: Path) -> str:
+    run = result["grid"]
+    tolerance, parts = 1e-3, []  # of compare_eigensolvers.py
+    for cost in ("cheap", "dear"):
+        cases = [row for row in run["solvers"].values() if row["product"] == cost]
+        names = columns([row["solvers"] for row in cases])
+        rows = []
+        for case in sorted(cases, key=lambda row: (row["parameters"], row["k"])):
+            found = {name: s for name, s in case["solvers"].items() if s and "failed" not in s}
+            right = [s["seconds_min"] for s in found.values() if s["worst_error"] <= tolerance]
+            cells = [f"{case['parameters']:,}", case["k"]]
+            for name in names:
+                if name not in found:
+                    cells.append("failed")
+                    continue
+                cell = number(1e3 * found[name]["seconds_min"])
+                wrong = found[name]["worst_error"] > tolerance
+                cells.append(f"({cell})" if wrong else f"**{cell}**" if cell == number(1e3 * min(right)) else cell)
+            rows.append(cells)
+        parts.append(f"{cost.capitalize()} products:\n\n{table(['parameters', 'k', *names], rows)}")
+    settings = run["settings"]
+    return "\n".join(parts) + f"\n*{settings['dtype']}.* {machine_line(run['machine'])}"
+
+
 def products(result: Json, path: Path) -> str:
     solvers = ["ours", "SciPy", "SciPy ncv=24"]
     rows = (
@@ -264,6 +288,7 @@ def other(result: Json, path: Path) -> str:
 RENDERERS: dict[str, Callable[[Json, Path], str]] = {
     r"loss_cpu.*": loss_cpu,
     r"eigensolvers.*": eigensolvers,
+    r"eigensolver_grid.*": eigensolver_grid,
     r"products": products,
     r"ensembles.*": ensembles,
     r"memory_.*": memory,
