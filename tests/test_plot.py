@@ -9,7 +9,7 @@ import torch
 from matplotlib.figure import Figure
 
 from dynloss_ext import plot, spectral_density
-from dynloss_ext.instability import Instability, PeriodSegment
+from dynloss_ext.instability import Instability, PeriodChange, PeriodSegment
 
 CUT = Path(__file__).parent / "data" / "spiral_reference_5000.npz"
 
@@ -108,6 +108,29 @@ def test_zoom_adds_a_column_with_the_rows_inside(run):
     (line,) = lines_with_label(zoomed[1], "dynamical loss $F$")
     np.testing.assert_array_equal(line.get_ydata(), run["weighted_loss"][4200:4401])
     assert rendered(figure)
+
+
+@pytest.mark.parametrize("panels", [["weighted_loss"], ["weights", "weighted_loss", "accuracy"]])
+def test_names_of_changes_do_not_overlap(run, panels):
+    """Nor do they leave the panel: of many at nearly one step there are fewer names than lines."""
+
+    def texts(steps, periods=(2, 4, 2, 1, 2, None)):
+        changes = [PeriodChange(step, periods[i % 6], periods[(i + 1) % 6]) for i, step in enumerate(steps)]
+        given = {name: run[name] for name in panels}
+        figure = plot.trajectory(run["step"], **given, zoom=(3500, 4999), changes=changes[::-1], title="a")
+        (axis,) = [axis for axis in figure.axes if axis.texts]
+        figure.draw_without_rendering()
+        boxes = [text.get_window_extent() for text in axis.texts]
+        for i, box in enumerate(boxes):
+            assert axis.bbox.y0 <= box.y0 and box.y1 <= axis.bbox.y1
+            assert not any(box.overlaps(other) for other in boxes[:i])
+        return [(text.get_text(), text.get_position()[1]) for text in axis.texts]
+
+    assert [name for name, _ in texts([4200, 4220])] == ["2→4", "4→2"]
+    assert texts([4200, 4220])[1][1] < 0.9
+    assert texts([3600, 4200, 4800]) == [("2→4", 0.98), ("4→2", 0.98), ("2→smooth", 0.98)]
+    assert len(texts([4000, 4010, 4020, 4030])) >= 3
+    assert 3 <= len(texts(range(4000, 4012))) < 12
 
 
 def test_trajectory_without_curvature_windows_or_plain_loss(run):

@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator
+from matplotlib.transforms import BboxBase
 
 from dynloss_ext._checks import check_array
 from dynloss_ext.instability import Crossing, Instability, PeriodChange, instability_threshold
@@ -125,11 +126,13 @@ def trajectory(
                 _guide(axis, guide_step[near], guided[near], part.records["eigenvalues"].shape[1])
             level = part.limit if isinstance(part.limit, float) else threshold
             _mark_crossings(axis, [crossing for crossing in crossings if first <= crossing.step <= last], level)
-        _mark_changes(at, [change for change in changes if first <= change.step <= last])
         _mark_zoom(axes, zoom)
     for axis in axes[:, 1:].flat:
         axis.set_ylabel("")
-    return over_steps(figure, axes, spans, title)
+    over_steps(figure, axes, spans, title)
+    if zoom is not None:  # last, since what overlaps depends on everything else
+        _mark_changes(at, [change for change in changes if first <= change.step <= last])
+    return figure
 
 
 @dataclass(frozen=True)
@@ -310,19 +313,29 @@ def _mark_crossings(axis: Axes, crossings: Sequence[Crossing], level: float) -> 
 
 
 def _mark_changes(axes: dict[str, Axes], changes: Sequence[PeriodChange]) -> None:
-    for name, axis in axes.items():
+    for axis in axes.values():
         for change in changes:
             axis.axvline(change.step, color="#666666", lw=0.6, ls=(0, (1, 1.5)), zorder=0.6)
-            if name == "loss":
-                words = f"{_period_name(change.before)}→{_period_name(change.after)}"
-                style: dict[str, Any] = {
-                    "fontsize": 5.5,
-                    "rotation": 90,
-                    "ha": "right",
-                    "va": "top",
-                    "color": "#444444",
-                }
-                axis.text(change.step, 0.98, words, transform=axis.get_xaxis_transform(), **style)
+    if changes and "loss" in axes:
+        _name_changes(axes["loss"], changes)
+
+
+def _name_changes(axis: Axes, changes: Sequence[PeriodChange]) -> None:
+    """At the left of each line, below the names that are in the way; without a place left below, no name."""
+    axis.figure.draw_without_rendering()  # only then a figure has its layout, which says what overlaps
+    style: dict[str, Any] = {"fontsize": 5.5, "rotation": 90, "ha": "right", "va": "top", "color": "#444444"}
+    placed: list[BboxBase] = []
+    for change in sorted(changes, key=lambda change: change.step):
+        words = f"{_period_name(change.before)}→{_period_name(change.after)}"
+        label = axis.text(change.step, 0.98, words, transform=axis.get_xaxis_transform(), **style)
+        while above := [box for box in placed if box.overlaps(label.get_window_extent())]:
+            lowest = min(box.y0 for box in above) - 1
+            label.set_y(axis.transAxes.inverted().transform((0, lowest))[1])
+        box = label.get_window_extent()
+        if box.y0 < axis.bbox.y0:
+            label.remove()
+        else:
+            placed.append(box)
 
 
 def _guide_colour(index: int) -> str:
