@@ -185,7 +185,7 @@ def figure(curves: Mapping[tuple[str, str], Mapping[str, Array]]) -> Figure:
             if np.isfinite(curve["sharpness"]).any():
                 sharpness = curve["sharpness"] / curve["limit"]
                 axis.plot(curve["step"], sharpness, color=plot.EIGENVALUE_COLOURS[2], lw=0.5, label="batch sharpness")
-                axis.legend(loc="lower right")
+                axis.legend(loc="lower right", bbox_to_anchor=(1.0, 0.97), borderpad=0.1)  # beside the title
             axis.axhline(1.0, color=plot.STOP_COLOUR, ls=":")
             limit = f"limit {curve['limit'][-1]:.4g}" if len(curve["limit"]) else "diverged at once"
             axis.set_title(f"{name}, {batches}: {limit}", loc="left")
