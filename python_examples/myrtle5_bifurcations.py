@@ -95,7 +95,7 @@ def report(config: TrainingConfig, record: Record) -> dict[str, Any]:
     folder.write_figure(trajectory(metrics, analysis, zoom, limit=limit, class_names=names, title=title))
     print(analysis.table())
     print(analysis.comparison(limit))
-    print(f"λ_max rises through {limit:g} after steps {crossings}")
+    print(f"λ_max {rises(limit, crossings)}")
     print(f"final accuracy {summary['accuracy']:.4f}; files in {folder.path}")
     return summary
 
@@ -124,6 +124,13 @@ def upward_crossings(eig_step: Array, eigenvalues: Array, limit: float, hold: fl
         if above[index + 1] and not above[recent].any():
             crossings.append(int(eig_step[index]))
     return crossings
+
+
+def rises(limit: float, crossings: Sequence[int]) -> str:
+    """What λ_max does, in words."""
+    if not crossings:
+        return f"never rises through {limit:g}"
+    return f"rises through {limit:g} after step {', '.join(map(str, crossings))}"
 
 
 def _zoom(analysis: Analysis, config: TrainingConfig) -> tuple[float, float] | None:

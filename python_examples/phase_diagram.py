@@ -315,14 +315,26 @@ def report(config: DiagramConfig, table: pa.Table, other: dict[str, Any] | None 
         print(f"{label}: {part['members']} members, {part['diverged']} diverged")
         for kind, rival in (("gain", "A = 1"), ("against", config.rival)):
             for name, gain in part.get(kind, {}).items():
-                print(
-                    f"  {name}: {rival} {gain['plain']:.4f} ± {gain['plain_standard_error']:.4f}; largest gain "
-                    f"{gain['largest_gain']:+.4f} ± {gain['its_standard_error']:.4f} at A = {gain['at_amplitude']:g}, "
-                    f"T = {gain['at_period']:g}; of {gain['cells']} cells {gain['significant_gains']} gain and "
-                    f"{gain['significant_losses']} lose significantly"
-                )
+                print(f"  {name}: {rival} {gain_in_words(gain)}")
     print(f"files in {folder.path}")
     return summary
+
+
+def gain_in_words(gain: dict[str, Any]) -> str:
+    """What the plain members reach and the others gain; with standard errors and tests where seeds allow them."""
+
+    def error(name: str) -> str:
+        return f" ± {gain[name]:.4f}" if math.isfinite(gain[name]) else ""
+
+    if gain["cells"]:
+        cells = f"of {gain['cells']} cells {gain['significant_gains']} gain and {gain['significant_losses']} lose"
+        tests = f"{cells} significantly"
+    else:
+        tests = "significance needs two seeds"
+    return (
+        f"{gain['plain']:.4f}{error('plain_standard_error')}; largest gain {gain['largest_gain']:+.4f}"
+        f"{error('its_standard_error')} at A = {gain['at_amplitude']:g}, T = {gain['at_period']:g}; {tests}"
+    )
 
 
 def _columns(config: DiagramConfig, table: pa.Table) -> dict[str, Any]:

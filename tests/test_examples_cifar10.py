@@ -181,6 +181,11 @@ def test_a_diverged_seed_is_counted_and_left_out(tmp_path: Path) -> None:
     assert again["validation_accuracy"]["A1"]["diverged"] == 0
 
 
+def test_rises_in_words() -> None:
+    assert myrtle5_bifurcations.rises(40.0, [170, 260]) == "rises through 40 after step 170, 260"
+    assert myrtle5_bifurcations.rises(40.0, []) == "never rises through 40"
+
+
 def test_onset_of_oscillations_and_crossings_are_found() -> None:
     """F falls by 4e-3 a step; from step 200 to 400 it also alternates."""
     step = np.arange(600)

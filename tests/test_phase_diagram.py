@@ -383,6 +383,19 @@ def test_gains_are_paired_by_seed():
     assert len(figure.axes) == 4
 
 
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_a_gain_in_words(seeds):
+    grid = diagrams.Grid.of(columns([2, 5], [10], seeds, lambda amplitude, period, seed: 0.1 * amplitude + seed))
+    words = phase_diagram.gain_in_words(diagrams.mean_and_gain(grid, {"value": "value"})[1]["value"])
+    plain, gain, tests = words.split("; ")
+    if seeds == 1:
+        assert (plain, gain) == ("0.1000", "largest gain +0.4000 at A = 5, T = 10")
+        assert tests == "significance needs two seeds"
+    else:
+        assert (plain, gain) == ("0.6000 ± 0.5000", "largest gain +0.4000 ± 0.0000 at A = 5, T = 10")
+        assert tests == "of 2 cells 2 gain and 0 lose significantly"
+
+
 def test_p_values_are_those_of_scipy():
     from scipy.stats import ttest_rel
 
