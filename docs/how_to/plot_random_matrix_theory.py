@@ -143,7 +143,7 @@ print(f"{beyond.mean():.0f} ± {beyond.std() / math.sqrt(len(beyond)):.0f} of th
 plt.show()
 
 # %%
-# What agrees: the densities of the matrices, up to the noise of the probes, and the index over two decades; and H₁ of
+# What agrees: the densities of the matrices, to a few percent of their peaks, and the index over two decades; and H₁ of
 # the network, although its blocks share their inputs and residuals.
 #
 # What one should not conclude: that a network's H₀ is a Wishart matrix. Its rows are products of inputs and of what
