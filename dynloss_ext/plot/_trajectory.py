@@ -130,8 +130,9 @@ def trajectory(
     for axis in axes[:, 1:].flat:
         axis.set_ylabel("")
     over_steps(figure, axes, spans, title)
-    if zoom is not None:  # last, since what overlaps depends on everything else
-        _mark_changes(at, [change for change in changes if first <= change.step <= last])
+    if zoom is not None and (seen := [change for change in changes if first <= change.step <= last]):
+        figure.draw_without_rendering()  # only then it has its layout, which says what names overlap
+        _mark_changes(at, seen)
     return figure
 
 
@@ -313,16 +314,15 @@ def _mark_crossings(axis: Axes, crossings: Sequence[Crossing], level: float) -> 
 
 
 def _mark_changes(axes: dict[str, Axes], changes: Sequence[PeriodChange]) -> None:
-    for axis in axes.values():
+    for panel in axes.values():
         for change in changes:
-            axis.axvline(change.step, color="#666666", lw=0.6, ls=(0, (1, 1.5)), zorder=0.6)
-    if changes and "loss" in axes:
-        _name_changes(axes["loss"], changes)
+            panel.axvline(change.step, color="#666666", lw=0.6, ls=(0, (1, 1.5)), zorder=0.6)
+    if axis := axes.get("loss"):
+        _name_changes(axis, changes)
 
 
 def _name_changes(axis: Axes, changes: Sequence[PeriodChange]) -> None:
     """At the left of each line, below the names that are in the way; without a place left below, no name."""
-    axis.figure.draw_without_rendering()  # only then a figure has its layout, which says what overlaps
     style: dict[str, Any] = {"fontsize": 5.5, "rotation": 90, "ha": "right", "va": "top", "color": "#444444"}
     placed: list[BboxBase] = []
     for change in sorted(changes, key=lambda change: change.step):
