@@ -3,31 +3,22 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dynloss_ext import _C
-from dynloss_ext._checks import check_choice, check_count, check_number, check_seed, check_tensor, check_vector
-from dynloss_ext._differences import GradientDifferences
+from dynloss_ext._checks import check_choice, check_count, check_number, check_seed, check_vector
 from dynloss_ext._levels import Level, check_level, solve_to_level
 from dynloss_ext._operators import CurvatureOperator, products_with
 from dynloss_ext._shards import Shards, agreed
+from dynloss_ext._symmetric import Operator, Options, cause_of_asymmetry, check_symmetric, in_shards, resolve
 
 __all__ = ["ConvergenceWarning", "EigenResult", "EigenTracker", "eigsh"]
-
-Operator = CurvatureOperator | Callable[[Tensor], Tensor]
-
-
-class Options(NamedTuple):
-    """What a vector of an operator is made with."""
-
-    dtype: torch.dtype
-    device: torch.device
 
 
 class ConvergenceWarning(UserWarning):
@@ -159,8 +150,8 @@ def eigsh(
         >>> eigsh(lambda v: spectrum * v, above=97.5, n=100, dtype=torch.float64).values.round(decimals=3)
         tensor([100.,  99.,  98.,  97.], dtype=torch.float64)
     """
-    op, _, options = _resolve(H, n, dtype, device, v0)
-    op, shards = _in_shards(H, op)
+    op, _, options = resolve(H, n, dtype, device, v0)
+    op, shards = in_shards(H, op)
 
     def check() -> tuple[tuple[Level | None, dict[str, Any], Tensor | None], object]:
         level, size = check_level(above, max_k, which), op.dimension
@@ -280,8 +271,8 @@ class EigenTracker:
             ConvergenceWarning: not every pair converged, or the audit was inconclusive; the result says which and why.
         """
         old = self._start
-        op, _, options = _resolve(H, n, dtype, device, old if n is None else None)
-        op, shards = _in_shards(H, op)
+        op, _, options = resolve(H, n, dtype, device, old if n is None else None)
+        op, shards = in_shards(H, op)
 
         def check() -> tuple[bool, object]:
             if self._level is None:
@@ -448,24 +439,6 @@ def _refuse_callable(H: Operator, result: EigenResult) -> None:
         check_symmetric(H, result.asymmetry)
 
 
-def check_symmetric(H: Operator, asymmetry: float) -> None:
-    """Refuses an operator with an asymmetry that noise does not explain."""
-    if asymmetry:
-        cause = f": {_cause_of_asymmetry(H)}" if isinstance(H, CurvatureOperator) else ""
-        raise ValueError(
-            "H: expected a symmetric operator, got one that is not symmetric: u · H v and v · H u differ by"
-            f" {asymmetry:.1g} of the norm of H{cause}"
-        )
-
-
-def _cause_of_asymmetry(H: CurvatureOperator) -> str:
-    if isinstance(H._source, GradientDifferences):
-        return "its gradients are those of no function: of a wrong backward, or where what a layer detaches moves"
-    suspects = H._source.suspects()
-    layers = f", perhaps that of {' or '.join(suspects)}" if suspects else ", e.g. of a custom autograd Function"
-    return f"the second derivative of some layer is wrong{layers}"
-
-
 def _warn_unless_converged(name: str, H: Operator, result: EigenResult) -> None:
     # The same words every time, without numbers: Python shows a warning once for each place and text.
     if result.status in ("converged", "converged, not audited"):
@@ -477,51 +450,10 @@ def _warn_unless_converged(name: str, H: Operator, result: EigenResult) -> None:
     else:
         about = f"stopped by {result.status} before all of its {len(result.values)} eigenpairs converged; "
         if isinstance(H, CurvatureOperator) and result.status == "not symmetric":
-            about += _cause_of_asymmetry(H)
+            about += cause_of_asymmetry(H)
         else:
             about += "see residuals and converged of the result"
     warnings.warn(f"{name} {about}", ConvergenceWarning, stacklevel=3)
-
-
-def _resolve(
-    H: Operator,
-    n: int | None,
-    dtype: torch.dtype | None,
-    device: torch.device | str | None,
-    v0: Tensor | None,
-) -> tuple[_C.SymmetricOperator, int, Options]:
-    """The C++ operator, its size, and where and in what it computes."""
-    if isinstance(H, CurvatureOperator):
-        for name, given, own in (("n", n, H.shape[0]), ("dtype", dtype, H.dtype)):
-            if given is not None and given != own:
-                raise ValueError(f"{name}: expected {own}, which is known from H, got {given}: leave it out")
-        if device is not None and torch.empty(0, device=device).device != H.device:
-            raise ValueError(f"device: expected {H.device}, which is known from H, got {device}: leave it out")
-        return H._op, H.shape[0], Options(H.dtype, H.device)
-    if not callable(H):
-        raise TypeError(f"H: expected a HessianOperator or a callable v -> H v, got {type(H).__name__}")
-    if v0 is not None:
-        check_tensor("v0", v0)
-    if n is None:
-        if v0 is None:
-            raise ValueError("n: expected the length of the vectors of a callable H, got None")
-        if v0.dim() == 0:
-            raise ValueError("v0: expected shape (P,) or (P, m), got ()")
-        n = v0.shape[0]
-    n = check_count("n", n, 1)
-    asked = "dtype" if dtype is not None or v0 is None else "dtype of v0"
-    dtype = dtype or (v0.dtype if v0 is not None else torch.get_default_dtype())
-    if dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"{asked}: expected torch.float32 or torch.float64, got {dtype!r}")
-    like = torch.empty(0, dtype=dtype, device=device or (v0.device if v0 is not None else "cpu"))
-    return _C.PythonOperator(H, n, like), n, Options(like.dtype, like.device)
-
-
-def _in_shards(H: Operator, op: _C.SymmetricOperator) -> tuple[_C.SymmetricOperator, Shards | None]:
-    """The operator on shards of vectors, and what these are, where it has any."""
-    if not isinstance(H, CurvatureOperator) or not isinstance(H._source, GradientDifferences):
-        return op, None
-    return H._source.operator(in_shards=True), H._source.params.shards
 
 
 def _check_start(v0: Tensor, size: int, options: Options, max_basis: int) -> Tensor:

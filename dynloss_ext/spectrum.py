@@ -11,7 +11,7 @@ from torch import Tensor
 from dynloss_ext import _C
 from dynloss_ext._checks import check_choice, check_count, check_number, check_seed
 from dynloss_ext._operators import products_with
-from dynloss_ext.eigen import Operator, _resolve, check_symmetric
+from dynloss_ext._symmetric import Operator, check_symmetric, resolve
 
 __all__ = ["DiagonalEstimate", "Estimate", "SpectralDensity", "diagonal", "spectral_density", "trace"]
 
@@ -126,7 +126,7 @@ def spectral_density(
         >>> print(f"{share:.2f} of the eigenvalues lie above 2.5")
         0.10 of the eigenvalues lie above 2.5
     """
-    op, size, options = _resolve(H, n, dtype, device, None)
+    op, size, options = resolve(H, n, dtype, device, None)
     num_steps = check_count("num_steps", num_steps, 1)
     num_probes = check_count("num_probes", num_probes, 1)
     grid_size = check_count("grid_size", grid_size, 2)
@@ -193,7 +193,7 @@ def trace(
         Estimate(value=5050.0, stderr=0.0)
     """
     check_choice("method", method, ("hutch++", "hutchinson"))
-    op, size, _ = _resolve(H, n, dtype, device, None)
+    op, size, _ = resolve(H, n, dtype, device, None)
     num_probes = check_count("num_probes", num_probes, 6 if method == "hutch++" else 2)
     third = min(num_probes // 3, size) if method == "hutch++" else 0
     samples = num_probes - 2 * third
@@ -238,7 +238,7 @@ def diagonal(
         >>> diagonal(HessianOperator((x**3).sum(), [x]), num_samples=2)
         DiagonalEstimate(values=tensor([ 6., 12., 18.]), stderr=tensor([0., 0., 0.]))
     """
-    op, size, options = _resolve(H, n, dtype, device, None)
+    op, size, options = resolve(H, n, dtype, device, None)
     num_samples = check_count("num_samples", num_samples, 2)
     generator = _generator(seed)
     mean = torch.zeros(size, dtype=options.dtype, device=options.device)

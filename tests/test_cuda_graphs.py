@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cuda_cases import NEEDS_KERNELS
 from curvature_problems import Spiral
 from torch import nn
 
@@ -32,14 +33,7 @@ from dynloss_ext import (
 
 DEVICE = torch.device("cuda")
 
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    pytest.mark.skipif(
-        not torch._C._dispatch_has_kernel_for_dispatch_key("dynloss::cross_entropy", "CUDA"),
-        reason="built without CUDA kernels",
-    ),
-]
+pytestmark = NEEDS_KERNELS
 
 
 @pytest.fixture(autouse=True)

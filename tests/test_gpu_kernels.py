@@ -15,7 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-MODULES = ("gpu_kernels", "kernel_rows", "compare_losses", "loss_contenders", "machine")
+MODULES = ("gpu_kernels", "graph_timing", "kernel_rows", "time_budget", "compare_losses", "loss_contenders", "machine")
 
 
 @pytest.fixture
@@ -205,7 +205,7 @@ def test_what_a_replay_does_not_write_is_found(gpu_kernels, kernel_rows, gpu, mo
 
 def test_results_of_a_graph_belong_to_the_problems_in_their_order(gpu_kernels, kernel_rows, gpu):
     inputs = kernel_rows.Inputs(kernel_rows.Row(40, 10, torch.float32), 3, "cpu")
-    graph = gpu_kernels.Graph(inputs.calls(), 9)
+    graph = sys.modules["graph_timing"].Graph(inputs.calls(), 9)
     assert len(graph.results) == 3
     for i, result in enumerate(graph.results):
         assert torch.equal(result.derivative, inputs.call(i).derivative)
@@ -348,7 +348,7 @@ def test_a_failing_row_costs_only_itself(gpu_kernels, tmp_path):
 
 def test_after_an_error_of_the_device_nothing_more_is_tried(gpu_kernels, tmp_path, monkeypatch):
     results = gpu_kernels.Results(tmp_path / "x.json", {})
-    monkeypatch.setattr(gpu_kernels, "device_error", lambda: "after AcceleratorError: illegal address")
+    monkeypatch.setattr(sys.modules["time_budget"], "device_error", lambda: "after AcceleratorError: illegal address")
 
     def fail(seconds):
         raise RuntimeError("illegal address")

@@ -17,233 +17,28 @@ shapes. The exit status is 1 if a row is wrong or fails.
 from __future__ import annotations
 
 import argparse
-import gc
 import importlib
 import math
-import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from compare_losses import cpu_round, cuda_round, write
+from compare_losses import cpu_round, cuda_round
+from graph_timing import Calls, Gpu, Rehearsal, by_turns
 from kernel_rows import REGIMES, STEP, Inputs, Result, Row, parse_shape, select, table_rows
 from loss_contenders import AMPLITUDE, PEERS, PERIOD, Case, Contender, Steps, contenders
 from machine import machine, one_line
+from time_budget import Budget, Report, Results, device_error, go_through
 
 import dynloss_ext
 
 #: GB/s of a copy on an H100, for floors where nothing can be measured.
 NOMINAL_GBPS = 3000.0
 GRAPH_SECONDS = 1e-3  # what a graph should last at least: its launch then counts for nothing
-MAX_SETS = MAX_CALLS = 10_000
+MAX_CALLS = 10_000
 HIDDEN = 1024  # features in front of the classes, where a linear layer belongs to the comparison
-
-Report = dict[str, Any]
-Calls = Sequence[Callable[[], object]]
-
-
-# ---- time and results
-
-
-class Budget:
-    """The time for everything, and what the longest row of each kind has taken of it."""
-
-    def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock, self._end = clock, clock() + seconds
-        self._longest: dict[str, float] = {}
-
-    @property
-    def left(self) -> float:
-        return self._end - self._clock()
-
-    def allows(self, kind: str) -> bool:
-        """Whether another row like the longest of the kind fits."""
-        return self.left > max(1.2 * self._longest.get(kind, 0.0), 0.2)
-
-    def run(self, kind: str, row: Callable[[], Report]) -> Report:
-        start = self._clock()
-        try:
-            return row()
-        finally:
-            self._longest[kind] = max(self._longest.get(kind, 0.0), self._clock() - start)
-
-    def share(self, rows: int, most: float) -> float:
-        """Seconds of measuring for each of so many rows, if half of the time goes into preparing them."""
-        return min(most, max(0.05, self.left / (2 * max(rows, 1))))
-
-
-class Results:
-    """The report, written to the file after each row."""
-
-    def __init__(self, path: Path, head: Report) -> None:
-        self.path = path
-        self.rows: dict[str, Report] = {}
-        self.report: Report = head | {"rows": self.rows}
-        self.write()
-
-    def write(self) -> None:
-        write(self.report, self.path)
-
-    def add(self, name: str, row: Report) -> None:
-        self.rows[name] = row
-        self.write()
-
-    @property
-    def failed(self) -> bool:
-        return any("error" in row or row.get("ok") is False for row in self.rows.values())
-
-
-def go_through(
-    rows: dict[str, Callable[[float], Report]], results: Results, budget: Budget, most: float, show: Callable[..., None]
-) -> None:
-    """Runs the rows, each with its seconds, while time is left; a failure costs its own row only.
-
-    The names end with the kind.
-    """
-    dead = ""
-    for number, (name, measure) in enumerate(rows.items()):
-        kind = name.rpartition("-")[2]
-        if dead or not budget.allows(kind):
-            results.add(name, {"skipped": dead or "no time left"})
-            continue
-        seconds = budget.share(len(rows) - number, most)
-        try:
-            row = budget.run(kind, lambda measure=measure, seconds=seconds: measure(seconds))
-        except Exception as error:
-            row = {"error": one_line(error)}
-            dead = device_error()
-        results.add(name, row)
-        show(name, row)
-        free_memory()
-
-
-def device_error() -> str:
-    """Why the device answers nothing any more; empty if it does."""
-    try:
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()
-    except Exception as error:
-        return f"after {one_line(error)}"
-    return ""
-
-
-def free_memory() -> None:
-    gc.collect()
-    if torch.cuda.is_initialized() and not device_error():
-        torch.cuda.empty_cache()
-
-
-# ---- timing
-
-
-class Graph:
-    """`count` calls by turns, captured. What the last of each returned stays alive, each in memory of its own."""
-
-    def __init__(self, calls: Calls, count: int) -> None:
-        self.calls = count
-        self.results: list[Any] = []
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for call in calls[:2]:
-                call()
-        torch.cuda.current_stream().wait_stream(side)
-        torch.cuda.synchronize()
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            for i in range(count):
-                result = calls[i % len(calls)]()
-                if len(self.results) == len(calls):
-                    self.results[i % len(calls)] = result
-                else:
-                    self.results.append(result)
-
-    def replay(self) -> None:
-        self._graph.replay()
-
-
-class Loop:
-    """In the place of a graph where there is no GPU."""
-
-    def __init__(self, calls: Calls, count: int) -> None:
-        self.calls, self._calls = count, calls
-        self.results: list[Any] = [call() for call in calls]
-
-    def replay(self) -> None:
-        for i in range(self.calls):
-            result = self._calls[i % len(self._calls)]()
-            kept = self.results[i % len(self._calls)]
-            if isinstance(kept, Result):  # into the same memory, as a graph would
-                for old, new in ((kept.loss, result.loss), (kept.derivative, result.derivative)):
-                    if old is not None:
-                        old.copy_(new)
-
-
-def summary(values: list[float]) -> dict[str, float]:
-    return {"us": statistics.median(values), "us_min": min(values)}
-
-
-class Gpu:
-    """Measures on the device."""
-
-    device = "cuda"
-    make = Graph
-
-    def __init__(self) -> None:
-        self.l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size or 50 << 20
-
-    def sets(self, moved: int) -> int:
-        """So many problems exceed the L2 cache four times."""
-        return max(2, min(MAX_SETS, math.ceil(4 * self.l2_bytes / moved)))
-
-    def round(self, graphs: dict[str, Graph]) -> dict[str, float]:
-        """Microseconds per call. The device sleeps until the first graph is submitted: no launch is waited for."""
-        torch.cuda._sleep(2_000_000 + 2_000 * max(graph.calls for graph in graphs.values()))
-        events = {}
-        for name, graph in graphs.items():
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            graph.replay()
-            end.record()
-            events[name] = (begin, end)
-        torch.cuda.synchronize()
-        return {name: begin.elapsed_time(end) * 1e3 / graphs[name].calls for name, (begin, end) in events.items()}
-
-
-class Rehearsal:
-    """The same without a GPU, at small shapes."""
-
-    device = "cpu"
-    make = Loop
-    l2_bytes = 1 << 10
-
-    def sets(self, moved: int) -> int:
-        return 2
-
-    def round(self, loops: dict[str, Loop]) -> dict[str, float]:
-        times = {}
-        for name, loop in loops.items():
-            start = time.perf_counter()
-            loop.replay()
-            times[name] = (time.perf_counter() - start) * 1e6 / loop.calls
-        return times
-
-
-def by_turns(
-    one_round: Callable[[], dict[str, float]], seconds: float, fewest: int = 5, most: int = 200
-) -> dict[str, dict[str, float]]:
-    """Median and minimum of each contender over the rounds; the first two only warm up."""
-    one_round()
-    one_round()
-    end = time.perf_counter() + seconds
-    rounds = [one_round()]
-    while len(rounds) < most and (len(rounds) < fewest or time.perf_counter() < end):
-        rounds.append(one_round())
-    return {name: summary([times[name] for times in rounds]) for name in rounds[0]}
 
 
 # ---- the table

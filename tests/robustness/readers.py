@@ -15,10 +15,8 @@ import gzip
 import io
 import json
 import lzma
-import os
 import pickle
 import random
-import struct
 import sys
 import tarfile
 import time
@@ -34,6 +32,7 @@ import pyarrow.parquet as pq
 import torch
 
 sys.path.append(str(Path(__file__).parents[2] / "python_examples"))
+from robustness.forgeries import bombs, hostile, laughs, npz, odd_array, oddity, other_json
 from robustness.fuzzing import Target, damaged, fuzz, shared_out
 from robustness.record import machine, today
 
@@ -41,139 +40,6 @@ import phase_diagram
 import spiral_mlp
 from common import data, records, run, spiral, sweep
 from dynloss_ext import DynamicCrossEntropyLoss, Oscillation
-
-# ---- what is wrong on purpose
-
-
-class _Calls:
-    """Unpickled, this is a call."""
-
-    def __init__(self, function: Any, *arguments: Any) -> None:
-        self.call = function, arguments
-
-    def __reduce__(self) -> Any:
-        return self.call
-
-
-def _hostile(canary: Path, rng: random.Random) -> Any:
-    command, code = f"touch {canary}", f"open({str(canary)!r}, 'w')"
-    return rng.choice(
-        [
-            _Calls(os.system, command),
-            _Calls(exec, code),
-            _Calls(eval, code),
-            _Calls(open, str(canary), "w"),
-            _Calls(Path.touch, canary),
-            _Calls(getattr, "x", "join"),
-            _Calls(np.load, str(canary)),
-            _Calls(np.ndarray, (1 << 40,)),
-            _Calls(np.ndarray, (200_000_000,), "O"),
-            _Calls(np.dtype, "V2000000000"),
-            _Calls(bytearray, 1 << 20),  # larger ones are made by torch.load itself, before it refuses them
-            _Calls(torch.zeros, 1 << 31),
-            _Calls(np.frombuffer, b"12345678", "O"),
-        ]
-    )
-
-
-def _laughs(depth: int) -> list[Any]:
-    """A list of two of the same list, and so on: small as a pickle, 2^depth as an array."""
-    x: list[Any] = [1]
-    for _ in range(depth):
-        x = [x, x]
-    return x
-
-
-def _bombs(rng: random.Random) -> bytes:
-    """Pickles that ask for more than they hold."""
-    huge = rng.choice([1 << 27, 1 << 31, (1 << 32) - 1])
-    return rng.choice(
-        [
-            b"\x80\x02}r" + struct.pack("<I", huge) + b".",  # LONG_BINPUT
-            b"\x80\x05\x96" + struct.pack("<Q", huge << 8) + b"x.",  # BYTEARRAY8
-            b"\x80\x05\x96" + struct.pack("<Q", huge >> 1) + b"x.",
-            b"\x80\x04\x8e" + struct.pack("<Q", huge) + b"x.",  # BINBYTES8
-            b"\x80\x04\x95" + struct.pack("<Q", huge) + b"x.",  # FRAME
-            b"\x80\x02\x8b" + struct.pack("<I", huge >> 1) + b"x.",  # LONG4
-            b"(" * 100_000 + b"t" * 100_000 + b".",
-            b"\x80\x02]" + b"]a" * 10 + b"(" * 1000 + b".",
-            b"I" + b"9" * 5000 + b"\n.",
-            b"",
-        ]
-    )
-
-
-def _oddity(rng: random.Random, depth: int = 0) -> Any:
-    """Any value of JSON's types."""
-    scalars = [None, True, False, 0, -1, 1, 2**70, -0.5, 1e308, float("nan"), float("inf"), "", "cpu", "\u0000", "../x"]
-    if depth > 3 or rng.random() < 0.6:
-        return rng.choice(scalars)
-    if rng.random() < 0.5:
-        return [_oddity(rng, depth + 1) for _ in range(rng.randrange(4))]
-    return {str(_oddity(rng, 9)): _oddity(rng, depth + 1) for _ in range(rng.randrange(4))}
-
-
-_NO_OBJECTS = [b"[" * 100_000, b'{"a":' * 100_000, b"1" * 10_000, b"\xff\xfe{}", b"[]", b"null", b'"x"', b""]
-
-
-def _other_json(content: bytes, rng: random.Random, canary: Path) -> bytes:
-    """Another value at a random place, or something else altogether."""
-    if rng.random() < 0.1:
-        return rng.choice(
-            [b"[" * 100_000, b'{"a":' * 100_000, b"1" * 10_000, b"\xff\xfe{}", b"[]", b"null", b'"x"', b""]
-        )
-    value = json.loads(content)
-    place = value
-    while True:
-        key = rng.choice(list(place) if isinstance(place, dict) else range(len(place)))
-        if isinstance(place[key], (dict, list)) and place[key] and rng.random() < 0.7:
-            place = place[key]
-            continue
-        place[key] = _oddity(rng)
-        if rng.random() < 0.2 and isinstance(place, dict):
-            del place[key]
-        return json.dumps(value).encode()
-
-
-def _odd_array(rng: random.Random) -> Any:
-    shape = rng.choice([(), (0,), (1,), (3,), (2, 3), (0, 3), (1, 1, 1)])
-    kind = rng.choice(["f8", "f4", "f2", "i8", "u1", "u8", "c16", "U3", "S2", "?", "M8[s]", "V4", "O", ">f8", "i4,f8"])
-    return np.zeros(shape, kind)
-
-
-@functools.cache
-def _large_npz(name: str) -> bytes:
-    """480 MB of zeros in 500 kB."""
-    sink = io.BytesIO()
-    np.savez_compressed(sink, **{name: np.zeros(60_000_000)})
-    return sink.getvalue()
-
-
-def _npz(arrays: dict[str, Any], rng: random.Random, canary: Path) -> bytes:
-    """The arrays with one exchanged; or one that is a bomb, or code."""
-    arrays, name = dict(arrays), rng.choice(list(arrays))
-    sink, compress = io.BytesIO(), rng.random() < 0.3
-    how = rng.randrange(10)
-    if how == 0:
-        del arrays[name]
-    elif how == 1:
-        arrays[name] = np.array([_Calls(open, str(canary), "w")], object)
-    elif how == 2 and rng.random() < 0.05:
-        return _large_npz(name)
-    elif how == 3:  # a header that promises what is not there
-        raw = b"\x93NUMPY\x01\x00" + struct.pack("<H", 118)
-        text = f"{{'descr': '<f8', 'fortran_order': False, 'shape': ({rng.choice([1 << 28, 1 << 40])},)}}"
-        with zipfile.ZipFile(sink, "w") as archive:
-            archive.writestr(f"{name}.npy", raw + text.ljust(117).encode() + b"\n")
-        return sink.getvalue()
-    elif how == 4:
-        np.save(sink, np.zeros(3))
-        return sink.getvalue()
-    else:
-        arrays[name] = _odd_array(rng)
-    (np.savez_compressed if compress else np.savez)(sink, **arrays)
-    return sink.getvalue()
-
 
 # ---- CIFAR-10
 
@@ -204,15 +70,15 @@ def _write_python(folder: Path) -> list[Path]:
 
 def _other_batch(content: bytes, rng: random.Random, canary: Path) -> bytes:
     if rng.random() < 0.2:
-        return _bombs(rng)
+        return bombs(rng)
     batch = _batch(_table(1))
     key = rng.choice([b"data", b"labels", b"other", b"\xff", 7, None])
     label = rng.choice([-1, 10, 255, 256, 2**70, 1.5, None, "1", b"1", True, [1], {}])
     batch[key] = rng.choice(
-        [_hostile(canary, rng), [label], label, _odd_array(rng), _laughs(rng.choice([3, 24, 40])), _oddity(rng), [1, 2]]
+        [hostile(canary, rng), [label], label, odd_array(rng), laughs(rng.choice([3, 24, 40])), oddity(rng), [1, 2]]
     )
     if rng.random() < 0.05:
-        batch = rng.choice([[batch], None, 7, _hostile(canary, rng)])
+        batch = rng.choice([[batch], None, 7, hostile(canary, rng)])
     try:
         return pickle.dumps(batch, protocol=rng.randrange(6))
     except (TypeError, AttributeError, ValueError, pickle.PicklingError):
@@ -317,7 +183,7 @@ def _other_checkpoint(content: bytes, rng: random.Random, canary: Path) -> bytes
         case 0:
             inner = damaged(content[:size], rng)
         case 1:
-            state[rng.choice(["step", "rows", "model", "x"])] = _hostile(canary, rng)
+            state[rng.choice(["step", "rows", "model", "x"])] = hostile(canary, rng)
             inner = _saved(state, rng)
         case 2:
             key = rng.choice(["step", "seconds", "rows", "model"])
@@ -328,9 +194,7 @@ def _other_checkpoint(content: bytes, rng: random.Random, canary: Path) -> bytes
         case 3 | 4:
             inner = _other_parts(content[:size], rng)
         case _:
-            inner = rng.choice(
-                [_bombs(rng), b"x", pickle.dumps(_laughs(30)), _saved(rng.choice([[1], _laughs(20)]), rng)]
-            )
+            inner = rng.choice([bombs(rng), b"x", pickle.dumps(laughs(30)), _saved(rng.choice([[1], laughs(20)]), rng)])
     return inner if rng.random() < 0.3 else inner + run.checksum(inner)
 
 
@@ -477,7 +341,7 @@ def _read_extra_state(folder: Path) -> Any:
 
 def _other_extra_state(content: bytes, rng: random.Random, canary: Path) -> bytes:
     text, _, tensors = content.partition(b"\0")
-    return _other_json(text, rng, canary) + b"\0" + tensors
+    return other_json(text, rng, canary) + b"\0" + tensors
 
 
 ALL = [
@@ -490,10 +354,10 @@ ALL = [
         _write_metrics,
         lambda folder: run.RunFolder(folder).read_metrics(),
         (run.RunError,),
-        lambda content, rng, canary: _npz(_METRICS, rng, canary),
+        lambda content, rng, canary: npz(_METRICS, rng, canary),
     ),
-    Target("configuration and summary", _write_config, _read_config, (ValueError,), _other_json),
-    Target("sweep.json", _write_sweep, _read_sweep, (run.RunError,), _other_json),
+    Target("configuration and summary", _write_config, _read_config, (ValueError,), other_json),
+    Target("sweep.json", _write_sweep, _read_sweep, (run.RunError,), other_json),
     Target("chunk of a sweep", _write_chunk, _read_chunk, (run.RunError,), _other_table, lambda a, b: a == b),
     Target("table of another sweep", _write_against, _read_against, (ValueError,), _other_table),
     Target(
@@ -501,7 +365,7 @@ ALL = [
         _write_initial,
         lambda folder: spiral.load_initial_values(folder / "initial.npz"),
         (ValueError,),
-        lambda content, rng, canary: _npz(_INITIAL, rng, canary),
+        lambda content, rng, canary: npz(_INITIAL, rng, canary),
     ),
     Target("extra state of a loss", _write_extra_state, _read_extra_state, (ValueError,), _other_extra_state),
 ]
