@@ -1,17 +1,11 @@
 // The portable perceptron kernels: 16-byte vectors, which every x86-64 and aarch64 has.
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <type_traits>
-#include <utility>
-
-#include "core/cross_entropy_row.h"
-#include "cpu/perceptron_kernel.h"
-
-#define INSTRUCTION_SET portable
 #define VECTOR_BYTES 16
+#include "cpu/perceptron_kernel.h"
+#include "cpu/target.h"
+
+DYNLOSS_TARGET_BEGIN
 #include "cpu/perceptron_kernels.h"
+DYNLOSS_TARGET_END
 
 namespace dynloss::cpu {
 

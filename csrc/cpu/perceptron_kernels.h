@@ -1,7 +1,5 @@
 // Included once per instruction set, as rows.h is and under the same conditions.
 
-#define DYNLOSS_ALWAYS_INLINE_LAMBDA __attribute__((always_inline))
-
 namespace dynloss::cpu::INSTRUCTION_SET {
 
 #include "vector.h"

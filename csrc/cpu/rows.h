@@ -1,8 +1,4 @@
-// The cross-entropy kernels for one instruction set. The including file sets INSTRUCTION_SET (a namespace),
-// VECTOR_BYTES and the compiler's target, and includes every standard header before: inline functions of
-// theirs must not be compiled for a machine that the program may not run on.
-
-#define DYNLOSS_ALWAYS_INLINE_LAMBDA __attribute__((always_inline))
+// The cross-entropy kernels for one instruction set, included under the conditions of target.h.
 
 namespace dynloss::cpu::INSTRUCTION_SET {
 

@@ -1,19 +1,11 @@
 // The portable kernels: 16-byte vectors, which every x86-64 and aarch64 has.
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstdlib>
-#include <cstring>
-#include <memory>
-#include <type_traits>
-#include <utility>
-
-#include "core/cross_entropy_row.h"
-#include "cpu/kernel.h"
-
-#define INSTRUCTION_SET portable
 #define VECTOR_BYTES 16
+#include "cpu/kernel.h"
+#include "cpu/target.h"
+
+DYNLOSS_TARGET_BEGIN
 #include "cpu/rows.h"
+DYNLOSS_TARGET_END
 
 namespace dynloss::cpu {
 

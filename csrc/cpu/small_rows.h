@@ -123,88 +123,116 @@ struct Tile {
   Vec<T> scale;
 };
 
+// An ignored row counts for nothing, not even with a NaN.
+template <typename T, typename S>
+DYNLOSS_ALWAYS_INLINE void drop_ignored(const Tile<T, S>& tile, int64_t num_classes, Vec<T>* x) {
+  if (tile.all_counted) return;
+  for (int64_t c = 0; c < num_classes; ++c) x[c] = tile.labels.counted ? x[c] : Vec<T>{};
+}
+
+// What the loss and its derivatives need of the logits beside their exponentials.
+template <typename T>
+struct LogitSums {
+  Vec<T> gamma_label{}, picked{}, smoothed{};
+  RowSum<Vec<T>> exponentials{};  // along directions, all of it as others
+};
+
+// z becomes exp(z - top).
 template <typename T, typename S, Kind K, int Classes>
-DYNLOSS_ALWAYS_INLINE Vec<T> run_tile(const Shared<T>& shared, const Tile<T, S>& tile) {
-  constexpr bool has_v = has_v_v<K>;
-  constexpr int room = Classes > 0 ? Classes : max_plane_classes;
-  const int64_t C = Classes > 0 ? Classes : shared.num_classes;
-  Vec<T> z[room];
-  load_tile<T, S, Classes>(tile.logits, C, z);
-  // An ignored row counts for nothing, not even with a NaN.
-  const auto drop_ignored = [&](Vec<T>* x) DYNLOSS_ALWAYS_INLINE_LAMBDA {
-    if (tile.all_counted) return;
-    for (int64_t c = 0; c < C; ++c) x[c] = tile.labels.counted ? x[c] : Vec<T>{};
-  };
-  drop_ignored(z);
+DYNLOSS_ALWAYS_INLINE LogitSums<T> exponentiate(const Shared<T>& shared, const Tile<T, S>& tile, int64_t C,
+                                                Vec<T>* z) {
   Vec<T> top = z[0];
   for_classes<Classes>(C, [&](int64_t c) DYNLOSS_ALWAYS_INLINE_LAMBDA { top = maximum(z[c], top); });
-
-  Vec<T> gamma_label{}, picked{}, smoothed{};
-  RowSum<Vec<T>> sum{};  // along directions, all of it as others
+  LogitSums<T> sums;
   for_classes<Classes>(C, [&](int64_t c) DYNLOSS_ALWAYS_INLINE_LAMBDA {
     const Mask<T> here = tile.labels.index == static_cast<Lane<T>>(c);
     const Vec<T> shifted = z[c] - top;
-    gamma_label = here ? broadcast(shared.weights[c]) : gamma_label;
+    sums.gamma_label = here ? broadcast(shared.weights[c]) : sums.gamma_label;
     if constexpr (has_loss_v<K>) {
-      picked = here ? shifted : picked;
-      if (shared.smooth) smoothed += shared.weights[c] * shifted;
+      sums.picked = here ? shifted : sums.picked;
+      if (shared.smooth) sums.smoothed += shared.weights[c] * shifted;
     }
     z[c] = exp_nonpositive(shifted);
-    if constexpr (has_v) {
+    RowSum<Vec<T>>& sum = sums.exponentials;
+    if constexpr (has_v_v<K>) {
       sum.others += z[c];
     } else {
       sum.label = here ? z[c] : sum.label;
       sum.others = here ? sum.others : sum.others + z[c];
     }
   });
-  const TargetWeights<Vec<T>> q = shared.target.at(gamma_label);
+  return sums;
+}
 
+// From the exponentials to the gradient.
+template <typename T, typename S, int Classes>
+DYNLOSS_ALWAYS_INLINE void differentiate(const Shared<T>& shared, const Tile<T, S>& tile,
+                                         const RowGradient<Vec<T>>& gradient, int64_t C, Vec<T>* z) {
+  for_classes<Classes>(C, [&](int64_t c) DYNLOSS_ALWAYS_INLINE_LAMBDA {
+    Vec<T> x = gradient.of_softmax(z[c]);
+    if (shared.smooth) x -= gradient.of_smoothing(shared.weights[c]);
+    z[c] = tile.labels.index == static_cast<Lane<T>>(c) ? gradient.at_label : x;
+  });
+}
+
+// From the exponentials to the products along v, or along u and v; `sum` is that of the exponentials.
+template <typename T, typename S, Kind K, int Classes>
+DYNLOSS_ALWAYS_INLINE void multiply(const Tile<T, S>& tile, const RowGradient<Vec<T>>& gradient, Vec<T> sum,
+                                    int64_t C, Vec<T>* z) {
+  constexpr int room = Classes > 0 ? Classes : max_plane_classes;
+  constexpr bool third = K == Kind::third;
+  InnerProducts<Vec<T>> products;
+  Vec<T> v[room], u[third ? room : 1];
+  load_tile<T, S, Classes>(tile.v, C, v);
+  drop_ignored(tile, C, v);
+  if constexpr (third) {
+    load_tile<T, S, Classes>(tile.u, C, u);
+    drop_ignored(tile, C, u);
+  }
+  for_classes<Classes>(C, [&](int64_t c) DYNLOSS_ALWAYS_INLINE_LAMBDA {
+    const Mask<T> below = z[c] < 1.0f;
+    products.v_top = below ? products.v_top : v[c];
+    if constexpr (third) products.u_top = below ? products.u_top : u[c];
+  });
+  for_classes<Classes>(C, [&](int64_t c) DYNLOSS_ALWAYS_INLINE_LAMBDA {
+    if constexpr (third)
+      products.add(z[c], u[c], v[c]);
+    else
+      products.add(z[c], v[c]);
+  });
+  products.divide(sum);
+  for_classes<Classes>(C, [&](int64_t c) DYNLOSS_ALWAYS_INLINE_LAMBDA {
+    if constexpr (third)
+      z[c] *= gradient.factor * products.factor(u[c], v[c]);
+    else
+      z[c] *= gradient.factor * products.factor(v[c]);
+  });
+}
+
+// Writes what is wanted of the rows, and returns their losses.
+template <typename T, typename S, Kind K, int Classes>
+DYNLOSS_ALWAYS_INLINE Vec<T> run_tile(const Shared<T>& shared, const Tile<T, S>& tile) {
+  const int64_t C = Classes > 0 ? Classes : shared.num_classes;
+  Vec<T> z[Classes > 0 ? Classes : max_plane_classes];
+  load_tile<T, S, Classes>(tile.logits, C, z);
+  drop_ignored(tile, C, z);
+  const LogitSums<T> sums = exponentiate<T, S, K, Classes>(shared, tile, C, z);
+  const RowSum<Vec<T>>& sum = sums.exponentials;
+  const TargetWeights<Vec<T>> q = shared.target.at(sums.gamma_label);
   if constexpr (has_output_v<K>) {
     const RowGradient<Vec<T>> gradient(tile.scale, q, sum);
-    if constexpr (!has_v) {
-      for_classes<Classes>(C, [&](int64_t c) DYNLOSS_ALWAYS_INLINE_LAMBDA {
-        Vec<T> x = gradient.of_softmax(z[c]);
-        if (shared.smooth) x -= gradient.of_smoothing(shared.weights[c]);
-        z[c] = tile.labels.index == static_cast<Lane<T>>(c) ? gradient.at_label : x;
-      });
-    } else {
-      InnerProducts<Vec<T>> products;
-      Vec<T> v[room], u[K == Kind::third ? room : 1];
-      load_tile<T, S, Classes>(tile.v, C, v);
-      drop_ignored(v);
-      if constexpr (K == Kind::third) {
-        load_tile<T, S, Classes>(tile.u, C, u);
-        drop_ignored(u);
-      }
-      for_classes<Classes>(C, [&](int64_t c) DYNLOSS_ALWAYS_INLINE_LAMBDA {
-        const Mask<T> below = z[c] < 1.0f;
-        products.v_top = below ? products.v_top : v[c];
-        if constexpr (K == Kind::third) products.u_top = below ? products.u_top : u[c];
-      });
-      for_classes<Classes>(C, [&](int64_t c) DYNLOSS_ALWAYS_INLINE_LAMBDA {
-        if constexpr (K == Kind::third)
-          products.add(z[c], u[c], v[c]);
-        else
-          products.add(z[c], v[c]);
-      });
-      products.divide(sum.others);
-      for_classes<Classes>(C, [&](int64_t c) DYNLOSS_ALWAYS_INLINE_LAMBDA {
-        if constexpr (K == Kind::third)
-          z[c] *= gradient.factor * products.factor(u[c], v[c]);
-        else
-          z[c] *= gradient.factor * products.factor(v[c]);
-      });
-    }
-    drop_ignored(z);
+    if constexpr (has_v_v<K>)
+      multiply<T, S, K, Classes>(tile, gradient, sum.others, C, z);
+    else
+      differentiate<T, S, Classes>(shared, tile, gradient, C, z);
+    drop_ignored(tile, C, z);
     store_tile<T, S, Classes>(tile.out, C, z, tile.overlap);
   }
-  if constexpr (has_loss_v<K>) {
-    Vec<T> linear = q.on_label * picked;
-    if (shared.smooth) linear += shared.target.spread * smoothed;
-    const Vec<T> loss = row_loss(q.total, log_of_sum(sum.all(), sum.rest()), linear);
-    return tile.all_counted ? loss : (tile.labels.counted ? loss : Vec<T>{});
-  }
-  return Vec<T>{};
+  if constexpr (!has_loss_v<K>) return Vec<T>{};
+  Vec<T> linear = q.on_label * sums.picked;
+  if (shared.smooth) linear += shared.target.spread * sums.smoothed;
+  const Vec<T> loss = row_loss(q.total, log_of_sum(sum.all(), sum.rest()), linear);
+  return tile.all_counted ? loss : (tile.labels.counted ? loss : Vec<T>{});
 }
 
 // ---- the tiles of a chunk
