@@ -5,7 +5,7 @@ from dynloss_ext import reference
 from dynloss_ext.eigen import ConvergenceWarning, EigenResult, EigenTracker, eigsh
 from dynloss_ext.ensemble import ModuleEnsemble, Perceptron, PerceptronEnsemble
 from dynloss_ext.graphs import CapturedHessian, CapturedStep, DeviceRecords
-from dynloss_ext.hessian import GaussNewtonOperator, HessianOperator
+from dynloss_ext.hessian import CurvatureOperator, GaussNewtonOperator, HessianOperator
 from dynloss_ext.instability import (
     Crossing,
     Instability,
@@ -38,6 +38,7 @@ __all__ = [
     "CapturedStep",
     "ConvergenceWarning",
     "Crossing",
+    "CurvatureOperator",
     "DeviceRecords",
     "DiagonalEstimate",
     "DynamicCrossEntropyLoss",

@@ -20,6 +20,7 @@ from common.tracking import CurvatureTracker
 from dynloss_ext import (
     CapturedHessian,
     CapturedStep,
+    CurvatureOperator,
     DeviceRecords,
     HessianOperator,
     Oscillation,
@@ -30,7 +31,6 @@ from dynloss_ext import (
     ntk_eigenvalues,
     spectral_density,
 )
-from dynloss_ext.hessian import CurvatureOperator
 
 if TYPE_CHECKING:
     from spiral_mlp import SpiralConfig

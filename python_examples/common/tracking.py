@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from common.data import Batch
 from common.records import Table
 from common.stopping import Stopped, interruptible
-from dynloss_ext import EigenTracker, HessianOperator, Oscillation, dynamic_cross_entropy
-from dynloss_ext.hessian import CurvatureOperator
+from dynloss_ext import CurvatureOperator, EigenTracker, HessianOperator, Oscillation, dynamic_cross_entropy
 
 
 class CurvatureTracker:
