@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cross_entropy_cases
 import pytest
 import torch
 
@@ -28,12 +29,8 @@ SHAPES = [
 ]  # fmt: skip
 
 
-def randn(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
 def labels(classes, *shape, seed=0, ignored=False):
-    target = torch.randint(classes, shape, generator=torch.Generator().manual_seed(seed))
+    target = cross_entropy_cases.labels(classes, *shape, seed=seed)
     if ignored:
         target.view(-1)[::5] = -100
     return target

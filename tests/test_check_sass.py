@@ -2,16 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
+import check_sass
 import pytest
-
-PATH = Path(__file__).resolve().parents[1] / "tools" / "check_sass.py"
-SPEC = importlib.util.spec_from_file_location("check_sass", PATH)
-assert SPEC is not None and SPEC.loader is not None
-check_sass = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(check_sass)
 
 GOOD = """
         LDGSTS.E.BYPASS.128 [R4], desc[UR6][R2.64] ;

@@ -6,7 +6,7 @@ import contextlib
 import json
 import sys
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,16 +16,11 @@ import torch
 
 
 @pytest.fixture
-def solvers(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    monkeypatch.syspath_prepend(str(Path(__file__).parent / "benchmarks"))
-    import compare_eigensolvers
-
+def solvers(benchmark_script: Callable[[str], ModuleType]) -> Iterator[ModuleType]:
     dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
-    yield compare_eigensolvers
+    yield benchmark_script("compare_eigensolvers")
     torch.set_default_dtype(dtype)  # main has set both
     torch.set_num_threads(threads)
-    for name in ("compare_eigensolvers", "machine"):
-        sys.modules.pop(name, None)
 
 
 def small_problem(solvers: ModuleType) -> Any:

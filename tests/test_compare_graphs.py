@@ -8,22 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 ROWS = ["spiral step", "spiral product", "spiral refresh", "tracker update", "myrtle5 step", "myrtle5 step, fast"]
 
 
 @pytest.fixture
-def compare_graphs(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(Path(__file__).parent / "benchmarks"))
-    import compare_graphs
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # threads that wait for each other crawl on a busy machine
-    yield compare_graphs
-    torch.set_num_threads(threads)
-    for name in ("compare_graphs", "machine"):
-        sys.modules.pop(name, None)
+def compare_graphs(benchmark_script: Any, one_thread: None) -> Any:
+    return benchmark_script("compare_graphs")
 
 
 def test_the_report_is_whole_after_every_row(compare_graphs: Any, tmp_path: Path, monkeypatch: Any) -> None:

@@ -16,13 +16,8 @@ ALL = ("exact", "tf32", "bfloat16")
 
 
 @pytest.fixture
-def compare_training(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(Path(__file__).parent / "benchmarks"))
-    import compare_training
-
-    yield compare_training
-    for name in ("compare_training", "machine"):
-        sys.modules.pop(name, None)
+def compare_training(benchmark_script: Any) -> Any:
+    return benchmark_script("compare_training")
 
 
 def test_the_report_is_whole_after_every_turn(compare_training: Any, tmp_path: Path, monkeypatch: Any) -> None:

@@ -3,17 +3,13 @@ digits of 1 - p. Against the definitions in 150 decimal places."""
 
 import functools
 import itertools
-import os
-import subprocess
-import sys
 from decimal import Decimal, localcontext
-from pathlib import Path
 
 import pytest
 import torch
 from cross_entropy_cases import labels, normal
+from processes import run_python
 
-import dynloss_ext
 from dynloss_ext import HessianOperator, Oscillation, dynamic_cross_entropy, eigsh, loss_and_gradient, reference
 from dynloss_ext._C import cpu_instruction_set
 
@@ -133,15 +129,7 @@ def test_the_twin_has_them_too(dtype, smoothing):
 
 @pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
 def test_on_every_instruction_set(capability):
-    def run(*arguments):
-        return subprocess.run(
-            [sys.executable, *arguments],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "DYNLOSS_CPU_CAPABILITY": capability},
-            cwd=Path(dynloss_ext.__file__).parent.parent,  # elsewhere a source folder could hide the package
-            check=True,
-            capture_output=True,
-            text=True,
-        ).stdout
+    run = functools.partial(run_python, timeout=900, DYNLOSS_CPU_CAPABILITY=capability)
 
     if run("-c", "import dynloss_ext._C as c; print(c.cpu_instruction_set())").strip() != capability:
         pytest.skip(f"this machine has no {capability}")

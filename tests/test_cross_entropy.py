@@ -1,10 +1,7 @@
 """Values of the loss and its derivatives: against torch, the twins of reference.py, and at every numeric edge."""
 
 import math
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,8 +21,8 @@ from cross_entropy_cases import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import run_python
 
-import dynloss_ext
 from dynloss_ext import DynamicCrossEntropyLoss, Oscillation, dynamic_cross_entropy, loss_and_gradient, reference
 
 INF, NAN = math.inf, math.nan
@@ -446,15 +443,7 @@ def test_same_bits_on_every_run_and_for_every_number_of_threads():
 
 def output_of(script, **variables):
     """The lines that a new process prints."""
-    return subprocess.run(
-        [sys.executable, "-c", f"import torch\n{script}"],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **variables},
-        cwd=Path(dynloss_ext.__file__).parent.parent,  # elsewhere a source folder could hide the package
-        check=True,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    ).stdout.splitlines()
+    return run_python("-c", f"import torch\n{script}", **variables).splitlines()
 
 
 def test_instruction_sets_agree_and_are_deterministic_each():

@@ -1,21 +1,17 @@
 """Models that torch, left alone, differentiates once, or whose graphs lose a part."""
 
-import os
-import subprocess
-import sys
 import threading
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from curvature_problems import hessian_by_differences
+from processes import run_python
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-import dynloss_ext
 from dynloss_ext import (
     EigenTracker,
     GaussNewtonOperator,
@@ -221,10 +217,7 @@ assert torch.allclose(H.to_dense(), factor * torch.diag(w.detach().exp()))
 
 @pytest.mark.parametrize("how", ["whole", "batches"])
 def test_what_is_compiled_first_in_the_closure_runs_uncompiled_too(how):
-    command = [sys.executable, "-c", COMPILED_FIRST_IN_A_CLOSURE, how]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    cwd = Path(dynloss_ext.__file__).parents[1]
-    subprocess.run(command, check=True, timeout=120, env=env, cwd=cwd)
+    run_python("-c", COMPILED_FIRST_IN_A_CLOSURE, how)
 
 
 def single_derivatives():

@@ -3,8 +3,6 @@
 import math
 import os
 import signal
-import subprocess
-import sys
 import threading
 import warnings
 
@@ -12,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from curvature_problems import Known, check_eigenpairs, dense_hessian, loss_of, mlp
+from processes import run_python
 
 from dynloss_ext import ConvergenceWarning, HessianOperator, eigsh
 
@@ -416,16 +415,7 @@ def test_the_driver_runs_the_instruction_set_that_is_asked_for():
     """Each adds up in an order of its own, which shows in the last bits."""
     names, bits, values = set(), set(), []
     for capability in ("default", "avx2", "avx512"):
-        variables = {"PYTHONPATH": os.pathsep.join(sys.path), "DYNLOSS_CPU_CAPABILITY": capability}
-        name, digest, *found = subprocess.run(
-            [sys.executable, "-c", SUMS],
-            env=os.environ | variables,
-            cwd=os.path.dirname(__file__),  # elsewhere a source folder could hide the package
-            check=True,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        ).stdout.split()
+        name, digest, *found = run_python("-c", SUMS, DYNLOSS_CPU_CAPABILITY=capability).split()
         names.add(name)
         bits.add((name, digest))
         values.append([float(value) for value in found])

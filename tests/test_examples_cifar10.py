@@ -32,12 +32,7 @@ SCRIPTS = [myrtle5_bifurcations, myrtle5_cifar10, wrn28_10_cifar10]
 RUN_FILES = {"config.json", "metrics.npz", "summary.json", "figure.png", "checkpoint.pt"}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def smoke(script: ModuleType, out: Path, *options: str) -> dict[str, Any]:

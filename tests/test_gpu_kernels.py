@@ -8,24 +8,16 @@ import math
 import sys
 import time
 import types
-from pathlib import Path
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-MODULES = ("gpu_kernels", "graph_timing", "kernel_rows", "time_budget", "compare_losses", "loss_contenders", "machine")
-
 
 @pytest.fixture
-def gpu_kernels(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parent / "benchmarks"))
-    import gpu_kernels
-
-    yield gpu_kernels
-    for name in MODULES:
-        sys.modules.pop(name, None)
+def gpu_kernels(benchmark_script):
+    return benchmark_script("gpu_kernels")
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import types
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,14 +13,8 @@ from dynloss_ext import Oscillation, dynamic_cross_entropy
 
 
 @pytest.fixture
-def benchmarks(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parent / "benchmarks"))
-    import compare_losses
-    import loss_contenders
-
-    yield loss_contenders, compare_losses
-    for name in ("compare_losses", "loss_contenders", "machine"):
-        sys.modules.pop(name, None)
+def benchmarks(benchmark_script):
+    return benchmark_script("loss_contenders"), benchmark_script("compare_losses")
 
 
 def stand_ins():

@@ -1,16 +1,15 @@
 """The ops behind PerceptronEnsemble against their twins by autograd, in float64."""
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from processes import run_python
 from torch import Tensor
 
-from dynloss_ext import _C, Oscillation, reference
+from dynloss_ext import Oscillation, reference
 
 ops = torch.ops.dynloss
 ACTIVATIONS = ("relu", "tanh")
@@ -366,14 +365,4 @@ print(worst)
 @pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
 def test_other_instruction_sets(capability):
     here = os.path.dirname(os.path.abspath(__file__))
-    process = subprocess.run(
-        [sys.executable, "-c", SCRIPT.format(path=[here])],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "DYNLOSS_CPU_CAPABILITY": capability},
-        cwd=os.path.dirname(os.path.dirname(os.path.abspath(_C.__file__))),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert process.returncode == 0, process.stderr
-    assert float(process.stdout) < 200
+    assert float(run_python("-c", SCRIPT.format(path=[here]), DYNLOSS_CPU_CAPABILITY=capability)) < 200

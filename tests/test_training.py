@@ -37,13 +37,7 @@ PACKAGES = Path(dynloss_ext.__file__).parent.parent  # first in the path: the wo
 CPU = World(torch.device("cpu"))
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """These networks are too small for more, and threads that wait for each other crawl on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def small(out: Path, **changes: Any) -> TrainingConfig:

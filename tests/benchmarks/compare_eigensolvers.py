@@ -37,7 +37,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from machine import machine, one_line
+from machine import machine, one_line, write_json
 from torch import Tensor, nn
 
 ROOT = Path(__file__).parents[2]
@@ -429,12 +429,9 @@ def show(summary: dict[str, Any]) -> None:
         print(f"{name:24}{row['products']:>10.2f}{wall:>10.2f}{cpu:>12.2f}{row['worst_error']:>13.1e}")
 
 
-def write_json(path: Path, problem: str, figures: dict[str, Any]) -> None:
+def add_to_json(path: Path, problem: str, figures: dict[str, Any]) -> None:
     known = json.loads(path.read_text()) if path.exists() else {}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".part")
-    partial.write_text(json.dumps(known | {problem: figures}, indent=2) + "\n")
-    os.replace(partial, path)
+    write_json(path, known | {problem: figures})
 
 
 def main() -> None:
@@ -478,7 +475,7 @@ def main() -> None:
     def save(summary: dict[str, Any]) -> None:
         figures["solvers"] = summary
         if arguments.json:
-            write_json(arguments.json, arguments.problem, figures)
+            add_to_json(arguments.json, arguments.problem, figures)
 
     save({})
     summary = measure(problem, contenders(), arguments.states, arguments.gap, arguments.warm, save)

@@ -15,7 +15,6 @@ layer. The figure is of the cost against the numbers of members, hidden units an
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import subprocess
 import sys
@@ -26,12 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import machine, one_line
+from machine import machine, one_line, write_json
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "python_examples"))
 
-from common.run import atomic_write
 from common.spiral import SpiralMLP, spiral_data
 from dynloss_ext import HessianOperator, Oscillation, PerceptronEnsemble, dynamic_cross_entropy, loss_and_gradient
 
@@ -325,8 +323,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             results["results"].append(many_members(options.members, hidden, dtype, options.rounds, options.threads))
     results["scaling"] = scaling(options.rounds)
     if options.json:
-        with atomic_write(options.json) as file:
-            file.write((json.dumps(results, indent=2) + "\n").encode())
+        write_json(options.json, results)
     if options.figure:
         draw(results["scaling"], "A step of the spiral perceptron, float64, one thread", options.figure)
     return results

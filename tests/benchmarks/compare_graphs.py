@@ -12,7 +12,6 @@ replaced after every row.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import machine
+from machine import machine, write_json
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "python_examples"))
@@ -31,7 +30,6 @@ import myrtle5_cifar10
 from common.config import TrainingConfig
 from common.data import Dataset, Split
 from common.distributed import World
-from common.run import atomic_write
 from common.spiral import SpiralMLP, spiral_data
 from common.training_state import Training, configure_numerics
 from dynloss_ext import (
@@ -83,9 +81,7 @@ def _short(value: Any) -> str:
 def write_report(options: argparse.Namespace, rows: dict[str, Row]) -> None:
     if options.json is None:
         return
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(options.json) as file:
-        file.write(f"{json.dumps({'machine': machine(options.device), 'rows': rows}, indent=2)}\n".encode())
+    write_json(options.json, {"machine": machine(options.device), "rows": rows})
 
 
 # --- rows -----------------------------------------------------------------------------------------------------

@@ -10,16 +10,13 @@ is written anew after each case.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from loss_contenders import CASES, PEERS, Contender, contenders
-from machine import machine, one_line
+from machine import machine, one_line, write_json
 
 import dynloss_ext
 from dynloss_ext import _C
@@ -117,12 +114,6 @@ def ratio(row: Row, name: str) -> float:
     return value / ours if isinstance(value, float) else float("nan")
 
 
-def write(report: dict[str, Any], path: Path) -> None:
-    scratch = path.with_name(path.name + ".tmp")
-    scratch.write_text(json.dumps(report, indent=2) + "\n")
-    os.replace(scratch, path)
-
-
 def print_row(name: str, row: Row, rivals: list[str]) -> None:
     figures = "".join(f"{x:12.1f}" if isinstance(x := row.get(column), float) else f"{'-':>12}" for column in COLUMNS)
     goals = TARGETS.get(name, ())
@@ -190,7 +181,7 @@ def main() -> None:
         if options.device == "cuda":
             torch.cuda.empty_cache()
         if options.json:
-            write(report, options.json)
+            write_json(options.json, report)
     for rival in rivals:
         reasons = {reason for row in rows.values() if isinstance(reason := row.get(rival), str)}
         print(*(f"{rival}: {reason}" for reason in sorted(reasons)), sep="\n", end="\n" if reasons else "")

@@ -14,7 +14,6 @@ of a contender, so that an interrupted comparison leaves what it has measured.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import sys
@@ -26,7 +25,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from machine import machine
+from machine import machine, write_json
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "python_examples"))
 
@@ -35,7 +34,6 @@ import wrn28_10_cifar10
 from common.config import TrainingConfig
 from common.data import Batches, Dataset, Split
 from common.distributed import World
-from common.run import atomic_write
 from common.training_state import Training, build_model, configure_numerics
 
 NETWORKS: dict[str, tuple[TrainingConfig, TrainingConfig]] = {  # at the paper's size, and small
@@ -196,9 +194,7 @@ def write_report(options: argparse.Namespace, results: dict[str, dict[str, dict[
         "sizes": "small" if options.small else "paper",
         "images_per_second": results,
     }
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(options.json) as file:
-        file.write(f"{json.dumps(report, indent=2)}\n".encode())
+    write_json(options.json, report)
 
 
 def main() -> None:

@@ -10,21 +10,17 @@ them. The counts depend on no clock, and on no machine but for rounding.
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from machine import write_json
 from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator
 from scipy.sparse.linalg import eigsh as arpack
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "python_examples"))
-
-from common.run import atomic_write
 from dynloss_ext import ConvergenceWarning, eigsh
 
 ROWS, TOL = 2000, 1e-3
@@ -89,8 +85,7 @@ def main() -> None:
         cells = "".join(f"{row[s][0]:6d} ({row[s][1]:.0e})" for s in ("ours", "SciPy", "SciPy ncv=24"))
         print(f"{name:38}{cells}  {row['status']}, {row['miss_probability']:.2f}", flush=True)
     if options.json:
-        with atomic_write(options.json) as file:
-            file.write((json.dumps(rows, indent=2) + "\n").encode())
+        write_json(options.json, rows)
 
 
 if __name__ == "__main__":

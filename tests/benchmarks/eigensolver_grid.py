@@ -144,7 +144,7 @@ def run(solvers: Any, arguments: argparse.Namespace, figures: dict[str, Any]) ->
     def save(grid: dict[str, Any]) -> None:
         figures["solvers"] = grid
         if arguments.json:
-            solvers.write_json(arguments.json, "grid", figures)
+            solvers.add_to_json(arguments.json, "grid", figures)
 
     measure_grid(solvers, arguments, grid, save)
     for name, row in grid.items():

@@ -1,7 +1,9 @@
-"""What the figures of a benchmark depend on, and what it says of one that it could not take."""
+"""What the figures of a benchmark depend on, what it says of one that it could not take, and the file of them all."""
 
 from __future__ import annotations
 
+import json
+import os
 import platform
 from pathlib import Path
 from typing import Any
@@ -42,3 +44,11 @@ def machine(device: str = "cpu") -> dict[str, Any]:
 def one_line(error: BaseException) -> str:
     """An error's name and the first line of what it says: CUDA's go on with advice."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+
+
+def write_json(path: Path, report: dict[str, Any]) -> None:
+    """The file is whole at any time: the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(path.name + ".tmp")
+    scratch.write_text(json.dumps(report, indent=2) + "\n")
+    os.replace(scratch, path)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from machine import write_json
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "python_examples")]
@@ -107,10 +108,7 @@ def main() -> int:
             f" eigsh adds {row['added_vectors']:.1f} vectors, bound {row['bound_vectors']:.0f}"
         )
     if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        partial = arguments.json.with_suffix(".part")
-        partial.write_text(json.dumps(figures, indent=2) + "\n")
-        os.replace(partial, arguments.json)
+        write_json(arguments.json, figures)
     return 0 if all(row["within"] for row in figures["eigsh"]) else 1
 
 

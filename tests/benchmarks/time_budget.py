@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compare_losses import write
-from machine import one_line
+from machine import one_line, write_json
 
 Report = dict[str, Any]
 
@@ -52,7 +51,7 @@ class Results:
         self.write()
 
     def write(self) -> None:
-        write(self.report, self.path)
+        write_json(self.path, self.report)
 
     def add(self, name: str, row: Report) -> None:
         self.rows[name] = row

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import os
 import random
 import signal
@@ -28,7 +27,7 @@ import pyarrow.parquet as pq
 import torch
 
 sys.path.append(str(Path(__file__).parents[2] / "python_examples"))
-from robustness.record import machine, today
+from robustness.record import publish
 
 import phase_diagram
 import spiral_mlp
@@ -189,16 +188,10 @@ def main() -> None:
         "training by autograd": options.trainings // 2,
         "sweep": options.sweeps,
     }
-    report = {
-        "command": f"python -m robustness.killed --trainings {options.trainings} --sweeps {options.sweeps}",
-        "machine": machine(),
-        "date": today(),
-        "works": {name: kill_and_resume(name, times, 1, options.seconds) for name, times in counts.items()},
-    }
-    print(json.dumps(report, indent=2))
-    if options.out:
-        options.out.write_text(json.dumps(report, indent=2) + "\n")
-    if any(work["faults"] for work in report["works"].values()):
+    works = {name: kill_and_resume(name, times, 1, options.seconds) for name, times in counts.items()}
+    command = f"python -m robustness.killed --trainings {options.trainings} --sweeps {options.sweeps}"
+    publish(options.out, command, works=works)
+    if any(work["faults"] for work in works.values()):
         raise SystemExit(1)
 
 

@@ -8,7 +8,6 @@ The resident memory after a tenth of the work is compared with that after all of
 from __future__ import annotations
 
 import argparse
-import json
 import time
 import warnings
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from robustness.record import machine, today
+from robustness.record import publish
 
 from dynloss_ext import (
     DynamicCrossEntropyLoss,
@@ -149,17 +148,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    report = {
-        "command": f"python -m robustness.memory --scale {options.scale:g}",
-        "machine": machine(),
-        "date": today(),
-        "bound_bytes": SLACK,
-        "works": {name: growth(name, options.scale, options.seconds) for name in WORKS},
-    }
-    print(json.dumps(report, indent=2))
-    if options.out:
-        options.out.write_text(json.dumps(report, indent=2) + "\n")
-    if max(work["grown_bytes"] for work in report["works"].values()) > SLACK:
+    works = {name: growth(name, options.scale, options.seconds) for name in WORKS}
+    publish(options.out, f"python -m robustness.memory --scale {options.scale:g}", bound_bytes=SLACK, works=works)
+    if max(work["grown_bytes"] for work in works.values()) > SLACK:
         raise SystemExit(1)
 
 

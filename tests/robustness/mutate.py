@@ -9,7 +9,6 @@ fails. A fault that survives needs a test.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -18,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from robustness.record import machine, today
+from robustness.record import publish
 
 ROOT = Path(__file__).parents[2]
 AUTOGRAD = (
@@ -183,18 +182,10 @@ def main() -> None:
             if options.only in fault.file and time.monotonic() < end:
                 outcomes.append(outcome(tree, fault))
                 print(outcomes[-1], flush=True)
-    report = {
-        "command": "python -m robustness.mutate",
-        "machine": machine(),
-        "date": today(),
-        "faults": len(FAULTS),
-        "tried": len(outcomes),
-        "survived": [one for one in outcomes if not one["caught"]],
-        "caught": [one for one in outcomes if one["caught"]],
-    }
-    if options.out:
-        options.out.write_text(json.dumps(report, indent=2) + "\n")
-    if report["survived"]:
+    survived, caught = ([one for one in outcomes if one["caught"] is so] for so in (False, True))
+    counts = {"faults": len(FAULTS), "tried": len(outcomes)}
+    publish(options.out, "python -m robustness.mutate", **counts, survived=survived, caught=caught)
+    if survived:
         raise SystemExit(1)
 
 

@@ -9,7 +9,6 @@ measure of rounding are those of `cross_entropy_cases.py`.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch
 from cross_entropy_cases import DTYPES, STRIDES, labels, near, normal, strided
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from robustness.record import machine, today
+from robustness.record import publish
 from torch import Tensor
 
 from dynloss_ext import DynamicCrossEntropyLoss, Oscillation, dynamic_cross_entropy, loss_and_gradient, reference
@@ -222,17 +221,8 @@ def main() -> None:
         part = min(2000, options.cases - done)
         run(part)
         done += part
-    report = {
-        "command": f"python -m robustness.op_cases --cases {options.cases}",
-        "machine": machine(),
-        "date": today(),
-        "seconds": round(time.monotonic() - began),
-        "cases": done,
-        "failures": 0,
-    }
-    print(json.dumps(report, indent=2))
-    if options.out:
-        options.out.write_text(json.dumps(report, indent=2) + "\n")
+    command = f"python -m robustness.op_cases --cases {options.cases}"
+    publish(options.out, command, seconds=round(time.monotonic() - began), cases=done, failures=0)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import bz2
 import functools
 import gzip
 import io
-import json
 import lzma
 import pickle
 import random
@@ -34,7 +33,7 @@ import torch
 sys.path.append(str(Path(__file__).parents[2] / "python_examples"))
 from robustness.forgeries import bombs, hostile, laughs, npz, odd_array, oddity, other_json
 from robustness.fuzzing import Target, damaged, fuzz, shared_out
-from robustness.record import machine, today
+from robustness.record import publish
 
 import phase_diagram
 import spiral_mlp
@@ -390,18 +389,14 @@ def main() -> None:
             read[target.name] += len(numbers)
         if time.monotonic() - began > options.seconds:
             break
-    report = {
-        "command": f"python -m robustness.readers --cases {options.cases}",
-        "machine": machine(),
-        "date": today(),
-        "seconds": round(time.monotonic() - began),
-        "inputs": sum(read.values()),
-        "faults": len(faults),
-        "by_reader": dict(read),
-    }
-    print(json.dumps(report, indent=2))
-    if options.out:
-        options.out.write_text(json.dumps(report, indent=2) + "\n")
+    publish(
+        options.out,
+        f"python -m robustness.readers --cases {options.cases}",
+        seconds=round(time.monotonic() - began),
+        inputs=sum(read.values()),
+        faults=len(faults),
+        by_reader=dict(read),
+    )
     if faults:
         raise SystemExit(1)
 

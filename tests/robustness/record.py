@@ -1,17 +1,20 @@
-"""Where a committed result comes from: as the benchmarks say it."""
+"""A committed result, and where it comes from, as the benchmarks say it."""
 
 from __future__ import annotations
 
 import datetime
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
-from machine import machine
-
-__all__ = ["machine", "today"]
+from machine import machine, write_json
 
 
-def today() -> str:
-    """The date, as 2026-01-31."""
-    return datetime.date.today().isoformat()
+def publish(out: Path | None, command: str, **figures: Any) -> None:
+    """Prints what `command` has counted on this machine today, and writes it where that is asked for."""
+    report = {"command": command, "machine": machine(), "date": datetime.date.today().isoformat(), **figures}
+    print(json.dumps(report, indent=2))
+    if out:
+        write_json(out, report)

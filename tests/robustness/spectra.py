@@ -14,7 +14,6 @@ others there may be nothing to miss.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 import warnings
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from robustness.record import machine, today
+from robustness.record import publish
 from torch import Tensor
 
 from dynloss_ext import EigenResult, eigsh
@@ -304,19 +303,10 @@ def main() -> None:
     counts = count(range(options.first, options.first + options.cases), options.seconds)
     seconds = time.monotonic() - began
     total = together(counts)
-    report = {
-        "command": f"python -m robustness.spectra --cases {options.cases} --first {options.first}",
-        "machine": machine(),
-        "date": today(),
-        "seconds": round(seconds),
-        "all": total.as_dict(),
-        "families": {name: counts[name].as_dict() for name in sorted(counts)},
-    }
-    text = json.dumps(report, indent=2)
-    print(text)
+    families = {name: counts[name].as_dict() for name in sorted(counts)}
+    command = f"python -m robustness.spectra --cases {options.cases} --first {options.first}"
+    publish(options.out, command, seconds=round(seconds), all=total.as_dict(), families=families)
     print("\n".join(total.faults[:20]))
-    if options.out:
-        options.out.write_text(text + "\n")
     if total.faults or min(chances(counts).values()) < RARE:
         raise SystemExit(1)
 
