@@ -1,14 +1,16 @@
 """Single faults in csrc, each of which some test must find.
 
-    cd tests && python -m robustness.mutate --out robustness/results/mutations.json
+    cd tests && python -m robustness.mutate --out robustness/results/mutate.json
 
 Each fault is put into a copy of the tree, what changed is compiled anew, and the tests that fit are run until one
-fails. A fault that survives needs a test.
+fails. A fault that survives needs a test. The file is written after each, and one that is there already is gone on
+with, for the faults that it has not.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -35,6 +37,11 @@ class Fault(NamedTuple):
     text: str
     by: str
     tests: str
+
+    @property
+    def name(self) -> tuple[str, str]:
+        """As outcomes have it."""
+        return self.file, f"{self.text} -> {self.by}"
 
 
 def _faults(file: str, tests: str, *edits: tuple[str, str]) -> list[Fault]:
@@ -157,11 +164,18 @@ def outcome(tree: Path, fault: Fault) -> dict[str, Any]:
         file.write_text(good)
     failed = next((line for line in output.splitlines() if line.startswith(("FAILED", "ERROR"))), output[-100:])
     return {
-        "file": fault.file,
-        "fault": f"{fault.text} -> {fault.by}",
+        **dict(zip(("file", "fault"), fault.name, strict=True)),
         "caught": code != 0,
         "by": failed[:150] if code else "",
     }
+
+
+def told(out: Path | None, outcomes: list[dict[str, Any]]) -> bool:
+    """Publishes what is known so far; whether every fault was caught."""
+    survived, caught = ([one for one in outcomes if one["caught"] is so] for so in (False, True))
+    counts = {"faults": len(FAULTS), "tried": len(outcomes)}
+    publish(out, "python -m robustness.mutate", **counts, survived=survived, caught=caught)
+    return not survived
 
 
 def main() -> None:
@@ -170,7 +184,10 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=7200, help="begin none after so long")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    end, outcomes = time.monotonic() + options.seconds, []
+    end = time.monotonic() + options.seconds
+    known = json.loads(options.out.read_text()) if options.out and options.out.exists() else {}
+    outcomes = known.get("survived", []) + known.get("caught", [])
+    tried = {(one["file"], one["fault"]) for one in outcomes}
     with tempfile.TemporaryDirectory() as scratch:
         tree = Path(scratch)
         listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
@@ -179,13 +196,10 @@ def main() -> None:
         subprocess.run(["tar", "-x"], cwd=tree, input=packed.stdout, check=True)
         _build(tree)
         for fault in FAULTS:
-            if options.only in fault.file and time.monotonic() < end:
+            if options.only in fault.file and fault.name not in tried and time.monotonic() < end:
                 outcomes.append(outcome(tree, fault))
-                print(outcomes[-1], flush=True)
-    survived, caught = ([one for one in outcomes if one["caught"] is so] for so in (False, True))
-    counts = {"faults": len(FAULTS), "tried": len(outcomes)}
-    publish(options.out, "python -m robustness.mutate", **counts, survived=survived, caught=caught)
-    if survived:
+                told(options.out, outcomes)
+    if not told(options.out, outcomes):
         raise SystemExit(1)
 
 
