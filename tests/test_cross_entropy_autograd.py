@@ -329,6 +329,34 @@ def test_forward_mode_duals_over_reverse():
         close(forward_ad.unpack_dual(g).tangent.detach(), SINGLE.hvp(v))
 
 
+@pytest.mark.parametrize("retain_graph", [False, True])
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_a_dual_grad_output_alone(scale, retain_graph):
+    """The gradient that the forward pass has left is a constant, what it is multiplied by is not."""
+    import torch.autograd.forward_ad as forward_ad
+
+    x = SINGLE.leaf()
+    with forward_ad.dual_level():
+        grad_output = forward_ad.make_dual(torch.tensor(scale, dtype=x.dtype), torch.tensor(5.0, dtype=x.dtype))
+        (g,) = torch.autograd.grad(SINGLE.loss(x), x, grad_output, retain_graph=retain_graph)
+        dual = forward_ad.unpack_dual(g)
+        close(dual.primal, scale * SINGLE.gradient())
+        close(dual.tangent, 5 * SINGLE.gradient())
+
+
+@pytest.mark.parametrize("retain_graph", [False, True])
+def test_grad_outputs_of_a_half_are_not_rounded(retain_graph):
+    logits = SINGLE.logits.bfloat16()
+
+    def gradient(scale):
+        x = logits.clone().requires_grad_()
+        loss = SINGLE.loss(x)
+        return torch.autograd.grad(loss, x, torch.tensor(scale, dtype=loss.dtype), retain_graph=retain_graph)[0]
+
+    scale = 1 + 3 / 512  # bfloat16 has no number between 1 and 1 + 1/128
+    assert torch.equal(gradient(scale), (scale * gradient(1.0).float()).bfloat16())
+
+
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("problem", [SINGLE, ENSEMBLE], ids=["single", "ensemble"])
 def test_batched_grad_outputs(problem, reduction):
