@@ -246,24 +246,26 @@ class BatchSums:
     def _reduce(
         self, compute: Callable[[], Tensor], length: int, keep: int = 0, dtype: torch.dtype = torch.float64
     ) -> tuple[Tensor, list[float]]:
-        return reduce_over(self._group, self._device, compute, length, keep, dtype)
+        groups = () if self._group is None else (self._group,)
+        return reduce_over(groups, self._device, compute, length, keep, dtype)
 
 
 def reduce_over(
-    group: ProcessGroup | None,
+    groups: Sequence[ProcessGroup],
     device: torch.device,
     compute: Callable[[], Tensor],
     length: int,
     keep: int = 0,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, list[float]]:
-    """The sum over the group, in one all-reduce that also carries how many processes failed.
+    """The sum over the processes, in one all-reduce a group that also carries how many of them failed.
 
     Args:
+        groups: over one after the other; none: of this process alone.
         length: of what compute gives, for a process where it fails.
         keep: how many elements of the sum stay on the device; the rest comes as a list.
     """
-    if group is None:
+    if not groups:
         message = compute()
         return message[:keep], message[keep:].tolist()
     failure: BaseException | None = None
@@ -273,7 +275,8 @@ def reduce_over(
         failure = error
         message = torch.zeros(length, dtype=dtype, device=device)
     message = torch.cat([message, message.new_tensor([0.0 if failure is None else 1.0])])
-    distributed.all_reduce(message, group=group)
+    for group in groups:
+        distributed.all_reduce(message, group=group)
     if failure is not None:
         raise failure
     *tail, failed = message[keep:].tolist()

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, distributed, nn
@@ -37,7 +37,7 @@ from dynloss_ext._evaluation import (
     uses_batch_statistics,
     warn_of_unreached,
 )
-from dynloss_ext._shards import Shards, layout_of, mesh_group, norm
+from dynloss_ext._shards import Shards, layout_of, mesh_groups, norm
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -76,20 +76,23 @@ class Gradients:
         given = listed(params)
         self._device = message_device(given, process_group)
         # Who must agree: not in what is called while a closure runs, which has messages of its own for sharded params.
-        self._all = process_group or mesh_group(given)
-        self._processes = 1 if self._all is None else distributed.get_world_size(self._all)
+        self._groups = () if process_group is None else (process_group,)
+        self._all = self._groups or mesh_groups(given)
+        self._processes = math.prod(map(distributed.get_world_size, self._all))
         self.params = Params([], [])
         self._modules: dict[int, nn.Module] = {}
         self._weight, self._own_weight = 1.0, math.nan  # of all processes; of this one
         # Nobody knows the size before the params are checked, and all must make the same call.
         _, (count, *alike) = reduce_over(self._all, self._device, partial(self._check, given), 27)
         if count != self._processes or not all_alike(alike, self._processes):
-            where = "process_group" if self._group else "the mesh"
-            raise ValueError(f"params: expected the same in all processes of {where}, got different shapes or values")
+            self._refuse_differing()
         self.layout = layout_of(self.params, self.like)
         self.params.shards = self.layout if isinstance(self.layout, Shards) else None
         norms = [torch.linalg.vector_norm(self.layout.entries(p.detach()), dtype=torch.float64) for p in self.params]
-        (self.norm,) = self.layout.lengths([torch.stack(norms)])
+        differ = not self.layout.same_in_replicas([_hashed(local) for local in self._origin])
+        self.norm, differing = self.layout.lengths([torch.stack(norms)], torch.tensor(differ, device=self._device))
+        if differing:
+            self._refuse_differing()
         sums = torch.zeros(3, dtype=torch.float64, device=self._device)
         # First uncompiled, as hooks tell which modules are called; then as it will always be.
         _, found = self._reduce(partial(self._survey, sums), 4, dtype=torch.float64)
@@ -106,19 +109,30 @@ class Gradients:
         if wrong:
             raise ValueError(f"closure: expected finite gradients, got NaN or infinity in {', '.join(wrong[:5])}")
 
+    def _refuse_differing(self) -> NoReturn:
+        where = "process_group" if self._group else "the mesh"
+        raise ValueError(f"params: expected the same in all processes of {where}, got different shapes or values")
+
     def length_of(self, v: Tensor) -> float:
         """Of a whole vector, before products with it: a process with sharded parameters that cannot go on tells the
         others.
 
         Raises:
-            RuntimeError: a parameter was changed since this was made; another process failed.
+            RuntimeError: a parameter was changed since this was made; replicas differ; another process failed.
         """
-        if self.params.shards is None:
+        shards = self.params.shards
+        if shards is None:
             return norm(v)
+        alike = shards.same_in_replicas([v])
 
         def square() -> Tensor:
             self._check_unchanged()
-            return torch.tensor([norm(v) ** 2], dtype=torch.float64, device=self._device)
+            if not alike:
+                raise RuntimeError(
+                    "v: expected the same in all processes with one shard, got different values: they make different"
+                    " calls, or their devices do not round alike"
+                )
+            return torch.tensor([norm(v) ** 2 / shards.copies], dtype=torch.float64, device=self._device)
 
         _, (total,) = reduce_over(self._all, self._device, square, 1)
         return math.sqrt(total)
@@ -157,15 +171,13 @@ class Gradients:
         def refuse() -> Tensor:
             raise error
 
-        if self.params.shards:  # who wait for the length of a vector
-            reduce_over(self._all, self._device, refuse, 1)
         kept = rows * self.layout.size
         self._reduce(refuse, kept + 27, keep=kept, dtype=self.like.dtype)
 
     def _reduce(
         self, compute: Callable[[], Tensor], length: int, keep: int = 0, dtype: torch.dtype = torch.float64
     ) -> tuple[Tensor, list[float]]:
-        return reduce_over(self._group, self._device, compute, length, keep, dtype)
+        return reduce_over(self._groups, self._device, compute, length, keep, dtype)
 
     def _check(self, params: Any) -> Tensor:
         """One, and the fingerprint of params."""
@@ -185,8 +197,7 @@ class Gradients:
         self.like = torch.empty(0, dtype=dtype, device=self._device)
         self.rounding = max(torch.finfo(p.dtype).eps for p in self.params)
         self._origin = [_local(p).clone() for p in self.params]
-        of = [p if p.element_size() > 2 else p.float() for p in self.params] if self._group else []
-        found = self._fingerprint(of)
+        found = self._fingerprint([_hashed(p) for p in self.params] if self._group else [])
         if self._sharded:  # each has values of its own
             layouts = [(tuple(p.shape), p.dtype, p.placements) for p in self.params]  # type: ignore[attr-defined]
             found = fingerprint_of(repr((self.params.labels, layouts)), self._device)
@@ -341,6 +352,11 @@ def _local(p: Tensor) -> Tensor:
     """The memory of a parameter in this process; what is written there no version counter sees."""
     with torch.no_grad():
         return p.data.to_local() if is_sharded(p) else p.data  # type: ignore[attr-defined]
+
+
+def _hashed(p: Tensor) -> Tensor:
+    """In a dtype of which there are fingerprints."""
+    return p if p.element_size() > 2 else p.float()
 
 
 def _uncompiled() -> AbstractContextManager[object]:

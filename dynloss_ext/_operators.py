@@ -13,7 +13,9 @@ from torch import Tensor
 
 from dynloss_ext import _C
 from dynloss_ext._checks import Parameters, Params, check_number, check_params, check_tensor, check_vector
+from dynloss_ext._differences import GradientDifferences
 from dynloss_ext._double_backward import double_backward
+from dynloss_ext._shards import Shards, agreed
 
 Made = TypeVar("Made", bound="CurvatureOperator")
 Product = Callable[[Tensor], Tensor]
@@ -44,6 +46,13 @@ class Source(Protocol):
 def products_with(H: object) -> AbstractContextManager[object]:
     """In which products with an operator or a callable are asked for."""
     return H._source.products() if isinstance(H, CurvatureOperator) else double_backward()
+
+
+def driven(H: CurvatureOperator) -> tuple[_C.SymmetricOperator, Shards | None]:
+    """The operator on shards of vectors, and what these are, where it has any; on whole ones elsewhere."""
+    if isinstance(H._source, GradientDifferences):
+        return H._source.operator(in_shards=True), H._source.params.shards
+    return H._op, None
 
 
 class CurvatureOperator:
@@ -91,14 +100,27 @@ class CurvatureOperator:
     def __matmul__(self, v: Tensor) -> Tensor:
         """H v for v of shape (P,), or for every column of v of shape (P, k).
 
+        Of an operator by sharded parameters v is whole in every process, and so is the product; or v is in every
+        process its shard, as the vectors of `eigsh` are, and so is the product. All processes make the same call.
+
         Nothing is recorded for autograd: the product is a constant, also where v or a parameter requires grad.
         """
+        op, cut = driven(self)
+        if cut is not None and cut.any(not isinstance(v, Tensor) or v.shape[:1] != (cut.size,)):
+            op = self._op
+        params = self._source.params
+
+        def check() -> tuple[Tensor, object]:
+            check_vector("v", v, op.size, self.dtype, self.device)
+            return v.detach(), v.shape[1:]
+
+        shards = None if params is None else params.shards
         try:
-            check_vector("v", v, self.shape[0], self.dtype, self.device)
+            v = agreed(shards, "H @ v", check)
         except (TypeError, ValueError) as error:
-            self._source.fail(error)
+            if shards is None:
+                self._source.fail(error)
             raise
-        op, v = self._op, v.detach()
         if self.device.type == "cpu":  # elsewhere each product would wait for the device, and could not be captured
             op.check_values()
         with products_with(self):

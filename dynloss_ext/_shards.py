@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
 
-from dynloss_ext._batches import all_alike, fingerprint_of, reduce_over
+from dynloss_ext._batches import all_alike, fingerprint, fingerprint_of, reduce_over
 from dynloss_ext._checks import is_sharded
 
 Made = TypeVar("Made")
@@ -26,10 +26,7 @@ class Whole:
     Attributes:
         size: entries of a vector in this process.
         dimension: of a whole vector.
-        group: of the processes that hold shards, or None.
     """
-
-    group: Any = None
 
     def __init__(self, params: Sequence[Tensor], like: Tensor) -> None:
         self._params, self._like = params, like
@@ -58,16 +55,30 @@ class Whole:
         """Of whole vectors; then the sums of 0-d tensors over the processes."""
         return [norm(row) for row in rows] + [float(x) for x in numbers]
 
+    def same_in_replicas(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether all processes that hold the same shard have the same values."""
+        return True
+
 
 class Shards(Whole):
-    """Vectors of which every process holds what it has of parameters that are sharded over a mesh of one dimension.
+    """Vectors of which every process holds what it has of parameters that are sharded over one dimension of a mesh, and
+    replicated over its others.
 
     Also what `csrc/lanczos/shards.h` asks for.
+
+    Attributes:
+        groups: see `mesh_groups`.
+        processes: of the mesh.
+        copies: of each shard.
     """
 
     def __init__(self, params: Sequence[Any], like: Tensor) -> None:
         super().__init__(params, like)
-        self.group, self.device = mesh_group(params[0]), like.device
+        self.groups, self.device = mesh_groups(params), like.device
+        self.processes = params[0].device_mesh.size()
+        self._replicas = list(self.groups)
+        self._group = self._replicas.pop(_cut_by(params[0]))
+        self.copies = self.processes // distributed.get_world_size(self._group)
         self._shapes = [p.to_local().shape for p in params]
         self._sizes = [shape.numel() for shape in self._shapes]
         self.size = sum(self._sizes)
@@ -79,31 +90,47 @@ class Shards(Whole):
         return t.to_local().reshape(-1)  # type: ignore[no-any-return]
 
     def sum(self, numbers: Tensor) -> None:
-        """Over all processes, in place."""
-        distributed.all_reduce(numbers, group=self.group)
+        """Over the shards of a vector, in place."""
+        distributed.all_reduce(numbers, group=self._group)
 
     def max(self, numbers: Tensor) -> None:
-        """Over all processes, in place."""
-        distributed.all_reduce(numbers, distributed.ReduceOp.MAX, group=self.group)
+        """Over the shards of a vector, in place."""
+        distributed.all_reduce(numbers, distributed.ReduceOp.MAX, group=self._group)
+
+    def any(self, condition: bool) -> bool:
+        """Whether it holds in any process."""
+        found = torch.tensor([float(condition)], device=self.device)
+        for group in self.groups:
+            distributed.all_reduce(found, distributed.ReduceOp.MAX, group=group)
+        return bool(found)
 
     def lengths(self, rows: Sequence[Tensor], *numbers: Tensor) -> list[float]:
         squares = [torch.linalg.vector_norm(row, dtype=torch.float64).square() for row in rows]
         message = torch.stack([*squares, *(x.to(torch.float64) for x in numbers)])
-        self.sum(message)
-        message[: len(rows)].sqrt_()
+        for group in self.groups:
+            distributed.all_reduce(message, group=group)
+        message[: len(rows)].div_(self.copies).sqrt_()
         return message.tolist()
+
+    def same_in_replicas(self, tensors: Sequence[Tensor]) -> bool:
+        if not self._replicas:
+            return True
+        own = fingerprint(tensors)
+        both = torch.cat([own, -own])
+        for group in self._replicas:
+            distributed.all_reduce(both, distributed.ReduceOp.MAX, group=group)
+        return torch.equal(both, torch.cat([own, -own]))
 
     def normal(self, seed: int) -> Tensor:
         """(size,): what the shard has of a vector of normal numbers that is the same for any number of processes."""
         pieces, start = [], 0
         for p, shape in zip(self._params, self._shapes, strict=True):
-            (placement,) = p.placements  # type: ignore[attr-defined]
-            first, _ = shard_of(p)
+            dim, first, _ = _shard_of(p)
             # Contiguous in the order in which the dimension that is cut comes first.
-            turned = torch.empty(shape, device="meta").movedim(placement.dim, 0).shape
+            turned = torch.empty(shape, device="meta").movedim(dim, 0).shape
             begin = start + first * turned[1:].numel()
             piece = self._normal(seed, begin, begin + shape.numel()).view(turned)
-            pieces.append(piece.movedim(0, placement.dim).reshape(-1))
+            pieces.append(piece.movedim(0, dim).reshape(-1))
             start += p.numel()
         return torch.cat(pieces).to(self._like.device)
 
@@ -118,15 +145,22 @@ class Shards(Whole):
             out[low - begin : high - begin] = block[low - first : high - first]
         return out
 
+    def signs(self, generator: torch.Generator) -> Tensor:
+        """(size,): what the shard has of the numbers 1 and -1 that the generator gives where vectors are whole; every
+        process draws all of them, a byte each and one parameter at a time."""
+        pieces = (torch.randint(2, p.shape, generator=generator, dtype=torch.int8, device="cpu") for p in self._params)
+        signs = self._cut(pieces).mul_(2).sub_(1)
+        return signs.to(self.device).to(self._like.dtype)
+
     def cut(self, v: Tensor) -> Tensor:
         """The shard of a vector that is whole in every process."""
         pieces = torch.split(v, [p.numel() for p in self._params])
-        return torch.cat(
-            [
-                piece.view(p.shape).narrow(p.placements[0].dim, *shard_of(p)).reshape(-1)  # type: ignore[attr-defined]
-                for p, piece in zip(self._params, pieces, strict=True)
-            ]
-        )
+        return self._cut(piece.view(p.shape) for p, piece in zip(self._params, pieces, strict=True))
+
+    def _cut(self, pieces: Iterable[Tensor]) -> Tensor:
+        """The same of one in the shapes of the parameters."""
+        shards = (piece.narrow(*_shard_of(p)) for p, piece in zip(self._params, pieces, strict=True))
+        return torch.cat([shard.clone().reshape(-1) for shard in shards])  # without what it was cut from
 
     def gather(self, v: Tensor) -> Tensor:
         """The whole vector in every process."""
@@ -171,37 +205,54 @@ def agreed(shards: Shards | None, name: str, check: Callable[[], tuple[Made, obj
         made.append(found)
         return fingerprint_of(repr(told), shards.device)
 
-    _, digits = reduce_over(shards.group, shards.device, message, 26)
-    if not all_alike(digits, distributed.get_world_size(shards.group)):
+    _, digits = reduce_over(shards.groups, shards.device, message, 26)
+    if not all_alike(digits, shards.processes):
         raise ValueError(f"{name}: expected the same arguments in all processes of the mesh, got others")
     return made[0]
 
 
 def layout_of(params: Sequence[Tensor], like: Tensor) -> Whole:
-    """Shards where every parameter is cut along one dimension over the same mesh of one dimension."""
+    """Shards where all parameters are cut along one dimension each, by the same dimension of the same mesh, and
+    replicated over its others."""
+    first: Any = params[0]
+    if not is_sharded(first):
+        return Whole(params, like)
+    by = _cut_by(first)
+    alike = all(p.device_mesh == first.device_mesh and _cut_by(p) == by for p in params)  # type: ignore[attr-defined]
+    return (Whole if by is None or not alike else Shards)(params, like)
 
-    def cut(p: Any) -> bool:
-        mesh = params[0].device_mesh  # type: ignore[attr-defined]
-        return mesh.ndim == 1 and p.device_mesh == mesh and type(p.placements[0]).__name__ == "Shard"
 
-    return (Shards if is_sharded(params[0]) and all(map(cut, params)) else Whole)(params, like)
-
-
-def mesh_group(params: Any) -> Any:
-    """Of the first DTensor on a mesh of one dimension, or None."""
+def mesh_groups(params: Any) -> tuple[Any, ...]:
+    """Of the mesh of the first DTensor, the groups that this process is in, one a dimension: what is summed over one
+    after the other is summed over all processes."""
     for given in params if isinstance(params, list) else [params]:
         p = given[1] if isinstance(given, tuple) and len(given) == 2 else given
-        if isinstance(p, Tensor) and is_sharded(p) and p.device_mesh.ndim == 1:  # type: ignore[attr-defined]
-            return p.device_mesh.get_group()  # type: ignore[attr-defined]
-    return None
+        if isinstance(p, Tensor) and is_sharded(p):
+            return tuple(p.device_mesh.get_all_groups())  # type: ignore[attr-defined]
+    return ()
 
 
-def shard_of(p: Any) -> tuple[int, int]:
-    """Where the shard of this process begins in the dimension that is cut, and how long it is."""
-    dim = p.placements[0].dim
-    rows, processes = p.shape[dim], p.device_mesh.size()
-    first = min(p.device_mesh.get_local_rank() * -(-rows // processes), rows)
-    return first, p.to_local().shape[dim]
+def largest_entries(rows: Tensor, shards: Shards | None) -> Tensor:
+    """(rows, 1): |x| of the largest entry of each whole row."""
+    largest = rows.abs().amax(1, keepdim=True) if rows.shape[1] else rows.new_zeros(len(rows), 1)
+    if shards is not None:
+        shards.max(largest)
+    return largest
+
+
+def _cut_by(p: Any) -> Any:
+    """The dimension of its mesh over which a DTensor is sharded, where it is replicated over the others; or None."""
+    names = [type(placement).__name__ for placement in p.placements]
+    return names.index("Shard") if sorted(names) == ["Replicate"] * (len(names) - 1) + ["Shard"] else None
+
+
+def _shard_of(p: Any) -> tuple[int, int, int]:
+    """The dimension that is cut, where the shard of this process begins in it, and how long it is."""
+    by = _cut_by(p)
+    dim = p.placements[by].dim
+    rows, processes = p.shape[dim], p.device_mesh.size(by)
+    first = min(p.device_mesh.get_local_rank(by) * -(-rows // processes), rows)
+    return dim, first, p.to_local().shape[dim]
 
 
 def norm(v: Tensor) -> float:

@@ -11,7 +11,7 @@ from torch import Tensor
 from dynloss_ext import _C
 from dynloss_ext._checks import check_count, check_tensor
 from dynloss_ext._differences import GradientDifferences
-from dynloss_ext._operators import CurvatureOperator
+from dynloss_ext._operators import CurvatureOperator, driven
 from dynloss_ext._shards import Shards
 
 Operator = CurvatureOperator | Callable[[Tensor], Tensor]
@@ -30,15 +30,16 @@ def resolve(
     dtype: torch.dtype | None,
     device: torch.device | str | None,
     v0: Tensor | None,
-) -> tuple[_C.SymmetricOperator, int, Options]:
-    """The C++ operator, its size, and where and in what it computes."""
+) -> tuple[_C.SymmetricOperator, Options, Shards | None]:
+    """The C++ operator, where and in what it computes, and how its vectors are cut over processes."""
     if isinstance(H, CurvatureOperator):
         for name, given, own in (("n", n, H.shape[0]), ("dtype", dtype, H.dtype)):
             if given is not None and given != own:
                 raise ValueError(f"{name}: expected {own}, which is known from H, got {given}: leave it out")
         if device is not None and torch.empty(0, device=device).device != H.device:
             raise ValueError(f"device: expected {H.device}, which is known from H, got {device}: leave it out")
-        return H._op, H.shape[0], Options(H.dtype, H.device)
+        op, shards = driven(H)
+        return op, Options(H.dtype, H.device), shards
     if not callable(H):
         raise TypeError(f"H: expected a HessianOperator or a callable v -> H v, got {type(H).__name__}")
     if v0 is not None:
@@ -55,14 +56,7 @@ def resolve(
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"{asked}: expected torch.float32 or torch.float64, got {dtype!r}")
     like = torch.empty(0, dtype=dtype, device=device or (v0.device if v0 is not None else "cpu"))
-    return _C.PythonOperator(H, n, like), n, Options(like.dtype, like.device)
-
-
-def in_shards(H: Operator, op: _C.SymmetricOperator) -> tuple[_C.SymmetricOperator, Shards | None]:
-    """The operator on shards of vectors, and what these are, where it has any."""
-    if not isinstance(H, CurvatureOperator) or not isinstance(H._source, GradientDifferences):
-        return op, None
-    return H._source.operator(in_shards=True), H._source.params.shards
+    return _C.PythonOperator(H, n, like), Options(like.dtype, like.device), None
 
 
 def check_symmetric(H: Operator, asymmetry: float) -> None:

@@ -15,8 +15,8 @@ from dynloss_ext import _C
 from dynloss_ext._checks import check_choice, check_count, check_number, check_seed, check_vector
 from dynloss_ext._levels import Level, check_level, solve_to_level
 from dynloss_ext._operators import CurvatureOperator, products_with
-from dynloss_ext._shards import Shards, agreed
-from dynloss_ext._symmetric import Operator, Options, cause_of_asymmetry, check_symmetric, in_shards, resolve
+from dynloss_ext._shards import Shards, agreed, largest_entries
+from dynloss_ext._symmetric import Operator, Options, cause_of_asymmetry, check_symmetric, resolve
 
 __all__ = ["ConvergenceWarning", "EigenResult", "EigenTracker", "eigsh"]
 
@@ -109,10 +109,10 @@ def eigsh(
     recorded gradient; a product in two forms or, at the end, the k vectors. To that add what one product alone
     needs besides: the graph of the loss and its backward passes. ``v0`` counts by itself.
 
-    Of `HessianOperator.from_gradients` with parameters that `fully_shard` has cut along one dimension, every process
-    of their mesh holds its shard of each vector, and makes this call with the same arguments: P is then what the
-    process has of the parameters. A sum over the processes of at most 2 · max_basis numbers stands for each inner
-    product of a vector with others: three to six of them with a product.
+    Of `HessianOperator.from_gradients` with parameters that `fully_shard` has cut along one dimension, over a mesh of
+    one or two dimensions, every process of their mesh holds its shard of each vector, and makes this call with the same
+    arguments: P is then what the process has of the parameters. A sum over the processes of at most 2 · max_basis
+    numbers stands for each inner product of a vector with others: three to six of them with a product.
 
     Args:
         H: a HessianOperator, or any callable v -> H v on flat vectors of shape (P,); a callable needs ``n``
@@ -150,8 +150,7 @@ def eigsh(
         >>> eigsh(lambda v: spectrum * v, above=97.5, n=100, dtype=torch.float64).values.round(decimals=3)
         tensor([100.,  99.,  98.,  97.], dtype=torch.float64)
     """
-    op, _, options = resolve(H, n, dtype, device, v0)
-    op, shards = in_shards(H, op)
+    op, options, shards = resolve(H, n, dtype, device, v0)
 
     def check() -> tuple[tuple[Level | None, dict[str, Any], Tensor | None], object]:
         level, size = check_level(above, max_k, which), op.dimension
@@ -271,8 +270,7 @@ class EigenTracker:
             ConvergenceWarning: not every pair converged, or the audit was inconclusive; the result says which and why.
         """
         old = self._start
-        op, _, options = resolve(H, n, dtype, device, old if n is None else None)
-        op, shards = in_shards(H, op)
+        op, options, shards = resolve(H, n, dtype, device, old if n is None else None)
 
         def check() -> tuple[bool, object]:
             if self._level is None:
@@ -468,7 +466,4 @@ def _check_start(v0: Tensor, size: int, options: Options, max_basis: int) -> Ten
 
 def _in_range(rows: Tensor, shards: Shards | None) -> Tensor:
     """None so long or short that its square is out of range."""
-    largest = rows.abs().amax(1, keepdim=True) if rows.shape[1] else rows.new_zeros(len(rows), 1)
-    if shards is not None:
-        shards.max(largest)
-    return rows / largest.clamp_min(torch.finfo(rows.dtype).tiny)
+    return rows / largest_entries(rows, shards).clamp_min(torch.finfo(rows.dtype).tiny)

@@ -189,8 +189,8 @@ class HessianOperator(CurvatureOperator):
                 numbers in every evaluation.
             params: leaves of any floating-point dtypes on one device, that have no hooks: tensors, or DTensors as of
                 `torch.distributed.fsdp.fully_shard`, which every process must pass. Vectors and sums are float64 if all
-                params are, float32 otherwise. Those of products are whole in every process, also of sharded params;
-                `eigsh` and `EigenTracker` keep theirs in shards.
+                params are, float32 otherwise. Of sharded params all but operators composed of others keep theirs in
+                shards; ``H @ v`` takes and gives whole vectors, too.
             batches: as in `from_batches`, or None.
             process_group: as in `from_batches`; without batches the mean of the processes' losses. None with DTensors
                 or DistributedDataParallel (which takes no batches), whose gradients are means already.

@@ -11,6 +11,7 @@ from torch import Tensor
 from dynloss_ext import _C
 from dynloss_ext._checks import check_choice, check_count, check_number, check_seed
 from dynloss_ext._operators import products_with
+from dynloss_ext._shards import agreed, largest_entries
 from dynloss_ext._symmetric import Operator, check_symmetric, resolve
 
 __all__ = ["DiagonalEstimate", "Estimate", "SpectralDensity", "diagonal", "spectral_density", "trace"]
@@ -29,7 +30,8 @@ class DiagonalEstimate:
     """The entries of a diagonal and their standard errors.
 
     Attributes:
-        values: (P,), in the operator's dtype and on its device; ``H.unflatten`` gives them the parameters' shapes.
+        values: (P,), in the operator's dtype and on its device; ``H.unflatten`` gives them the parameters' shapes. Of
+            sharded parameters this process's shard of them, as the vectors of `eigsh` are.
         stderr: (P,), likewise.
     """
 
@@ -65,7 +67,7 @@ class SpectralDensity:
 
 def _generator(seed: int) -> torch.Generator:
     """On the CPU whatever the device, so that a seed stands for the same probes everywhere."""
-    return torch.Generator(device="cpu").manual_seed(check_seed(seed))
+    return torch.Generator(device="cpu").manual_seed(seed)
 
 
 def _default_bandwidth(low: float, high: float, dtype: torch.dtype) -> float:
@@ -105,7 +107,8 @@ def spectral_density(
     Xiao, arXiv 1901.10159, Algorithm 1 and Eq. 6).
 
     Args:
-        H: A :class:`HessianOperator`, or any callable v -> H v with ``n``, ``dtype`` and ``device`` given.
+        H: A :class:`HessianOperator`, or any callable v -> H v with ``n``, ``dtype`` and ``device`` given. Of sharded
+            parameters, for which see `eigsh`, vectors are in shards; the result is that of the model in one piece.
         num_steps: Lanczos steps per probe; memory is num_steps + 1 vectors of length P, and afterwards
             (num_probes + 2 num_steps) grid_size numbers.
         num_probes: Random vectors; the standard error falls with their square root.
@@ -126,13 +129,20 @@ def spectral_density(
         >>> print(f"{share:.2f} of the eigenvalues lie above 2.5")
         0.10 of the eigenvalues lie above 2.5
     """
-    op, size, options = resolve(H, n, dtype, device, None)
-    num_steps = check_count("num_steps", num_steps, 1)
-    num_probes = check_count("num_probes", num_probes, 1)
-    grid_size = check_count("grid_size", grid_size, 2)
-    if bandwidth is not None:
-        bandwidth = check_number("bandwidth", bandwidth, 0, open_low=True)
-    length = min(num_steps, size)
+    op, options, shards = resolve(H, n, dtype, device, None)
+
+    def check() -> tuple[tuple[int, int, int, float | None, int], object]:
+        counts = (
+            check_count("num_steps", num_steps, 1),
+            check_count("num_probes", num_probes, 1),
+            check_count("grid_size", grid_size, 2),
+        )
+        width = None if bandwidth is None else check_number("bandwidth", bandwidth, 0, open_low=True)
+        settings = (*counts, width, check_seed(seed))
+        return settings, settings
+
+    num_steps, num_probes, grid_size, bandwidth, seed = agreed(shards, "spectral_density", check)
+    length = min(num_steps, op.dimension)
     with products_with(H):
         probes = _C.gauss_quadrature(op, steps=length, probes=num_probes, generator=_generator(seed))
     check_symmetric(H, max(asymmetry for _, _, asymmetry in probes))
@@ -192,10 +202,15 @@ def trace(
         >>> trace(lambda v: spectrum * v, method="hutchinson", n=100, dtype=torch.float64)  # a diagonal has no variance
         Estimate(value=5050.0, stderr=0.0)
     """
-    check_choice("method", method, ("hutch++", "hutchinson"))
-    op, size, _ = resolve(H, n, dtype, device, None)
-    num_probes = check_count("num_probes", num_probes, 6 if method == "hutch++" else 2)
-    third = min(num_probes // 3, size) if method == "hutch++" else 0
+    op, _, shards = resolve(H, n, dtype, device, None)
+
+    def check() -> tuple[tuple[int, int], object]:
+        check_choice("method", method, ("hutch++", "hutchinson"))
+        settings = check_count("num_probes", num_probes, 6 if method == "hutch++" else 2), check_seed(seed)
+        return settings, (method, settings)
+
+    num_probes, seed = agreed(shards, "trace", check)
+    third = min(num_probes // 3, op.dimension) if method == "hutch++" else 0
     samples = num_probes - 2 * third
     with products_with(H):
         on_range, beside, asymmetry = _C.sample_trace(op, range=third, samples=samples, generator=_generator(seed))
@@ -238,24 +253,29 @@ def diagonal(
         >>> diagonal(HessianOperator((x**3).sum(), [x]), num_samples=2)
         DiagonalEstimate(values=tensor([ 6., 12., 18.]), stderr=tensor([0., 0., 0.]))
     """
-    op, size, options = resolve(H, n, dtype, device, None)
-    num_samples = check_count("num_samples", num_samples, 2)
+    op, options, shards = resolve(H, n, dtype, device, None)
+
+    def check() -> tuple[tuple[int, int], object]:
+        settings = check_count("num_samples", num_samples, 2), check_seed(seed)
+        return settings, settings
+
+    num_samples, seed = agreed(shards, "diagonal", check)
     generator = _generator(seed)
-    mean = torch.zeros(size, dtype=options.dtype, device=options.device)
+    mean = torch.zeros(op.size, dtype=options.dtype, device=options.device)
     squares = torch.zeros_like(mean)
     op.check_values()
     with torch.no_grad(), products_with(H):
         for count in range(1, num_samples + 1):
-            signs = torch.randint(2, (size,), generator=generator, device="cpu", dtype=torch.int8)
-            z = signs.to(mean).mul_(2).sub_(1)
+            z = op.random_signs(generator)
             sample = z.mul_(op.apply(z))
             if count == 1:  # a unit in which no square overflows or vanishes
-                unit = sample.abs().amax()
+                unit = largest_entries(sample[None], shards)[0]
                 unit = torch.where(unit > 0, unit, torch.ones_like(unit))
             deviation = sample.div_(unit).sub_(mean)
             mean.add_(deviation, alpha=1 / count)
             squares.addcmul_(deviation, deviation, value=1 - 1 / count)
     values = mean.mul_(unit)
-    if not bool(torch.isfinite(values).all()):
+    finite = bool(torch.isfinite(values).all())
+    if not finite if shards is None else shards.any(not finite):
         raise RuntimeError("H: expected finite products, got one that is not finite")
     return DiagonalEstimate(values, squares.div_(num_samples * (num_samples - 1)).sqrt_().mul_(unit))

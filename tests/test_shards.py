@@ -1,6 +1,7 @@
 """Eigenvectors in shards, of modules by fully_shard: gloo on 127.0.0.1, every wait bounded."""
 
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -9,12 +10,15 @@ import torch.nn.functional as F
 from test_distributed import ANOTHER_FAILED, outcomes, spread
 from torch import nn
 
-from dynloss_ext import _C, EigenTracker, HessianOperator, eigsh
+from dynloss_ext import _C, EigenTracker, HessianOperator, diagonal, eigsh, spectral_density, trace
 from dynloss_ext._shards import _BLOCK, Shards
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
 
 SAMPLES, UPDATES, BASIS = 48, 4, 12
+
+# Processes, and copies of each shard among them.
+LAYOUTS = pytest.mark.parametrize(("world_size", "replicas"), [(2, 1), (4, 1), (4, 2)])
 
 
 def module():
@@ -30,19 +34,20 @@ def data():
     return torch.randn(SAMPLES, 4, generator=generator, dtype=torch.float64), torch.arange(SAMPLES) % 3
 
 
-def sharded(world_size, model=None, dim=0):
+def sharded(world_size, model=None, dim=0, replicas=1):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import Shard
 
     model = model or module()
-    mesh = init_device_mesh("cpu", (world_size,))
+    shape, names = (replicas, world_size // replicas), ("replicas", "shards")
+    mesh = init_device_mesh("cpu", shape[replicas == 1 :], mesh_dim_names=names[replicas == 1 :])
     options = {"mesh": mesh, "shard_placement_fn": lambda p: Shard(dim if p.dim() > dim else 0)}
     return fully_shard(model, **options)
 
 
-def operator(rank, world_size, model=None, **options):
-    model, (X, Y) = model or sharded(world_size), data()
+def operator(rank, world_size, model=None, replicas=1, **options):
+    model, (X, Y) = model or sharded(world_size, replicas=replicas), data()
     mine = slice(rank * SAMPLES // world_size, (rank + 1) * SAMPLES // world_size)
     return HessianOperator.from_gradients(
         lambda: F.cross_entropy(model(X[mine]), Y[mine]), model.named_parameters(), **options
@@ -64,21 +69,21 @@ def plain(found):
     return {name: x.tolist() if isinstance(x, torch.Tensor) else x for name, x in found.items()}
 
 
-def eigenpairs(rank, world_size):
-    H = operator(rank, world_size)
+def eigenpairs(rank, world_size, replicas):
+    H = operator(rank, world_size, replicas=replicas)
     result = eigsh(H, 2, tol=1e-6)
     vectors = whole(H, result.vectors)
     found = {"values": result.values, "residuals": result.residuals, "vectors": vectors, "product": H @ vectors[:, 0]}
     return plain(found | {"own": len(result.vectors), "status": result.status})
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_the_eigenpairs_of_the_whole_model(world_size):
+@LAYOUTS
+def test_the_eigenpairs_of_the_whole_model(world_size, replicas):
     dense = exact().to_dense()
     values, vectors = (x.flip(-1)[..., :2] for x in torch.linalg.eigh(dense))
-    answers = spread(eigenpairs, world_size)
+    answers = spread(partial(eigenpairs, replicas=replicas), world_size)
     assert all(not isinstance(answer, str) for answer in answers.values()), answers
-    assert sum(answer["own"] for answer in answers.values()) == len(dense)
+    assert sum(answer["own"] for answer in answers.values()) == replicas * len(dense)
     for answer in answers.values():
         assert answer["status"] == "converged"
         assert answer["values"] == pytest.approx(values.tolist(), rel=1e-8)
@@ -114,6 +119,49 @@ def test_searches_of_every_kind():
         for name in ("restarted", "level", "columns", "warm"):
             assert answer[name] == pytest.approx(values[:2].tolist(), rel=1e-5), name
         assert answer["saved"] > 0
+
+
+def estimates(rank, world_size, replicas, dim):
+    """What is asked of the whole spectrum, and products in both forms."""
+    H = operator(rank, world_size, sharded(world_size, dim=dim, replicas=replicas))
+    v = columns(H)
+    own = torch.stack([H._source.params.shards.cut(column.contiguous()) for column in v.T], 1)
+    estimate = diagonal(H, num_samples=2, seed=1)
+    shards = {"diagonal": estimate.values, "errors": estimate.stderr, "product": H @ own[:, 0]}
+    found = {name: whole(H, x[:, None])[:, 0] for name, x in shards.items()}
+    return plain(asked(H) | found | {"products": whole(H, H @ own), "whole": H @ v[:, 0], "own": len(own)})
+
+
+def columns(H):
+    return torch.linspace(-1, 1, 2 * H.shape[0], dtype=torch.float64).view(-1, 2)
+
+
+def asked(H):
+    density, hutchinson = spectral_density(H, num_steps=3, num_probes=2), trace(H, method="hutchinson", num_probes=2)
+    hutch = trace(H, num_probes=7)
+    return {
+        "nodes": density.nodes,
+        "weights": density.weights,
+        "hutchinson": [hutchinson.value, hutchinson.stderr],
+        "hutch++": [hutch.value, hutch.stderr],
+    }
+
+
+@pytest.mark.parametrize(("world_size", "replicas", "dim"), [(2, 1, 1), (4, 1, 0), (4, 2, 0)])
+def test_estimates_are_those_of_the_whole_model(world_size, replicas, dim):
+    """From the same random vectors; what is left is the noise of products, about 1e-10."""
+    H = exact()
+    v, estimate = columns(H), diagonal(H, num_samples=2, seed=1)
+    products = {"products": H @ v, "product": H @ v[:, 0], "whole": H @ v[:, 0]}
+    expected = asked(H) | products | {"diagonal": estimate.values, "errors": estimate.stderr}
+    answers = spread(partial(estimates, replicas=replicas, dim=dim), world_size)
+    assert all(not isinstance(answer, str) for answer in answers.values()), answers
+    for answer in answers.values():
+        for name, value in expected.items():
+            got, wanted = (torch.as_tensor(x, dtype=torch.float64) for x in (answer[name], value))
+            assert torch.allclose(got, wanted, rtol=1e-8, atol=1e-9), (name, (got - wanted).abs().max())
+            assert answer[name] == answers[0][name]
+    assert sum(answer["own"] for answer in answers.values()) == replicas * H.shape[0]
 
 
 def updates(rank, world_size):
@@ -156,22 +204,35 @@ def test_a_tracker_follows_the_whole_model():
         assert answer[1][2] < answer[0][2]
 
 
-def messages(rank, world_size):
-    """Numbers in each message of a search, its products, the bytes of what it allocates and entries of its shard."""
-    from torch.profiler import ProfilerActivity, profile
-
-    H = operator(rank, world_size)
+def counted(call, group=None):
+    """What a call returns, and the numbers in each of its messages, to a group if one is given."""
     sizes, original = [], dist.all_reduce
 
     def counting(tensor, *args, **kwargs):
-        sizes.append(tensor.numel())
+        if group is None or kwargs["group"] is group:
+            sizes.append(tensor.numel())
         return original(tensor, *args, **kwargs)
 
     dist.all_reduce = counting
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        result = eigsh(H, 2, tol=1e-2, max_basis=BASIS)
-    dist.all_reduce = original
-    allocated = sorted({event.self_cpu_memory_usage for event in profiled.events()})
+    try:
+        return call(), sizes
+    finally:
+        dist.all_reduce = original
+
+
+def profiled(call):
+    """What a call returns, and the bytes of what it allocates."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        result = call()
+    return result, sorted({event.self_cpu_memory_usage for event in found.events()})
+
+
+def messages(rank, world_size):
+    """Numbers in each message of a search, its products, the bytes of what it allocates and entries of its shard."""
+    H = operator(rank, world_size)
+    (result, sizes), allocated = profiled(lambda: counted(lambda: eigsh(H, 2, tol=1e-2, max_basis=BASIS)))
     return sizes, result.num_hvp, allocated, result.vectors[:, 0].numel()
 
 
@@ -187,6 +248,31 @@ def test_messages_and_memory(world_size):
         assert 2 * BASIS * shard * 8 in allocated
         assert all(size <= max(2 * BASIS * shard, _BLOCK) * 8 for size in allocated)
     assert sum(shard for *_, shard in answers.values()) == size
+
+
+def messages_to_replicas(rank, world_size):
+    """Numbers in the messages of a product and of calls to the processes with the same shard, and of products to those
+    with the others."""
+    model = sharded(world_size, replicas=2)
+    H = operator(rank, world_size, model)
+    copies, shards = next(model.parameters()).device_mesh.get_all_groups()
+    return [
+        counted(lambda: eigsh(H, 2, max_hvp=2), copies)[1],
+        counted(lambda: trace(H, method="hutchinson", num_probes=2), copies)[1],
+        counted(lambda: trace(H, method="hutchinson", num_probes=2), shards)[1],
+    ]
+
+
+def test_dot_products_are_of_one_replica():
+    """To the others go the arguments and with every product a fingerprint of its vector, its length, its errors; torch
+    sends each gradient, which is larger."""
+    answers = spread(messages_to_replicas, 4)
+    assert all(not isinstance(answer, str) for answer in answers.values()), answers
+    for search, copies, shards in answers.values():
+        for sizes in (search, copies):
+            assert [size for size in sizes if size <= 52] == [27, *[52, 2, 3] * 2]
+            assert set(sizes) - {27, 52, 2, 3} == {max(sizes)}
+        assert shards == [27, *[2, 3, 1, 4, 1] * 2]
 
 
 def normal_numbers(rank, world_size):
@@ -242,21 +328,21 @@ def test_a_process_without_any_rows():
         assert found[0] == pytest.approx(dense[:2], rel=1e-8)
 
 
-def wrong_calls(rank, world_size):
+def wrong_calls(rank, world_size, replicas):
     """What the processes hear of one that differs; they stay in step whatever happens."""
-    H = operator(rank, world_size)
+    H = operator(rank, world_size, replicas=replicas)
     own = eigsh(H, 2, max_hvp=2).vectors
     tracker = EigenTracker(2, max_hvp=2)
     tracker.update(H)
     wide = nn.Sequential(nn.Linear(4, 24 + rank % 2), nn.Tanh(), nn.Tanh()).double()
     last = rank == world_size - 1
 
-    def changed():
-        model = sharded(world_size)
+    def changed(ask):
+        model = sharded(world_size, replicas=replicas)
         H = operator(rank, world_size, model)
         if last:
             next(model.parameters()).data.to_local().add_(1)
-        eigsh(H, 2)
+        ask(H)
 
     return outcomes(
         lambda: eigsh(H, 2 + last, max_hvp=3),
@@ -265,14 +351,19 @@ def wrong_calls(rank, world_size):
         lambda: eigsh(H, 2, v0=own[:-1] if last else own),
         lambda: tracker.update(H, audit=last),
         lambda: H @ torch.ones(H.shape[0] + last, dtype=torch.float64),
-        changed,
-        lambda: operator(rank, world_size, sharded(world_size, wide)),
+        lambda: H @ own[:, : 1 + last],
+        lambda: H @ (own[:-1] if last else own),
+        lambda: trace(H, num_probes=6 + last),
+        lambda: spectral_density(H, num_steps=0 if last else 3),
+        lambda: diagonal(H, seed=int(last)),
+        *(partial(changed, ask) for ask in (eigsh, trace, spectral_density, diagonal)),
+        lambda: operator(rank, world_size, sharded(world_size, wide, replicas=replicas)),
     )
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_one_process_that_differs_ends_the_call_of_all(world_size):
-    answers = spread(wrong_calls, world_size)
+@pytest.mark.parametrize(("world_size", "replicas"), [(2, 1), (4, 1)])
+def test_one_process_that_differs_ends_the_call_of_all(world_size, replicas):
+    answers = spread(partial(wrong_calls, replicas=replicas), world_size)
     assert all(not isinstance(answer, str) for answer in answers.values()), answers
     differ = "expected the same arguments in all processes of the mesh, got others"
     for rank, answer in answers.items():
@@ -284,15 +375,23 @@ def test_one_process_that_differs_ends_the_call_of_all(world_size):
             "ValueError: v0: expected shape" if last else ANOTHER_FAILED,
             f"ValueError: EigenTracker.update: {differ}",
             "ValueError: v: expected shape" if last else ANOTHER_FAILED,
-            "RuntimeError: 0.weight: expected the values it had" if last else ANOTHER_FAILED,
+            f"ValueError: H @ v: {differ}",
+            "ValueError: v: expected shape",
+            f"ValueError: trace: {differ}",
+            "ValueError: num_steps: expected an int" if last else ANOTHER_FAILED,
+            f"ValueError: diagonal: {differ}",
+            *["RuntimeError: 0.weight: expected the values it had" if last else ANOTHER_FAILED] * 4,
             "ValueError: params: expected the same in all processes of the mesh",
         ]
         for message, start in zip(answer, expected, strict=True):
             assert start in message
 
 
-def one_fails_in_a_product(rank, world_size):
-    model, (X, Y) = sharded(world_size), data()
+QUESTIONS = {"eigsh": eigsh, "trace": trace, "density": spectral_density, "diagonal": diagonal}
+
+
+def one_fails_in_a_product(rank, world_size, replicas, question):
+    model, (X, Y) = sharded(world_size, replicas=replicas), data()
     fails = False
 
     def closure():
@@ -302,13 +401,15 @@ def one_fails_in_a_product(rank, world_size):
 
     H = HessianOperator.from_gradients(closure, model.parameters())
     fails = True
-    return eigsh(H, 2).status
+    return QUESTIONS[question](H)
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_a_failure_in_the_closure_ends_all(world_size):
+@pytest.mark.parametrize("question", ["eigsh"])
+@pytest.mark.parametrize(("world_size", "replicas"), [(2, 1), (4, 1)])
+def test_a_failure_in_the_closure_ends_all(world_size, replicas, question):
     """Its process at once; the others, which wait for it within torch, when it is gone."""
     start = time.monotonic()
-    for rank, answer in spread(one_fails_in_a_product, world_size).items():
+    work = partial(one_fails_in_a_product, replicas=replicas, question=question)
+    for rank, answer in spread(work, world_size).items():
         assert ("KeyError: 'my own failure'" if rank == 1 else "RuntimeError") in answer
     assert time.monotonic() - start < 100

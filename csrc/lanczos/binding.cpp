@@ -174,6 +174,7 @@ void bind_lanczos(py::module_& module) {
            [](SymmetricOperator& op, const at::Tensor& v) {
              return without_gil([&] { return op.apply_noisily(v); });
            })
+      .def("random_signs", &random_signs, py::arg("generator"))
       .def("check_values", &SymmetricOperator::check_values)
       .def("noise", &SymmetricOperator::noise);
   py::class_<FlatParameters>(module, "FlatParameters")

@@ -13,6 +13,7 @@ at::Tensor random_normal(const SymmetricOperator& op, const at::Generator& gener
 }
 
 at::Tensor random_signs(const SymmetricOperator& op, const at::Generator& generator) {
+  if (op.shards()) return op.shards()->signs(generator);
   // One byte each until they are on the device.
   const at::Tensor signs = at::randint(2, {op.size()}, generator, at::kChar).mul_(2).sub_(1);
   return signs.to(op.options().device()).to(op.options());

@@ -19,7 +19,8 @@ PythonShards::PythonShards(const py::object& object)
     : dimension_(object.attr("dimension").cast<int64_t>()),
       sum_(object.attr("sum")),
       max_(object.attr("max")),
-      normal_(object.attr("normal")) {}
+      normal_(object.attr("normal")),
+      signs_(object.attr("signs")) {}
 
 void PythonShards::sum(const at::Tensor& numbers) const {
   const py::gil_scoped_acquire gil;
@@ -34,6 +35,11 @@ void PythonShards::max(const at::Tensor& numbers) const {
 at::Tensor PythonShards::normal(uint64_t seed) const {
   const py::gil_scoped_acquire gil;
   return normal_(seed).cast<at::Tensor>();
+}
+
+at::Tensor PythonShards::signs(const at::Generator& generator) const {
+  const py::gil_scoped_acquire gil;
+  return signs_(generator).cast<at::Tensor>();
 }
 
 PythonOperator::PythonOperator(py::function product, int64_t size, const at::Tensor& like,

@@ -20,10 +20,11 @@ class PythonShards final : public Shards {
   void sum(const at::Tensor& numbers) const override;
   void max(const at::Tensor& numbers) const override;
   at::Tensor normal(uint64_t seed) const override;
+  at::Tensor signs(const at::Generator& generator) const override;
 
  private:
   int64_t dimension_;
-  pybind11::object sum_, max_, normal_;
+  pybind11::object sum_, max_, normal_, signs_;
 };
 
 // A Python callable v -> H v. It runs with the GIL held and under the grad mode of the code that made the

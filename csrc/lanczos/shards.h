@@ -1,5 +1,6 @@
 #pragma once
 
+#include <ATen/core/Generator.h>
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
@@ -22,6 +23,9 @@ class Shards {
 
   // The shard of a vector of normal numbers that depends on the seed, and not on the number of processes.
   virtual at::Tensor normal(uint64_t seed) const = 0;
+
+  // The shard of the vector of 1 and -1 that a generator gives where vectors are whole.
+  virtual at::Tensor signs(const at::Generator& generator) const = 0;
 };
 
 }  // namespace dynloss

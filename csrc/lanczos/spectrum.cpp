@@ -62,8 +62,9 @@ Quadrature quadrature_of(const std::vector<double>& alpha, const std::vector<dou
 Quadrature gauss_quadrature(SymmetricOperator& op, const at::Tensor& start, int64_t steps,
                             const std::function<void()>& poll) {
   const at::NoGradGuard no_grad;
+  const OnShards on_shards(op.shards());
   const Multiply multiply{op, poll}, noisily{op, poll, true};
-  const int64_t limit = std::min(steps, op.size());
+  const int64_t limit = std::min(steps, op.dimension());
   // One row more than there are Lanczos vectors, for the last product.
   const at::Tensor rows = at::empty({limit + 1, op.size()}, op.options());
   const Rows first(rows, 0, 1);
@@ -108,6 +109,7 @@ Quadrature gauss_quadrature(SymmetricOperator& op, const at::Tensor& start, int6
 TraceSamples sample_trace(SymmetricOperator& op, int64_t range, int64_t samples,
                           const at::Generator& generator, const std::function<void()>& poll) {
   const at::NoGradGuard no_grad;
+  const OnShards on_shards(op.shards());
   const Multiply multiply{op, poll}, noisily{op, poll, true};
   TraceSamples out;
   // Q, and the last two vectors and their products.
@@ -146,7 +148,7 @@ TraceSamples sample_trace(SymmetricOperator& op, int64_t range, int64_t samples,
   for (int64_t i = 0; i < range && out.asymmetry == 0.0; ++i) {
     out.on_range += quadratic_form(Rows(rows, i, 1).vector());
   }
-  if (range == op.size()) return out;
+  if (range == op.dimension()) return out;
   for (int64_t i = 0; i < samples && out.asymmetry == 0.0; ++i) {
     const at::Tensor z = random_signs(op, generator);
     if (range > 0) orthogonalise(z, z, Rows(rows, 0, range));

@@ -21,7 +21,7 @@ struct Quadrature {
   double asymmetry = 0.0;       // of H beyond noise, in units of ‖H‖
 };
 
-// By Lanczos with full reorthogonalisation, at one small read per step. start: (P,), not zero.
+// By Lanczos with full reorthogonalisation, at one small read per step. start: not zero.
 Quadrature gauss_quadrature(SymmetricOperator& op, const at::Tensor& start, int64_t steps,
                             const std::function<void()>& poll);
 
@@ -34,8 +34,8 @@ struct TraceSamples {
       0.0;  // of H beyond noise, in units of its Frobenius norm: the others are worth nothing then
 };
 
-// range: random vectors that span Q, none for Hutchinson's estimator; at most op.size(), where nothing is
-// beside it. Products: 2 range + samples. generator: on the CPU.
+// range: random vectors that span Q, none for Hutchinson's estimator; at most op.dimension(), where nothing
+// is beside it. Products: 2 range + samples. generator: on the CPU.
 TraceSamples sample_trace(SymmetricOperator& op, int64_t range, int64_t samples,
                           const at::Generator& generator, const std::function<void()>& poll);
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from machine import machine
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -133,6 +134,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=4)
     parser.add_argument("--max-hvp", type=int, default=40)
     options = parser.parse_args()
+    started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -152,10 +154,15 @@ def main() -> None:
             process.kill()
     for answer in found:
         assert answer["values"] == found[0]["values"]
-    parameters = sum(answer["entries"] for answer in found)
     torch.set_num_threads(1)
-    report = {"torch": torch.__version__, "cpus": os.cpu_count(), "parameters": parameters, "whole": alone()}
-    print(json.dumps(report | {"processes": found}, indent=1))
+    report = {
+        "started": started,
+        "machine": machine() | {"cores": os.cpu_count()},
+        "parameters": sum(answer["entries"] for answer in found),
+        "whole": alone(),
+        "processes": found,
+    }
+    print(json.dumps(report, indent=1))
 
 
 if __name__ == "__main__":
