@@ -1,6 +1,7 @@
 """Eigenvectors in shards, of modules by fully_shard: gloo on 127.0.0.1, every wait bounded."""
 
 import time
+from datetime import timedelta
 from functools import partial
 
 import pytest
@@ -387,7 +388,47 @@ def test_one_process_that_differs_ends_the_call_of_all(world_size, replicas):
             assert start in message
 
 
+def replicas_differ(rank, world_size):
+    """A copy of a shard with other values, of the parameters and of a vector."""
+    model = sharded(world_size, replicas=2)
+    H, own = operator(rank, world_size, model), torch.ones(0)
+    own = eigsh(H, 1, max_hvp=1).vectors
+    with torch.no_grad():
+        if rank == world_size - 1:
+            own = own.flip(0)
+            next(model.parameters()).data.to_local().neg_()
+    return outcomes(lambda: H @ own, lambda: eigsh(H, 1, v0=own), lambda: operator(rank, world_size, model))
+
+
+def test_replicas_that_differ_end_the_call_of_all():
+    answers = spread(replicas_differ, 4)
+    assert all(not isinstance(answer, str) for answer in answers.values()), answers
+    differ = "RuntimeError: v: expected the same in all processes with one shard, got different values"
+    changed = "RuntimeError: 0.weight: expected the values it had"
+    for rank, (product, search, made) in answers.items():
+        assert {1: differ, 3: changed}.get(rank, "in this call, got 2 other(s) that did") in product
+        assert (changed if rank == 3 else differ) in search  # the length of all of it differs, too
+        assert "ValueError: params: expected the same in all processes of the mesh" in made
+
+
 QUESTIONS = {"eigsh": eigsh, "trace": trace, "density": spectral_density, "diagonal": diagonal}
+
+
+def one_hangs(rank, world_size, replicas, question):
+    """One process never asks."""
+    model = sharded(world_size, replicas=replicas)
+    H = operator(rank, world_size, model)
+    for group in next(model.parameters()).device_mesh.get_all_groups():
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=2), group)
+    if rank == world_size - 1:
+        return time.sleep(8)
+    return QUESTIONS[question](H)
+
+
+@pytest.mark.parametrize(("replicas", "question"), [(1, "trace"), (2, "density")])
+def test_the_timeout_of_the_mesh_ends_those_who_wait(replicas, question):
+    for rank, answer in spread(partial(one_hangs, replicas=replicas, question=question), 2 * replicas).items():
+        assert answer is None if rank == 2 * replicas - 1 else "RuntimeError" in answer
 
 
 def one_fails_in_a_product(rank, world_size, replicas, question):
@@ -404,8 +445,9 @@ def one_fails_in_a_product(rank, world_size, replicas, question):
     return QUESTIONS[question](H)
 
 
-@pytest.mark.parametrize("question", ["eigsh"])
-@pytest.mark.parametrize(("world_size", "replicas"), [(2, 1), (4, 1)])
+@pytest.mark.parametrize(
+    ("world_size", "replicas", "question"), [(2, 1, "eigsh"), (4, 1, "eigsh"), (2, 1, "diagonal"), (4, 2, "trace")]
+)
 def test_a_failure_in_the_closure_ends_all(world_size, replicas, question):
     """Its process at once; the others, which wait for it within torch, when it is gone."""
     start = time.monotonic()
