@@ -251,6 +251,55 @@ def test_messages_and_memory(world_size):
     assert sum(shard for *_, shard in answers.values()) == size
 
 
+PROBED = 2  # samples, and steps of one probe
+
+
+def messages_of_estimates(rank, world_size):
+    """Numbers in the messages of each estimate, bytes of what all of them allocate, and entries of a shard."""
+    from torch.distributed.fsdp import fully_shard
+
+    model = module()
+    for layer in (model[0], model[2]):  # torch gathers one of them at a time
+        sharded(world_size, layer)
+    H = operator(rank, world_size, fully_shard(model, mesh=next(model.parameters()).device_mesh))
+    size = H._source.params.shards.size
+    v = torch.ones(size, dtype=torch.float64)
+    calls = {
+        "product": lambda: H @ v,
+        "diagonal": lambda: diagonal(H, num_samples=PROBED),
+        "trace": lambda: trace(H, method="hutchinson", num_probes=PROBED),
+        "density": lambda: spectral_density(H, num_steps=PROBED, num_probes=1, grid_size=2),
+    }
+    sizes, allocated = profiled(lambda: {name: counted(call)[1] for name, call in calls.items()})
+    return sizes, allocated, size
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_messages_and_memory_of_estimates(world_size):
+    """Nothing has the size of whole vectors."""
+    size, answers = exact().shape[0], spread(messages_of_estimates, world_size)
+    assert all(not isinstance(answer, str) for answer in answers.values()), answers
+    # The arguments; a product: the length of its vector and its errors. A diagonal: its unit and whether it is finite.
+    product = [2, 3]
+    expected = {
+        "diagonal": [27, *product, 1, *product * (PROBED - 1), 1],
+        "trace": [27, *[*product, 1, 4, 1] * PROBED],
+        "product": [1, 27, *product],
+    }
+    for found, allocated, shard in answers.values():
+        rows = {4 * shard * 8, (PROBED + 1) * shard * 8}  # of a trace, of a density
+        assert rows <= set(allocated)
+        assert all(bytes % (size * 8) for bytes in allocated if bytes)
+        sizes = found.pop("density")
+        assert found == expected
+        assert sizes == answers[0][0].get("density", sizes)
+        # As eigsh: of a step overlaps, and those of what is left, once for each subtraction.
+        assert sizes[:4] == [27, 1, *product]
+        assert max(sizes[1:]) <= PROBED + 1
+        assert 3 + 4 * PROBED <= len(sizes) <= 3 + 6 * PROBED
+    assert sum(shard for *_, shard in answers.values()) == size
+
+
 def messages_to_replicas(rank, world_size):
     """Numbers in the messages of a product and of calls to the processes with the same shard, and of products to those
     with the others."""
