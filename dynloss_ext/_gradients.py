@@ -238,10 +238,9 @@ class Gradients:
 
     def _mean_over_mesh(self, weight: Tensor) -> Tensor:
         """Sharded gradients are means over the processes; so must be what the sum is divided by."""
-        mesh: Any = self.params[0].device_mesh  # type: ignore[attr-defined]
-        for dim in range(mesh.ndim):
-            distributed.all_reduce(weight, group=mesh.get_group(dim))
-        return weight / float(mesh.size())
+        for group in self._all:
+            distributed.all_reduce(weight, group=group)
+        return weight / float(self._processes)
 
     def _pass(self, u: Tensor | None, points: Sequence[float], weights: Sequence[Sequence[float]]) -> Tensor:
         """This process's combinations, whether its sums changed, and the fingerprint of u."""

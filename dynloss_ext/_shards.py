@@ -228,8 +228,20 @@ def mesh_groups(params: Any) -> tuple[Any, ...]:
     for given in params if isinstance(params, list) else [params]:
         p = given[1] if isinstance(given, tuple) and len(given) == 2 else given
         if isinstance(p, Tensor) and is_sharded(p):
-            return tuple(p.device_mesh.get_all_groups())  # type: ignore[attr-defined]
+            return tuple(_oldest_like(group) for group in p.device_mesh.get_all_groups())  # type: ignore[attr-defined]
     return ()
+
+
+def _oldest_like(group: Any) -> Any:
+    """Of the groups with the same processes and backend the first that was made, which is the same in all of them.
+
+    torch's caches take one mesh for another that is equal, and so does a DTensor: by what a process computed before,
+    its groups may be those of an earlier mesh, and those of another process not.
+    """
+    ranks_of, backend_of = distributed.get_process_group_ranks, distributed.get_backend_config
+    ranks, backend = ranks_of(group), backend_of(group)
+    groups = distributed.distributed_c10d._world.pg_group_ranks  # in the order in which they were made
+    return next(other for other in groups if ranks_of(other) == ranks and backend_of(other) == backend)
 
 
 def largest_entries(rows: Tensor, shards: Shards | None) -> Tensor:
