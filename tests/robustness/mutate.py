@@ -141,6 +141,13 @@ def _run(tree: Path, *command: str, seconds: float) -> tuple[int, str]:
     return run.returncode, run.stdout + run.stderr
 
 
+def _copy(tree: Path) -> None:
+    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(listed, cwd=ROOT, capture_output=True, check=True).stdout
+    packed = subprocess.run(["tar", "--null", "-T-", "-c"], cwd=ROOT, input=names, capture_output=True, check=True)
+    subprocess.run(["tar", "-x"], cwd=tree, input=packed.stdout, check=True)
+
+
 def _build(tree: Path) -> None:
     code, output = _run(tree, sys.executable, "setup.py", "-q", "build_ext", "--inplace", seconds=1800)
     if code:
@@ -190,10 +197,7 @@ def main() -> None:
     tried = {(one["file"], one["fault"]) for one in outcomes}
     with tempfile.TemporaryDirectory() as scratch:
         tree = Path(scratch)
-        listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-        names = subprocess.run(listed, cwd=ROOT, capture_output=True, check=True).stdout
-        packed = subprocess.run(["tar", "--null", "-T-", "-c"], cwd=ROOT, input=names, capture_output=True, check=True)
-        subprocess.run(["tar", "-x"], cwd=tree, input=packed.stdout, check=True)
+        _copy(tree)
         _build(tree)
         for fault in FAULTS:
             if options.only in fault.file and fault.name not in tried and time.monotonic() < end:

@@ -27,7 +27,8 @@ def test_it_goes_on_with_what_is_known(tmp_path: Path, monkeypatch: pytest.Monke
 
     tried: list[mutate.Fault] = []
     monkeypatch.setattr(mutate, "outcome", outcome)
-    monkeypatch.setattr(mutate, "_build", lambda tree: None)
+    for step in ("_copy", "_build"):
+        monkeypatch.setattr(mutate, step, lambda tree: None)
     out = tmp_path / "mutate.json"
     for only in (mutate.FAULTS[0].file, ""):
         monkeypatch.setattr("sys.argv", ["x", "--out", str(out), "--only", only])
