@@ -425,11 +425,13 @@ class Oscillation:
         Each turn raises another class, and so tilts the landscape another way.
         """
         elapsed = check_step("step", step) - self._start_step
-        turns = [
-            max(-(2**63), min(elapsed // (int(turn) if turn.is_integer() else Fraction(turn)), 2**63 - 1))
-            for turn in self._clock[..., 2].reshape(-1).tolist()
-        ]
-        return torch.tensor(turns, device="cpu").view(self._clock.shape[:-1])
+
+        def turn(length: float) -> int:
+            whole = elapsed // (int(length) if length.is_integer() else Fraction(length))
+            return max(-(2**63), min(whole, 2**63 - 1))
+
+        lengths = self._clock.select(-1, 2).tolist()
+        return torch.tensor(list(map(turn, lengths)) if isinstance(lengths, list) else turn(lengths), device="cpu")
 
     def evaluate_function(self, step: int) -> Tensor:
         """Γ (C,) float64 from the user's function, checked."""

@@ -272,7 +272,7 @@ class PerceptronEnsemble:
         work = 6.0 * self.num_members * self.num_parameters * self._target.shape[-1]
         block = max(1, int(_WORK_PER_CALL / work))
         first = -(-self.step // record_every) * record_every
-        rows = [torch.empty(0, self.num_members, 3, dtype=torch.float64, device="cpu")]
+        rows = []
         momenta = None if self._velocity is None else self._momenta
         while self.step < last:
             steps = min(block, last - self.step)
@@ -280,7 +280,9 @@ class PerceptronEnsemble:
             with torch.no_grad():
                 rows.append(_ops.perceptron_train_(self._flat, *self._problem(), *descent).cpu())
             self.step += steps
-        weighted, plain, accuracy = torch.cat(rows).unbind(-1)
+        if len(rows) != 1:  # one is the rule where every step counts
+            rows = [torch.cat([torch.empty(0, self.num_members, 3, dtype=torch.float64, device="cpu"), *rows])]
+        weighted, plain, accuracy = rows[0].unbind(-1)
         return TrainingRecords(
             torch.arange(first, max(first, last), record_every, device="cpu"), weighted, plain, accuracy
         )

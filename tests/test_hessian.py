@@ -191,7 +191,10 @@ def test_no_python_runs_between_products():
         op.apply(v)
     finally:
         sys.setprofile(None)
-    assert [name for _, name in calls] in (["apply", "apply", "setprofile"], ["setprofile"])
+    assert {name for _, name in calls} <= {
+        "apply",
+        "setprofile",
+    }  # which of these are told of, and how often, is Python's
     assert events_of(lambda: eigsh(H, tol=1e-1)) == events_of(lambda: eigsh(H, tol=1e-9))
 
 

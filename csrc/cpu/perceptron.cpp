@@ -25,7 +25,7 @@ namespace dynloss::cpu {
 
 namespace {
 
-// Of a block's hidden planes: half of the second cache of the machines of today, as there may be two.
+// Of a block's planes: half of the second cache of the machines of today, as there may be two.
 constexpr int64_t block_bytes = 262144;
 
 int64_t rounded_up(int64_t x, int64_t quantum) { return (x + quantum - 1) / quantum * quantum; }
@@ -33,8 +33,10 @@ int64_t rounded_up(int64_t x, int64_t quantum) { return (x + quantum - 1) / quan
 // How many samples are processed at a time: all of them, or equal parts.
 template <typename T>
 int64_t block_of(const PerceptronShape& shape, int64_t padded) {
-  const int64_t most =
-      std::max<int64_t>(4, block_bytes / static_cast<int64_t>(sizeof(T)) / shape.hidden / plane_quantum<T>);
+  constexpr int64_t size = sizeof(T);
+  const int64_t planes =
+      has_few_planes(shape) ? std::max<int64_t>(16, shape.hidden / (8 * size)) : shape.hidden;
+  const int64_t most = std::max<int64_t>(4, block_bytes / size / planes / plane_quantum<T>);
   const int64_t quanta = padded / plane_quantum<T>;
   const int64_t blocks = (quanta + most - 1) / most;
   return (quanta + blocks - 1) / blocks * plane_quantum<T>;
@@ -74,19 +76,33 @@ PerceptronBench<T>::PerceptronBench(const PerceptronArguments& x, const Schedule
   member_.shape = shape;
   member_.padded = rounded_up(shape.samples, plane_quantum<T>);
   member_.block = block_of<T>(shape, member_.padded);
+  const int64_t block = member_.block;
   inputs_ = Plane<T>(shape.inputs * member_.padded);
-  hidden_ = Plane<T>(shape.hidden * member_.block);
-  logits_ = Plane<T>(shape.classes * member_.block);
-  tile_ = Plane<T>(perceptron_tile_planes * member_.block);
+  logits_ = Plane<T>(shape.classes * block);
   if (along) {
-    hidden_along_ = Plane<T>(shape.hidden * member_.block);
-    logits_along_ = Plane<T>(shape.classes * member_.block);
+    logits_along_ = Plane<T>(shape.classes * block);
+    softmax_ = Plane<T>((shape.classes + 2) * block);
+  }
+  if (has_few_planes(shape)) {
+    const int64_t moments =
+        rounded_up(shape.hidden, plane_quantum<T>) * few_planes_moments<few_inputs, few_classes>;
+    active_ = Plane<uint8_t>(shape.hidden * block / 8);
+    moments_ = Plane<T>(moments);
+    if (along) moments_along_ = Plane<T>(moments);
+  } else {
+    hidden_ = Plane<T>(shape.hidden * block);
+    tile_ = Plane<T>(perceptron_tile_planes * block);
+    if (along) hidden_along_ = Plane<T>(shape.hidden * block);
   }
   labels_.assign(member_.padded, no_label);
   gamma_.resize(shape.classes);
   member_.inputs = inputs_.get();
   member_.labels = labels_.data();
   member_.gamma = gamma_.data();
+  member_.softmax = softmax_.get();
+  member_.active = active_.get();
+  member_.moments = moments_.get();
+  member_.moments_along = moments_along_.get();
   member_.hidden = hidden_.get();
   member_.hidden_along = hidden_along_.get();
   member_.logits = logits_.get();
@@ -112,7 +128,7 @@ void PerceptronBench<T>::take(int64_t index) {
     for (int64_t n = 0; n < member_.shape.samples; ++n) labels_[n] = data[n * from.stride(0)];
   }
   index_ = index;
-  member_.parameters = static_cast<const T*>(x_.parameters.const_data_ptr()) + index * x_.parameters.size(1);
+  set_parameters(static_cast<const T*>(x_.parameters.const_data_ptr()) + index * x_.parameters.size(1));
   set_step(x_.step);
 }
 
@@ -120,6 +136,7 @@ template <typename T>
 void PerceptronBench<T>::set_step(int64_t step) {
   write_weights(schedule_.of_member(is_ensemble(x_.clock) ? index_ : 0), step, /*weight=*/nullptr,
                 gamma_.data());
+  member_.prepared = false;
 }
 
 template <typename T>
@@ -138,9 +155,10 @@ void PerceptronBench<T>::gradient(T* gradient) const {
 }
 
 template <typename T>
-void PerceptronBench<T>::multiply(const T* v, T* product) const {
+void PerceptronBench<T>::multiply(const T* v, T* product) {
   std::fill(product, product + member_.shape.size(), T(0));
   perceptron_kernels<T>().multiply(member_, v, product);
+  member_.prepared = member_.block == member_.padded;
 }
 
 template class PerceptronBench<float>;
@@ -201,7 +219,7 @@ at::Tensor perceptron_hvp(const PerceptronArguments& x, const at::Tensor& v) {
     using T = decltype(zero);
     const T* from = static_cast<const T*>(directions.const_data_ptr());
     T* out = static_cast<T*>(product.data_ptr());
-    for_members<T>(x, true, [&](const PerceptronBench<T>& bench, int64_t m) {
+    for_members<T>(x, true, [&](PerceptronBench<T>& bench, int64_t m) {
       bench.multiply(from + m * bench.shape().size(), out + m * bench.shape().size());
     });
   });

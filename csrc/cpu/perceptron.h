@@ -39,13 +39,16 @@ class PerceptronBench {
 
   // What follows is of this member, from its row of the arguments' parameters.
   void take(int64_t index);
-  void set_parameters(const T* parameters) { member_.parameters = parameters; }
+  void set_parameters(const T* parameters) {
+    member_.parameters = parameters;
+    member_.prepared = false;
+  }
   void set_step(int64_t step);
 
   // Of the mean loss, written over `gradient`; without one, the sums alone. These are means over the samples.
   PerceptronSums evaluate(T* gradient) const;
   void gradient(T* gradient) const;
-  void multiply(const T* v, T* product) const;
+  void multiply(const T* v, T* product);
 
   const PerceptronShape& shape() const { return member_.shape; }
 
@@ -54,7 +57,8 @@ class PerceptronBench {
   const ScheduleData& schedule_;
   PerceptronMember<T> member_;
   int64_t index_ = -1;
-  Plane<T> inputs_, hidden_, hidden_along_, logits_, logits_along_, tile_;
+  Plane<T> inputs_, hidden_, hidden_along_, logits_, logits_along_, softmax_, moments_, moments_along_, tile_;
+  Plane<uint8_t> active_;
   std::vector<int64_t> labels_;
   std::vector<double> gamma_;
 };

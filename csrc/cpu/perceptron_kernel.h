@@ -18,6 +18,15 @@ constexpr int64_t no_label = -1;
 
 constexpr int perceptron_tile_planes = 4;
 
+// Networks for which the kernels keep no hidden values, as the spirals' is.
+constexpr int few_inputs = 2, few_classes = 3;
+inline bool has_few_planes(const PerceptronShape& shape) {
+  return shape.activation == Activation::relu && shape.inputs == few_inputs && shape.classes == few_classes;
+}
+// Their numbers a hidden unit.
+template <int D, int C>
+constexpr int few_planes_moments = (D + 1) * C;
+
 // One member's data and the planes that its evaluation needs; all planes are aligned to 64 bytes.
 template <typename T>
 struct PerceptronMember {
@@ -28,8 +37,14 @@ struct PerceptronMember {
   const int64_t* labels;     // (padded,)
   const T* parameters;       // (P,)
   const double* gamma;       // (C,)
-  T *hidden, *hidden_along;  // (H, block); the second for products alone
-  T *logits, *logits_along;  // (C, block); they become gradients
+  T *logits, *logits_along;  // (C, block); they become gradients. All `along` is for products alone
+  T* softmax;                // (C + 2, block), for products: exp(z - max), its sum, the gradient's factor
+  // With few planes:
+  void* active;                // (H, block) bits: which samples activate a unit
+  T *moments, *moments_along;  // (H, D + 1, C), H rounded up to the quantum
+  bool prepared;               // for products, by an earlier one: all samples are one block
+  // Else:
+  T *hidden, *hidden_along;  // (H, block)
   T* tile;                   // (perceptron_tile_planes, block)
 };
 

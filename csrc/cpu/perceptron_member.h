@@ -179,8 +179,8 @@ struct Perceptron {
     });
   }
 
-  // The logits become their gradient, of the mean over all samples; along a direction of the logits, too.
-  template <int Classes, bool along>
+  // The logits become their gradient, of the mean over all samples. `keep`: with what rows_along needs.
+  template <int Classes, bool keep>
   void rows(PerceptronSums* sums) const {
     const Lane<T> classes = static_cast<Lane<T>>(C);
     const SharedTargetWeights<T> shared(0.0, 0.0, C);
@@ -194,7 +194,7 @@ struct Perceptron {
       Vec<T> top = load(at(0));
       for_classes<Classes>(classes,
                            [&](int64_t c) DYNLOSS_ALWAYS_INLINE_LAMBDA { top = maximum(load(at(c)), top); });
-      Vec<T> gamma{}, picked{}, along_top{};
+      Vec<T> gamma{}, picked{};
       RowSum<Vec<T>> sum{};
       Mask<T> seen{}, right{};  // the first class that attains the maximum is the network's answer
       for_classes<Classes>(classes, [&](int64_t c) DYNLOSS_ALWAYS_INLINE_LAMBDA {
@@ -206,10 +206,9 @@ struct Perceptron {
         sum.others = here ? sum.others : sum.others + e;
         const Mask<T> is_top = shifted == T(0);
         right |= is_top & here & ~seen;
-        if constexpr (along)
-          along_top = is_top ? load(member.logits_along + c * member.block + n) : along_top;
         seen |= is_top;
         store(at(c), e);
+        if constexpr (keep) store(member.softmax + c * member.block + n, e);
       });
       const TargetWeights<Vec<T>> q = shared.at(gamma);
       if (sums != nullptr) {
@@ -220,18 +219,9 @@ struct Perceptron {
         add_wide<T>(correct, right ? broadcast(T(1)) : Vec<T>{});
       }
       const RowGradient<Vec<T>> gradient(broadcast(mean), q, sum);
-      if constexpr (along) {
-        InnerProducts<Vec<T>> products;
-        products.v_top = along_top;
-        T* y = member.logits_along + n;
-        for_classes<Classes>(classes, [&](int64_t c) DYNLOSS_ALWAYS_INLINE_LAMBDA {
-          products.add(load(at(c)), load(y + c * member.block));
-        });
-        products.divide(sum.all());
-        for_classes<Classes>(classes, [&](int64_t c) DYNLOSS_ALWAYS_INLINE_LAMBDA {
-          const Vec<T> x = gradient.factor * load(at(c)) * products.factor(load(y + c * member.block));
-          store(y + c * member.block, labels.counted ? x : Vec<T>{});
-        });
+      if constexpr (keep) {
+        store(member.softmax + C * member.block + n, sum.all());
+        store(member.softmax + (C + 1) * member.block + n, gradient.factor);
       }
       for_classes<Classes>(classes, [&](int64_t c) DYNLOSS_ALWAYS_INLINE_LAMBDA {
         const Mask<T> here = labels.index == static_cast<Lane<T>>(c);
@@ -243,6 +233,31 @@ struct Perceptron {
     sums->weighted_loss += horizontal_sum<double>(weighted);
     sums->loss += horizontal_sum<double>(plain);
     sums->correct += horizontal_sum<double>(correct);
+  }
+
+  // A direction of the logits becomes the derivative of their gradient along it.
+  template <int Classes>
+  void rows_along() const {
+    const Lane<T> classes = static_cast<Lane<T>>(C);
+    for (int64_t n = 0; n < samples; n += width<T>) {
+      const Labels<T> labels(member.labels + first + n, no_label);
+      const auto kept = [&](int64_t i) DYNLOSS_ALWAYS_INLINE_LAMBDA {
+        return load(member.softmax + i * member.block + n);
+      };
+      T* y = member.logits_along + n;
+      InnerProducts<Vec<T>> products;
+      for_classes<Classes>(classes, [&](int64_t c) DYNLOSS_ALWAYS_INLINE_LAMBDA {
+        products.v_top = kept(c) == T(1) ? load(y + c * member.block) : products.v_top;
+      });
+      for_classes<Classes>(classes, [&](int64_t c) DYNLOSS_ALWAYS_INLINE_LAMBDA {
+        products.add(kept(c), load(y + c * member.block));
+      });
+      products.divide(kept(C));
+      for_classes<Classes>(classes, [&](int64_t c) DYNLOSS_ALWAYS_INLINE_LAMBDA {
+        const Vec<T> x = kept(C + 1) * kept(c) * products.factor(load(y + c * member.block));
+        store(y + c * member.block, labels.counted ? x : Vec<T>{});
+      });
+    }
   }
 
   // From the gradients of the logits to those of the parameters; with `along`, to the derivatives of these.
@@ -315,17 +330,70 @@ struct Perceptron {
   }
 };
 
-// ---- few inputs and classes
+// ---- few inputs and classes, relu
 //
-// Where a unit's weights and sums, and what a sample has of inputs and classes, fit into registers, hidden
-// values are computed on the way back a second time: that is less than to bring them from the second cache.
+// A hidden unit is linear in the samples that activate it. So all that its derivatives need of them are its
+// moments: sums of (1, x) ⊗ g over these samples, g the gradients of their logits, which stay in registers.
 
-template <typename T, Activation A, int D, int C, bool along>
+#if VECTOR_BYTES == 64
+// Which of a vector's samples activate a unit: a bit each, kept from the way there for the way back.
+template <typename T>
+using Active = std::conditional_t<std::is_same_v<T, float>, __mmask16, __mmask8>;
+
+DYNLOSS_ALWAYS_INLINE __mmask16 activates(Vec<float> x) {
+  return _mm512_cmp_ps_mask(x, Vec<float>{}, _CMP_NLE_UQ);  // NaN stays
+}
+DYNLOSS_ALWAYS_INLINE __mmask8 activates(Vec<double> x) {
+  return _mm512_cmp_pd_mask(x, Vec<double>{}, _CMP_NLE_UQ);
+}
+DYNLOSS_ALWAYS_INLINE Vec<float> where(__mmask16 active, Vec<float> x) {
+  return _mm512_maskz_mov_ps(active, x);
+}
+DYNLOSS_ALWAYS_INLINE Vec<double> where(__mmask8 active, Vec<double> x) {
+  return _mm512_maskz_mov_pd(active, x);
+}
+DYNLOSS_ALWAYS_INLINE void add_where(__mmask16 active, Vec<float>& sum, Vec<float> x) {
+  sum = _mm512_mask_add_ps(sum, active, sum, x);
+}
+DYNLOSS_ALWAYS_INLINE void add_where(__mmask8 active, Vec<double>& sum, Vec<double> x) {
+  sum = _mm512_mask_add_pd(sum, active, sum, x);
+}
+DYNLOSS_ALWAYS_INLINE void add_product_where(__mmask16 active, Vec<float>& sum, Vec<float> x, Vec<float> y) {
+  sum = _mm512_mask3_fmadd_ps(x, y, sum, active);
+}
+DYNLOSS_ALWAYS_INLINE void add_product_where(__mmask8 active, Vec<double>& sum, Vec<double> x,
+                                             Vec<double> y) {
+  sum = _mm512_mask3_fmadd_pd(x, y, sum, active);
+}
+#else
+// Without mask registers they are found again on the way back: that is less than to bring them from memory.
+template <typename T>
+using Active = Mask<T>;
+
+template <typename V>
+DYNLOSS_ALWAYS_INLINE auto activates(V x) {
+  return ~(x <= 0);  // NaN stays
+}
+template <typename M, typename V>
+DYNLOSS_ALWAYS_INLINE V where(M active, V x) {
+  return (V)(active & (M)x);
+}
+template <typename M, typename V>
+DYNLOSS_ALWAYS_INLINE void add_where(M active, V& sum, V x) {
+  sum += where(active, x);
+}
+template <typename M, typename V>
+DYNLOSS_ALWAYS_INLINE void add_product_where(M active, V& sum, V x, V y) {
+  sum += x * where(active, y);
+}
+#endif
+
+template <typename T, int D, int C>
 struct FewPlanes {
-  static constexpr int units = VECTOR_BYTES == 64 && !along ? 2 : 1;
-  // With 16 registers a product's weights would be read from memory for every vector of samples, too.
-  static constexpr bool sums_in_registers = VECTOR_BYTES == 64 || !along;
-  using Block = Perceptron<T, A>;
+  static constexpr int units = VECTOR_BYTES == 64 ? 2 : 1;          // at a time, on the way back
+  static constexpr int along_vectors = VECTOR_BYTES == 64 ? 3 : 1;  // on the way there along a direction
+  static constexpr int moments = few_planes_moments<D, C>;
+  using Block = Perceptron<T, Activation::relu>;
 
   // A hidden unit by the parameters or a direction.
   struct Unit {
@@ -341,130 +409,163 @@ struct FewPlanes {
       unrolled<D>([&](int d) DYNLOSS_ALWAYS_INLINE_LAMBDA { sum += input[d] * x[d]; });
       return sum;
     }
-    DYNLOSS_ALWAYS_INLINE_MEMBER Vec<T> back(const Vec<T>* g) const {
-      Vec<T> sum = output[0] * g[0];
-      unrolled<C - 1>([&](int c) DYNLOSS_ALWAYS_INLINE_LAMBDA { sum += output[c + 1] * g[c + 1]; });
-      return sum;
-    }
   };
 
-  static void forward(const Block& block, const T* v) {
+  // Gradients of the logits, and what products need of them.
+  static void evaluate(const Block& block, PerceptronSums* sums) {
+    forward(block);
+    block.template rows<C, false>(sums);
+  }
+  static void prepare(const Block& block) {
+    forward(block);
+    block.template rows<C, true>(nullptr);
+    sum_moments(block, block.logits(), block.member.moments);
+  }
+
+  static void backward(const Block& block, T* out) {
+    const PerceptronMember<T>& member = block.member;
+    sum_moments(block, block.logits(), member.moments);
+    add_derivatives(block.shape, member.parameters, member.moments, out);
+    block.template backward_biases<false>(out);
+  }
+
+  // After `prepare`, for as many directions as there are.
+  static void multiply(const Block& block, const T* v, T* out) {
+    const PerceptronMember<T>& member = block.member;
+    forward_along(block, v);
+    block.template rows_along<C>();
+    sum_moments(block, block.logits_along(), member.moments_along);
+    add_derivatives(block.shape, member.parameters, member.moments_along, out);
+    add_derivatives(block.shape, v, member.moments, out);
+    block.template backward_biases<true>(out);
+  }
+
+ private:
+  DYNLOSS_ALWAYS_INLINE_MEMBER static void load_inputs(const Block& block, int64_t n, Vec<T>* x) {
+    unrolled<D>([&](int d) DYNLOSS_ALWAYS_INLINE_LAMBDA { x[d] = load(block.inputs()[d] + n); });
+  }
+
+  DYNLOSS_ALWAYS_INLINE_MEMBER static Active<T>* kept(const Block& block, int64_t h, int64_t n) {
+    return static_cast<Active<T>*>(block.member.active) +
+           static_cast<uint64_t>(h * block.member.block + n) / width<T>;
+  }
+
+  // Of the unit h at the vector of samples x from n on, after `forward`.
+  DYNLOSS_ALWAYS_INLINE_MEMBER static Active<T> active(const Block& block, const Vec<T>* x, int64_t h,
+                                                       int64_t n) {
+    if constexpr (VECTOR_BYTES == 64) return *kept(block, h, n);
+    return activates(Unit(block.shape, block.member.parameters, h).before(x));
+  }
+
+  static void forward(const Block& block) {
     const PerceptronMember<T>& member = block.member;
     const PerceptronShape& shape = block.shape;
     const T* p = member.parameters;
-    constexpr int most = along ? tile_vectors / 2 : tile_vectors;
-    in_tiles<most>(block.vectors, [&]<int V>(int64_t vector) DYNLOSS_ALWAYS_INLINE_LAMBDA {
-      const int64_t n = vector * width<T>;
-      Vec<T> x[V][D], z[V][C], y[V][C];
+    in_tiles<tile_vectors>(block.vectors, [&]<int V>(int64_t vector) DYNLOSS_ALWAYS_INLINE_LAMBDA {
+      Vec<T> x[V][D], z[V][C];
       unrolled<V>([&](int k) DYNLOSS_ALWAYS_INLINE_LAMBDA {
-        unrolled<D>([&](int d) DYNLOSS_ALWAYS_INLINE_LAMBDA {
-          x[k][d] = load(block.inputs()[d] + n + k * width<T>);
-        });
-        unrolled<C>([&](int c) DYNLOSS_ALWAYS_INLINE_LAMBDA {
-          z[k][c] = broadcast(p[shape.b2() + c]);
-          if constexpr (along) y[k][c] = broadcast(v[shape.b2() + c]);
-        });
+        load_inputs(block, (vector + k) * width<T>, x[k]);
+        unrolled<C>([&](int c) DYNLOSS_ALWAYS_INLINE_LAMBDA { z[k][c] = broadcast(p[shape.b2() + c]); });
       });
       for (int64_t h = 0; h < shape.hidden; ++h) {
-        const Unit unit(shape, p, h), change(shape, along ? v : p, h);
+        const Unit unit(shape, p, h);
         unrolled<V>([&](int k) DYNLOSS_ALWAYS_INLINE_LAMBDA {
-          const Vec<T> value = activated<A, T>(unit.before(x[k]));
+          const Vec<T> before = unit.before(x[k]);
+          const Active<T> now = activates(before);
+          if constexpr (VECTOR_BYTES == 64) *kept(block, h, (vector + k) * width<T>) = now;
+          const Vec<T> value = where(now, before);
           unrolled<C>([&](int c) DYNLOSS_ALWAYS_INLINE_LAMBDA { z[k][c] += value * unit.output[c]; });
-          if constexpr (along) {
-            const Vec<T> moved = times_slope<A, T>(change.before(x[k]), value);
-            unrolled<C>([&](int c) DYNLOSS_ALWAYS_INLINE_LAMBDA {
-              y[k][c] += value * change.output[c];
-              y[k][c] += moved * unit.output[c];
-            });
-          }
         });
       }
-      unrolled<V>([&](int k) DYNLOSS_ALWAYS_INLINE_LAMBDA {
-        unrolled<C>([&](int c) DYNLOSS_ALWAYS_INLINE_LAMBDA {
-          store(member.logits + c * member.block + n + k * width<T>, z[k][c]);
-          if constexpr (along) store(member.logits_along + c * member.block + n + k * width<T>, y[k][c]);
-        });
-      });
+      write<V>(member.logits, member.block, vector, z);
     });
   }
 
-  // What a vector of samples has: inputs, gradients of the logits and, along a direction, their derivatives.
-  struct Samples {
-    Vec<T> x[D], g[C], r[C];
-
-    DYNLOSS_ALWAYS_INLINE_MEMBER Samples(const Block& block, int64_t n) {
-      unrolled<D>([&](int d) DYNLOSS_ALWAYS_INLINE_LAMBDA { x[d] = load(block.inputs()[d] + n); });
-      unrolled<C>([&](int c) DYNLOSS_ALWAYS_INLINE_LAMBDA {
-        g[c] = load(block.logits()[c] + n);
-        if constexpr (along) r[c] = load(block.logits_along()[c] + n);
-      });
-    }
-  };
-
-  // The derivatives by a unit's parameters: of its inputs' weights, of its bias, of its outputs' weights.
-  static constexpr int of_unit = D + 1 + C;
-
-  DYNLOSS_ALWAYS_INLINE_MEMBER static void add_derivatives(const Samples& at, const Unit& unit,
-                                                           const Unit& change, Vec<T>* sum) {
-    const Vec<T> value = activated<A, T>(unit.before(at.x));
-    Vec<T> back = unit.back(along ? at.r : at.g), moved{};
-    if constexpr (along) {
-      moved = times_slope<A, T>(change.before(at.x), value);
-      back += change.back(at.g);
-    }
-    back = times_slope<A, T>(back, value);
-    if constexpr (along && A == Activation::tanh) back -= T(2) * value * moved * unit.back(at.g);
-    unrolled<D>([&](int d) DYNLOSS_ALWAYS_INLINE_LAMBDA { sum[d] += back * at.x[d]; });
-    sum[D] += back;
-    unrolled<C>([&](int c) DYNLOSS_ALWAYS_INLINE_LAMBDA {
-      sum[D + 1 + c] += value * (along ? at.r[c] : at.g[c]);
-      if constexpr (along) sum[D + 1 + c] += moved * at.g[c];
-    });
-  }
-
-  // Of I units from h on.
-  template <int I>
-  DYNLOSS_ALWAYS_INLINE_MEMBER static void write_sums(const PerceptronShape& shape, const Vec<T>* sums,
-                                                      int64_t h, T* out) {
-    add_lanes<T, I * of_unit>(sums, [&](int k) {
-      const int64_t unit = h + k / of_unit, place = k % of_unit;
-      return out + (place < D    ? place * shape.hidden + unit
-                    : place == D ? shape.b1() + unit
-                                 : shape.w2() + unit * C + place - D - 1);
-    });
-  }
-
-  static void backward(const Block& block, const T* v, T* out) {
+  static void forward_along(const Block& block, const T* v) {
+    const PerceptronMember<T>& member = block.member;
     const PerceptronShape& shape = block.shape;
-    const T* p = block.member.parameters;
-    const auto unit_of = [&](const T* flat, int64_t h)
-                             DYNLOSS_ALWAYS_INLINE_LAMBDA { return Unit(shape, along ? flat : p, h); };
-    if constexpr (sums_in_registers) {
-      in_tiles<units>(shape.hidden, [&]<int I>(int64_t h) DYNLOSS_ALWAYS_INLINE_LAMBDA {
-        Vec<T> sums[I * of_unit] = {};
-        for (int64_t n = 0; n < block.samples; n += width<T>) {
-          const Samples at(block, n);
-          unrolled<I>([&](int i) DYNLOSS_ALWAYS_INLINE_LAMBDA {
-            add_derivatives(at, Unit(shape, p, h + i), unit_of(v, h + i), sums + i * of_unit);
-          });
-        }
-        write_sums<I>(shape, sums, h, out);
+    in_tiles<along_vectors>(block.vectors, [&]<int V>(int64_t vector) DYNLOSS_ALWAYS_INLINE_LAMBDA {
+      Vec<T> x[V][D], y[V][C];
+      unrolled<V>([&](int k) DYNLOSS_ALWAYS_INLINE_LAMBDA {
+        load_inputs(block, (vector + k) * width<T>, x[k]);
+        unrolled<C>([&](int c) DYNLOSS_ALWAYS_INLINE_LAMBDA { y[k][c] = broadcast(v[shape.b2() + c]); });
       });
-    } else {
-      constexpr int most = 64;
-      Vec<T> sums[most * of_unit];
-      for (int64_t first = 0; first < shape.hidden; first += most) {
-        const int64_t count = std::min<int64_t>(most, shape.hidden - first);
-        std::fill(sums, sums + count * of_unit, Vec<T>{});
-        for (int64_t n = 0; n < block.samples; n += width<T>) {
-          const Samples at(block, n);
-          for (int64_t i = 0; i < count; ++i)
-            add_derivatives(at, Unit(shape, p, first + i), unit_of(v, first + i), sums + i * of_unit);
-        }
-        for (int64_t i = 0; i < count; ++i) write_sums<1>(shape, sums + i * of_unit, first + i, out);
+      for (int64_t h = 0; h < shape.hidden; ++h) {
+        const Unit unit(shape, member.parameters, h), change(shape, v, h);
+        unrolled<V>([&](int k) DYNLOSS_ALWAYS_INLINE_LAMBDA {
+          const Active<T> now = active(block, x[k], h, (vector + k) * width<T>);
+          const Vec<T> value = where(now, unit.before(x[k])), moved = where(now, change.before(x[k]));
+          unrolled<C>([&](int c) DYNLOSS_ALWAYS_INLINE_LAMBDA {
+            y[k][c] += value * change.output[c];
+            y[k][c] += moved * unit.output[c];
+          });
+        });
       }
+      write<V>(member.logits_along, member.block, vector, y);
+    });
+  }
+
+  template <int V>
+  DYNLOSS_ALWAYS_INLINE_MEMBER static void write(T* planes, int64_t stride, int64_t vector,
+                                                 const Vec<T> (&x)[V][C]) {
+    unrolled<V>([&](int k) DYNLOSS_ALWAYS_INLINE_LAMBDA {
+      unrolled<C>([&](int c) DYNLOSS_ALWAYS_INLINE_LAMBDA {
+        store(planes + c * stride + (vector + k) * width<T>, x[k][c]);
+      });
+    });
+  }
+
+  // The moments of every unit, (H, D + 1, C). Lanes are summed over of as many units at once as there are.
+  static void sum_moments(const Block& block, const Planes<T>& g, T* out) {
+    constexpr int most = width<T>;
+    for (int64_t first = 0; first < block.shape.hidden; first += most, out += most * moments) {
+      Vec<T> lanes[most * moments];
+      const int64_t count = std::min<int64_t>(most, block.shape.hidden - first);
+      std::fill(lanes + count * moments, lanes + most * moments, Vec<T>{});
+      in_tiles<units>(count, [&]<int I>(int64_t unit) DYNLOSS_ALWAYS_INLINE_LAMBDA {
+        Vec<T> sums[I][D + 1][C] = {};
+        for (int64_t n = 0; n < block.samples; n += width<T>) add_moments<I>(block, g, first + unit, n, sums);
+        std::memcpy(lanes + unit * moments, sums, sizeof(sums));
+      });
+      for (int i = 0; i < moments; ++i) store(out + i * most, horizontal_sums<T>(lanes + i * most));
     }
-    block.template backward_biases<along>(out);
+  }
+
+  // Of I units from h on, at the samples from n on.
+  template <int I>
+  DYNLOSS_ALWAYS_INLINE_MEMBER static void add_moments(const Block& block, const Planes<T>& g, int64_t h,
+                                                       int64_t n, Vec<T> (&sums)[I][D + 1][C]) {
+    Vec<T> x[D];
+    load_inputs(block, n, x);
+    unrolled<I>([&](int i) DYNLOSS_ALWAYS_INLINE_LAMBDA {
+      const Active<T> now = active(block, x, h + i, n);
+      unrolled<C>([&](int c) DYNLOSS_ALWAYS_INLINE_LAMBDA {
+        const Vec<T> at = load(g[c] + n);
+        add_where(now, sums[i][0][c], at);
+        unrolled<D>(
+            [&](int d) DYNLOSS_ALWAYS_INLINE_LAMBDA { add_product_where(now, sums[i][d + 1][c], x[d], at); });
+      });
+    });
+  }
+
+  // out += the derivatives by every unit's parameters, from its moments and its weights in `flat`.
+  static void add_derivatives(const PerceptronShape& shape, const T* flat, const T* moments_of_units,
+                              T* out) {
+    for (int64_t h = 0; h < shape.hidden; ++h) {
+      const Unit unit(shape, flat, h);
+      const T* m = moments_of_units + h * moments;
+      T* const by_output = out + shape.w2() + h * C;
+      unrolled<C>([&](int c) DYNLOSS_ALWAYS_INLINE_LAMBDA {
+        out[shape.b1() + h] += unit.output[c] * m[c];
+        T sum = unit.bias * m[c];
+        unrolled<D>([&](int d) DYNLOSS_ALWAYS_INLINE_LAMBDA {
+          const T moment = m[(d + 1) * C + c];
+          out[d * shape.hidden + h] += unit.output[c] * moment;
+          sum += unit.input[d] * moment;
+        });
+        by_output[c] += sum;
+      });
+    }
   }
 };
 
@@ -480,35 +581,58 @@ DYNLOSS_ALWAYS_INLINE void in_blocks(const PerceptronMember<T>& member, F&& f) {
   }
 }
 
-// The way there and back of a block; only there, if `out` is null. The numbers of inputs and classes of the
-// spirals are known to the compiler.
-template <bool along, typename T, Activation A>
-void run_block(const Perceptron<T, A>& block, const T* v, PerceptronSums* sums, T* out) {
-  using Few = FewPlanes<T, A, 2, 3, along>;
-  const bool few = A == Activation::relu && block.shape.inputs == 2 && block.shape.classes == 3;
-  if (few)
-    Few::forward(block, v);
+// Those of the spirals, whose numbers of inputs and classes are known to the compiler.
+template <typename T>
+using Few = FewPlanes<T, few_inputs, few_classes>;
+
+// f<Classes>() with the number of classes if the kernels are compiled for it, or else with 0.
+template <typename F>
+DYNLOSS_ALWAYS_INLINE void with_classes(int64_t classes, F&& f) {
+  if (classes == few_classes)
+    f.template operator()<few_classes>();
   else
-    block.template forward<along>(v);
-  if (block.shape.classes == 3)
-    block.template rows<3, along>(sums);
-  else
-    block.template rows<0, along>(sums);
-  if (out == nullptr) return;
-  if (few)
-    Few::backward(block, v, out);
-  else
-    block.template backward<along>(v, out);
+    f.template operator()<0>();
+}
+
+// The way there and back of a block; only there, if `out` is null.
+template <typename T, Activation A>
+void evaluate_block(const Perceptron<T, A>& block, PerceptronSums* sums, T* out) {
+  if constexpr (A == Activation::relu) {
+    if (has_few_planes(block.shape)) {
+      Few<T>::evaluate(block, sums);
+      if (out != nullptr) Few<T>::backward(block, out);
+      return;
+    }
+  }
+  block.template forward<false>(nullptr);
+  with_classes(block.shape.classes, [&]<int Classes>() { block.template rows<Classes, false>(sums); });
+  if (out != nullptr) block.template backward<false>(nullptr, out);
+}
+
+template <typename T, Activation A>
+void multiply_block(const Perceptron<T, A>& block, const T* v, T* out) {
+  if constexpr (A == Activation::relu) {
+    if (has_few_planes(block.shape)) {
+      if (!block.member.prepared) Few<T>::prepare(block);
+      return Few<T>::multiply(block, v, out);
+    }
+  }
+  block.template forward<true>(v);
+  with_classes(block.shape.classes, [&]<int Classes>() {
+    block.template rows<Classes, true>(nullptr);
+    block.template rows_along<Classes>();
+  });
+  block.template backward<true>(v, out);
 }
 
 template <typename T>
 void evaluate_perceptron(const PerceptronMember<T>& member, PerceptronSums* sums, T* gradient) {
-  in_blocks(member, [&](const auto& block) { run_block<false, T>(block, nullptr, sums, gradient); });
+  in_blocks(member, [&](const auto& block) { evaluate_block(block, sums, gradient); });
 }
 
 template <typename T>
 void multiply_perceptron(const PerceptronMember<T>& member, const T* v, T* product) {
-  in_blocks(member, [&](const auto& block) { run_block<true, T>(block, v, nullptr, product); });
+  in_blocks(member, [&](const auto& block) { multiply_block(block, v, product); });
 }
 
 template <typename T>

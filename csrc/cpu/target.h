@@ -14,6 +14,10 @@
 #include <type_traits>
 #include <utility>
 
+#if VECTOR_BYTES == 64
+#include <immintrin.h>
+#endif
+
 #include "core/cross_entropy_row.h"
 
 #define DYNLOSS_ALWAYS_INLINE_LAMBDA __attribute__((always_inline))

@@ -20,7 +20,7 @@ class Table:
 
     def __init__(self, *columns: str, block: int = 512) -> None:
         self._pending: dict[str, list[Any]] = {name: [] for name in columns}
-        self._blocks: dict[str, list[NDArray[Any]]] = {name: [] for name in columns}
+        self._blocks: dict[str, list[torch.Tensor]] = {name: [] for name in columns}  # on the host
         self._block = block
         self._rows = 0
 
@@ -51,8 +51,8 @@ class Table:
         """Every column as one array, rows first."""
         self._flush()
         for name, blocks in self._blocks.items():
-            self._blocks[name] = [np.concatenate(blocks)] if blocks else []
-        return {name: blocks[0] if blocks else np.empty(0) for name, blocks in self._blocks.items()}
+            self._blocks[name] = [torch.cat(blocks)] if blocks else []
+        return {name: blocks[0].numpy() if blocks else np.empty(0) for name, blocks in self._blocks.items()}
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         return {name: torch.from_numpy(array) for name, array in self.arrays().items()}
@@ -77,10 +77,10 @@ class Table:
                 self._pending[name] = []
 
 
-def _to_host(column: Any) -> NDArray[Any]:
+def _to_host(column: Any) -> torch.Tensor:
     if isinstance(column, torch.Tensor):
-        return column.detach().cpu().numpy()
-    return np.asarray(column)
+        return column.detach().cpu()
+    return torch.from_numpy(np.asarray(column))
 
 
 def state_of(owner: Any, names: Iterable[str]) -> dict[str, Any]:

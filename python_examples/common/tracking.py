@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -39,13 +40,13 @@ class CurvatureTracker:
 
     def update(self, row: int, hessian: CurvatureOperator, **also: Any) -> None:
         """Records the eigenvalues after update `row`, with the weights of step row + 1; nothing if it is stopped."""
-        step, before = row + 1, self.tracker.state_dict()
+        step, before = row + 1, copy.copy(self.tracker)  # whose parts are exchanged, not changed
         turn = self.oscillation.turn(step)
         try:
             with interruptible():
                 result = self.tracker.update(hessian, audit=not torch.equal(turn, self._turn))
         except Stopped:
-            self.tracker.load_state_dict(before)
+            self.tracker = before
             raise
         self.rows.append(
             eig_step=row,

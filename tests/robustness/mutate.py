@@ -60,8 +60,11 @@ FAULTS = [
         ("return one && divisors[0]", "return divisors[0]"),
         ("if (!has_gradient_ || !constant) return", "if (!has_gradient_) return"),
         ("!tangent_of(grad_output).defined();\n    if", "true;\n    if"),
-        ("if (keep || saved.use_count() > 1", "if (saved.use_count() > 1"),
-        ("if (keep || saved.use_count() > 1 ||", "if (keep ||"),
+        (
+            "if (!torch::autograd::get_current_graph_task_keep_graph()) gradient_.reset_data();",
+            "gradient_.reset_data();",
+        ),
+        ("if (saved.use_count() > 1 ||", "if ("),
         ("logits.scalar_type() != at::kHalf;", "true;"),
         ("tangent_of(*weight).defined()),", "false),"),
         ("torch::autograd::impl::bump_version(logits);", ""),

@@ -3,7 +3,8 @@
     cd tests && python -m robustness.readers --cases 1000000 --out robustness/results/readers.json
 
 Each input is read right or refused by the documented error, whose message says what was expected and what there is;
-nothing else: no other exception, no crash, no hang, no memory beyond reason, and no code of the input runs.
+nothing else: no other exception, no crash, no hang, no memory beyond reason, and no code of the input runs. The file
+is written after each round, and one that is there already is gone on with.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import bz2
 import functools
 import gzip
 import io
+import json
 import lzma
 import pickle
 import random
@@ -370,6 +372,9 @@ ALL = [
 ]
 
 
+_ROUND = 20_000  # inputs: a process reads its share, and makes bombs once
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--cases", type=int, default=1_000_000)
@@ -378,25 +383,28 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    began, faults, read = time.monotonic(), [], Counter[str]()
+    known = json.loads(options.out.read_text()) if options.out and options.out.exists() else {}
+    faults, read = known.get("faults", []), Counter[str](known.get("by_reader", {}))
     targets = [target for target in ALL if options.only in target.name]
-    for first in range(0, options.cases, 2000):
-        for target, numbers in shared_out(targets, min(2000, options.cases - first)):
+    began = time.monotonic()
+    for first in range(known.get("inputs", 0), options.cases, _ROUND):
+        for target, numbers in shared_out(targets, min(_ROUND, options.cases - first)):
             found = fuzz(target, range(first + numbers.start, first + numbers.stop))
             for fault in found:
                 print(fault, flush=True)
-            faults += found
+            faults += map(str, found)
             read[target.name] += len(numbers)
-        if time.monotonic() - began > options.seconds:
+        spent = time.monotonic() - began
+        publish(
+            options.out,
+            f"python -m robustness.readers --cases {options.cases}",
+            seconds=round(known.get("seconds", 0) + spent),
+            inputs=sum(read.values()),
+            faults=faults,
+            by_reader=dict(read),
+        )
+        if spent > options.seconds:
             break
-    publish(
-        options.out,
-        f"python -m robustness.readers --cases {options.cases}",
-        seconds=round(time.monotonic() - began),
-        inputs=sum(read.values()),
-        faults=len(faults),
-        by_reader=dict(read),
-    )
     if faults:
         raise SystemExit(1)
 
