@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from processes import run_python
 from torch import Tensor
 
-from dynloss_ext import Oscillation, reference
+from dynloss_ext import _C, Oscillation, reference
 
 ops = torch.ops.dynloss
 ACTIVATIONS = ("relu", "tanh")
@@ -122,6 +122,26 @@ def test_loss_gradient_and_product(sizes, hidden, samples, members, dtype, activ
     if classes > 1:  # one class has nothing to learn: the rest is rounding
         assert_same(gradient, expected_gradient, dtype)
         assert_same(product, expected_product, dtype)
+
+
+@pytest.mark.parametrize("samples", [5, 9001])
+def test_products_of_an_operator_one_after_the_other(samples):
+    problem = Problem(2, 7, 3, samples, 1)
+    operator = _C.PerceptronOperator(_C.Perceptrons(*problem.arguments()), 0)
+    for v in (problem.v[0], problem.v[0].flip(0), problem.v[0]):
+        assert torch.equal(operator.apply(v), ops.perceptron_hvp(*problem.arguments(), v[None])[0])
+
+
+@pytest.mark.parametrize("classes", [3, 4])
+def test_a_unit_at_zero_is_not_active(classes):
+    """As in torch, relu has the slope 0 there."""
+    problem = Problem(2, 7, classes, 20, 1)
+    problem.parameters[:, : 3 * 7] = 0
+    _, gradient = ops.perceptron_gradient(*problem.arguments())
+    product = ops.perceptron_hvp(*problem.arguments(), problem.v)
+    for actual, expected in zip((gradient, product), problem.twins()[1:], strict=True):
+        assert_same(actual, expected, torch.float64)
+        assert not actual[:, : 3 * 7].any()
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -130,13 +130,13 @@ void PerceptronBench<T>::take(int64_t index) {
   index_ = index;
   set_parameters(static_cast<const T*>(x_.parameters.const_data_ptr()) + index * x_.parameters.size(1));
   set_step(x_.step);
+  member_.prepared = false;
 }
 
 template <typename T>
 void PerceptronBench<T>::set_step(int64_t step) {
   write_weights(schedule_.of_member(is_ensemble(x_.clock) ? index_ : 0), step, /*weight=*/nullptr,
                 gamma_.data());
-  member_.prepared = false;
 }
 
 template <typename T>
