@@ -401,8 +401,11 @@ class RunFolder:
 def load_arrays(path: Path) -> dict[str, NDArray[Any]]:
     """The arrays of an .npz file; whatever is wrong with it is some exception."""
     check_unpacked(path)
-    with np.load(path, allow_pickle=False) as arrays:
-        return dict(arrays)
+    with np.load(path, allow_pickle=False) as parts:
+        arrays = dict(parts)
+    if other := [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]:
+        raise TypeError(f"{other[0]}: no array")  # without NumPy's first bytes a part comes as it is
+    return arrays
 
 
 def check_unpacked(file: Path | BinaryIO) -> None:

@@ -110,3 +110,12 @@ def test_initial_values_of_no_points_are_refused(tmp_path: Path) -> None:
     readers.np.savez(tmp_path / "none.npz", **empty)
     with pytest.raises(ValueError, match=r"--init: expected points in .*none.npz, got none"):
         spiral.load_initial_values(tmp_path / "none.npz")
+
+
+def test_what_is_no_array_is_refused(tmp_path: Path) -> None:
+    """Found by `readers.py`: NumPy gives the bytes of a part whose first ones are not its own."""
+    with readers.zipfile.ZipFile(tmp_path / "other.npz", "w") as archive:
+        for name in readers._INITIAL:
+            archive.writestr(f"{name}.npy", b"no array")
+    with pytest.raises(ValueError, match="--init: expected an .npz file of plain arrays"):
+        spiral.load_initial_values(tmp_path / "other.npz")
