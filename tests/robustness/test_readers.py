@@ -117,5 +117,5 @@ def test_what_is_no_array_is_refused(tmp_path: Path) -> None:
     with readers.zipfile.ZipFile(tmp_path / "other.npz", "w") as archive:
         for name in readers._INITIAL:
             archive.writestr(f"{name}.npy", b"no array")
-    with pytest.raises(ValueError, match="--init: expected an .npz file of plain arrays"):
+    with pytest.raises(ValueError, match=r"--init: expected an \.npz file of plain arrays"):
         spiral.load_initial_values(tmp_path / "other.npz")
