@@ -79,19 +79,19 @@ PerceptronBench<T>::PerceptronBench(const PerceptronArguments& x, const Schedule
   const int64_t block = member_.block;
   inputs_ = Plane<T>(shape.inputs * member_.padded);
   logits_ = Plane<T>(shape.classes * block);
+  tile_ = Plane<T>(perceptron_tile_planes * block);
   if (along) {
     logits_along_ = Plane<T>(shape.classes * block);
     softmax_ = Plane<T>((shape.classes + 2) * block);
   }
   if (has_few_planes(shape)) {
-    const int64_t moments =
-        rounded_up(shape.hidden, plane_quantum<T>) * few_planes_moments<few_inputs, few_classes>;
+    const int64_t outputs = shape.classes - 1;
+    const int64_t moments = rounded_up(shape.hidden, plane_quantum<T>) * (shape.inputs + 1) * outputs;
     active_ = Plane<uint8_t>(shape.hidden * block / 8);
-    moments_ = Plane<T>(moments);
-    if (along) moments_along_ = Plane<T>(moments);
+    for (Plane<T>* plane : {&outputs_, &outputs_along_}) *plane = Plane<T>((shape.hidden + 1) * outputs);
+    for (Plane<T>* plane : {&moments_, &moments_along_}) *plane = Plane<T>(moments);
   } else {
     hidden_ = Plane<T>(shape.hidden * block);
-    tile_ = Plane<T>(perceptron_tile_planes * block);
     if (along) hidden_along_ = Plane<T>(shape.hidden * block);
   }
   labels_.assign(member_.padded, no_label);
@@ -101,6 +101,8 @@ PerceptronBench<T>::PerceptronBench(const PerceptronArguments& x, const Schedule
   member_.gamma = gamma_.data();
   member_.softmax = softmax_.get();
   member_.active = active_.get();
+  member_.outputs = outputs_.get();
+  member_.outputs_along = outputs_along_.get();
   member_.moments = moments_.get();
   member_.moments_along = moments_along_.get();
   member_.hidden = hidden_.get();
@@ -291,11 +293,13 @@ at::Tensor perceptron_train_(const PerceptronArguments& x, const DescentArgument
       const T rate = static_cast<T>(rates.const_data_ptr<double>()[m]);
       const T momentum = with_momentum ? static_cast<T>(momenta.const_data_ptr<double>()[m]) : T(0);
       const Descent<T> own{own_row(x.parameters), with_momentum ? own_row(*descent.velocity) : nullptr};
-      const Plane<T> memory((with_momentum ? 5 : 3) * size);
-      T* const spare = with_momentum ? memory.get() + 3 * size : nullptr;
+      const int64_t padded = rounded_up(size, plane_quantum<T>), planes = with_momentum ? 5 : 3;
+      const Plane<T> memory(planes * padded);
+      std::fill(memory.get(), memory.get() + planes * padded, T(0));
+      T* const spare = with_momentum ? memory.get() + 3 * padded : nullptr;
       Descent<T> now{memory.get(), spare},
-          next{now.parameters + size, with_momentum ? spare + size : nullptr};
-      T* const gradient = memory.get() + 2 * size;
+          next{now.parameters + padded, with_momentum ? spare + padded : nullptr};
+      T* const gradient = memory.get() + 2 * padded;
       now.copy_from(own, size);
       const auto measure = [&](int64_t update, T* into) {
         const PerceptronSums means = bench.evaluate(into);
@@ -313,7 +317,7 @@ at::Tensor perceptron_train_(const PerceptronArguments& x, const DescentArgument
           measure(step - 1, gradient);
         else
           bench.gradient(gradient);
-        finite[m] = perceptron_kernels<T>().descend(size, rate, momentum, now.parameters, gradient,
+        finite[m] = perceptron_kernels<T>().descend(padded, rate, momentum, now.parameters, gradient,
                                                     now.velocity, next.parameters, next.velocity);
         if (finite[m]) std::swap(now, next);
       }

@@ -55,7 +55,8 @@ class PerceptronBench {
   const ScheduleData& schedule_;
   PerceptronMember<T> member_;
   int64_t index_ = -1;
-  Plane<T> inputs_, hidden_, hidden_along_, logits_, logits_along_, softmax_, moments_, moments_along_, tile_;
+  Plane<T> inputs_, hidden_, hidden_along_, logits_, logits_along_, softmax_, tile_;
+  Plane<T> outputs_, outputs_along_, moments_, moments_along_;
   Plane<uint8_t> active_;
   std::vector<int64_t> labels_;
   std::vector<double> gamma_;

@@ -23,9 +23,6 @@ constexpr int few_inputs = 2, few_classes = 3;
 inline bool has_few_planes(const PerceptronShape& shape) {
   return shape.activation == Activation::relu && shape.inputs == few_inputs && shape.classes == few_classes;
 }
-// Their numbers a hidden unit.
-template <int D, int C>
-constexpr int few_planes_moments = (D + 1) * C;
 
 // One member's data and the planes that its evaluation needs; all planes are aligned to 64 bytes.
 template <typename T>
@@ -39,13 +36,14 @@ struct PerceptronMember {
   const double* gamma;       // (C,)
   T *logits, *logits_along;  // (C, block); they become gradients. All `along` is for products alone
   T* softmax;                // (C + 2, block), for products: exp(z - max), its sum, the gradient's factor
+  T* tile;                   // (perceptron_tile_planes, block)
   // With few planes:
   void* active;                // (H, block) bits: which samples activate a unit
-  T *moments, *moments_along;  // (H, D + 1, C), H rounded up to the quantum
+  T *outputs, *outputs_along;  // (H + 1, C - 1)
+  T *moments, *moments_along;  // (H, D + 1, C - 1), H rounded up to the quantum
   bool prepared;               // for products, by an earlier one: all samples are one block
   // Else:
   T *hidden, *hidden_along;  // (H, block)
-  T* tile;                   // (perceptron_tile_planes, block)
 };
 
 // Sums over the samples of a member.
@@ -60,8 +58,8 @@ struct PerceptronKernels {
   // Adds the product of the Hessian of the mean loss with v.
   void (*multiply)(const PerceptronMember<T>& member, const T* v, T* product);
   // One step of gradient descent into `next`, with momentum where there is velocity (then into
-  // next_velocity); returns whether all of it is finite.
-  bool (*descend)(int64_t size, T learning_rate, T momentum, const T* parameters, const T* gradient,
+  // next_velocity); returns whether all of it is finite. All are padded to the quantum.
+  bool (*descend)(int64_t padded, T learning_rate, T momentum, const T* parameters, const T* gradient,
                   const T* velocity, T* next, T* next_velocity);
 };
 

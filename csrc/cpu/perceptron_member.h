@@ -334,6 +334,8 @@ struct Perceptron {
 //
 // A hidden unit is linear in the samples that activate it. So all that its derivatives need of them are its
 // moments: sums of (1, x) ⊗ g over these samples, g the gradients of their logits, which stay in registers.
+// And as only differences of logits count, and the gradients of a sample's logits add up to 0, the last class
+// needs none: logits are less its own.
 
 #if VECTOR_BYTES == 64
 // Which of a vector's samples activate a unit: a bit each, kept from the way there for the way back.
@@ -392,17 +394,17 @@ template <typename T, int D, int C>
 struct FewPlanes {
   static constexpr int units = VECTOR_BYTES == 64 ? 2 : 1;          // at a time, on the way back
   static constexpr int along_vectors = VECTOR_BYTES == 64 ? 3 : 1;  // on the way there along a direction
-  static constexpr int moments = few_planes_moments<D, C>;
+  static constexpr int outputs = C - 1;  // of a unit: its weights to the classes less that to the last
+  static constexpr int moments = (D + 1) * outputs;
   using Block = Perceptron<T, Activation::relu>;
 
-  // A hidden unit by the parameters or a direction.
+  // What a hidden unit is made of, by the parameters or a direction.
   struct Unit {
-    T input[D], bias, output[C];
+    T input[D], bias;
 
     DYNLOSS_ALWAYS_INLINE_MEMBER Unit(const PerceptronShape& shape, const T* flat, int64_t h) {
       unrolled<D>([&](int d) DYNLOSS_ALWAYS_INLINE_LAMBDA { input[d] = flat[d * shape.hidden + h]; });
       bias = flat[shape.b1() + h];
-      unrolled<C>([&](int c) DYNLOSS_ALWAYS_INLINE_LAMBDA { output[c] = flat[shape.w2() + h * C + c]; });
     }
     DYNLOSS_ALWAYS_INLINE_MEMBER Vec<T> before(const Vec<T>* x) const {
       Vec<T> sum = broadcast(bias);
@@ -425,7 +427,7 @@ struct FewPlanes {
   static void backward(const Block& block, T* out) {
     const PerceptronMember<T>& member = block.member;
     sum_moments(block, block.logits(), member.moments);
-    add_derivatives(block.shape, member.parameters, member.moments, out);
+    add_derivatives(block.shape, member.parameters, member.outputs, member.moments, out);
     block.template backward_biases<false>(out);
   }
 
@@ -435,8 +437,8 @@ struct FewPlanes {
     forward_along(block, v);
     block.template rows_along<C>();
     sum_moments(block, block.logits_along(), member.moments_along);
-    add_derivatives(block.shape, member.parameters, member.moments_along, out);
-    add_derivatives(block.shape, v, member.moments, out);
+    add_derivatives(block.shape, member.parameters, member.outputs, member.moments_along, out);
+    add_derivatives(block.shape, v, member.outputs_along, member.moments, out);
     block.template backward_biases<true>(out);
   }
 
@@ -461,20 +463,22 @@ struct FewPlanes {
     const PerceptronMember<T>& member = block.member;
     const PerceptronShape& shape = block.shape;
     const T* p = member.parameters;
+    const T* const bias = take_outputs(shape, p, member.outputs);
     in_tiles<tile_vectors>(block.vectors, [&]<int V>(int64_t vector) DYNLOSS_ALWAYS_INLINE_LAMBDA {
-      Vec<T> x[V][D], z[V][C];
+      Vec<T> x[V][D], z[V][outputs];
       unrolled<V>([&](int k) DYNLOSS_ALWAYS_INLINE_LAMBDA {
         load_inputs(block, (vector + k) * width<T>, x[k]);
-        unrolled<C>([&](int c) DYNLOSS_ALWAYS_INLINE_LAMBDA { z[k][c] = broadcast(p[shape.b2() + c]); });
+        unrolled<outputs>([&](int c) DYNLOSS_ALWAYS_INLINE_LAMBDA { z[k][c] = broadcast(bias[c]); });
       });
       for (int64_t h = 0; h < shape.hidden; ++h) {
         const Unit unit(shape, p, h);
+        const T* const output = member.outputs + h * outputs;
         unrolled<V>([&](int k) DYNLOSS_ALWAYS_INLINE_LAMBDA {
           const Vec<T> before = unit.before(x[k]);
           const Active<T> now = activates(before);
           if constexpr (VECTOR_BYTES == 64) *kept(block, h, (vector + k) * width<T>) = now;
           const Vec<T> value = where(now, before);
-          unrolled<C>([&](int c) DYNLOSS_ALWAYS_INLINE_LAMBDA { z[k][c] += value * unit.output[c]; });
+          unrolled<outputs>([&](int c) DYNLOSS_ALWAYS_INLINE_LAMBDA { z[k][c] += value * output[c]; });
         });
       }
       write<V>(member.logits, member.block, vector, z);
@@ -484,20 +488,23 @@ struct FewPlanes {
   static void forward_along(const Block& block, const T* v) {
     const PerceptronMember<T>& member = block.member;
     const PerceptronShape& shape = block.shape;
+    const T* const bias = take_outputs(shape, v, member.outputs_along);
     in_tiles<along_vectors>(block.vectors, [&]<int V>(int64_t vector) DYNLOSS_ALWAYS_INLINE_LAMBDA {
-      Vec<T> x[V][D], y[V][C];
+      Vec<T> x[V][D], y[V][outputs];
       unrolled<V>([&](int k) DYNLOSS_ALWAYS_INLINE_LAMBDA {
         load_inputs(block, (vector + k) * width<T>, x[k]);
-        unrolled<C>([&](int c) DYNLOSS_ALWAYS_INLINE_LAMBDA { y[k][c] = broadcast(v[shape.b2() + c]); });
+        unrolled<outputs>([&](int c) DYNLOSS_ALWAYS_INLINE_LAMBDA { y[k][c] = broadcast(bias[c]); });
       });
       for (int64_t h = 0; h < shape.hidden; ++h) {
         const Unit unit(shape, member.parameters, h), change(shape, v, h);
+        const T* const output = member.outputs + h * outputs;
+        const T* const output_change = member.outputs_along + h * outputs;
         unrolled<V>([&](int k) DYNLOSS_ALWAYS_INLINE_LAMBDA {
           const Active<T> now = active(block, x[k], h, (vector + k) * width<T>);
           const Vec<T> value = where(now, unit.before(x[k])), moved = where(now, change.before(x[k]));
-          unrolled<C>([&](int c) DYNLOSS_ALWAYS_INLINE_LAMBDA {
-            y[k][c] += value * change.output[c];
-            y[k][c] += moved * unit.output[c];
+          unrolled<outputs>([&](int c) DYNLOSS_ALWAYS_INLINE_LAMBDA {
+            y[k][c] += value * output_change[c];
+            y[k][c] += moved * output[c];
           });
         });
       }
@@ -505,17 +512,26 @@ struct FewPlanes {
     });
   }
 
+  // The outputs of every unit, (H, outputs), and after them what there is without units, which is returned.
+  static const T* take_outputs(const PerceptronShape& shape, const T* flat, T* out) {
+    const T* weights = flat + shape.w2();  // b2 follows
+    for (int64_t h = 0; h <= shape.hidden; ++h, weights += C)
+      for (int c = 0; c < outputs; ++c) out[h * outputs + c] = weights[c] - weights[outputs];
+    return out + shape.hidden * outputs;
+  }
+
   template <int V>
   DYNLOSS_ALWAYS_INLINE_MEMBER static void write(T* planes, int64_t stride, int64_t vector,
-                                                 const Vec<T> (&x)[V][C]) {
+                                                 const Vec<T> (&x)[V][outputs]) {
     unrolled<V>([&](int k) DYNLOSS_ALWAYS_INLINE_LAMBDA {
-      unrolled<C>([&](int c) DYNLOSS_ALWAYS_INLINE_LAMBDA {
-        store(planes + c * stride + (vector + k) * width<T>, x[k][c]);
-      });
+      T* const at = planes + (vector + k) * width<T>;
+      unrolled<outputs>([&](int c) DYNLOSS_ALWAYS_INLINE_LAMBDA { store(at + c * stride, x[k][c]); });
+      store(at + outputs * stride, Vec<T>{});
     });
   }
 
-  // The moments of every unit, (H, D + 1, C). Lanes are summed over of as many units at once as there are.
+  // The moments of every unit, (H, D + 1, outputs). Lanes are summed over of as many units at once as there
+  // are.
   static void sum_moments(const Block& block, const Planes<T>& g, T* out) {
     constexpr int most = width<T>;
     for (int64_t first = 0; first < block.shape.hidden; first += most, out += most * moments) {
@@ -523,7 +539,7 @@ struct FewPlanes {
       const int64_t count = std::min<int64_t>(most, block.shape.hidden - first);
       std::fill(lanes + count * moments, lanes + most * moments, Vec<T>{});
       in_tiles<units>(count, [&]<int I>(int64_t unit) DYNLOSS_ALWAYS_INLINE_LAMBDA {
-        Vec<T> sums[I][D + 1][C] = {};
+        Vec<T> sums[I][D + 1][outputs] = {};
         for (int64_t n = 0; n < block.samples; n += width<T>) add_moments<I>(block, g, first + unit, n, sums);
         std::memcpy(lanes + unit * moments, sums, sizeof(sums));
       });
@@ -534,12 +550,12 @@ struct FewPlanes {
   // Of I units from h on, at the samples from n on.
   template <int I>
   DYNLOSS_ALWAYS_INLINE_MEMBER static void add_moments(const Block& block, const Planes<T>& g, int64_t h,
-                                                       int64_t n, Vec<T> (&sums)[I][D + 1][C]) {
+                                                       int64_t n, Vec<T> (&sums)[I][D + 1][outputs]) {
     Vec<T> x[D];
     load_inputs(block, n, x);
     unrolled<I>([&](int i) DYNLOSS_ALWAYS_INLINE_LAMBDA {
       const Active<T> now = active(block, x, h + i, n);
-      unrolled<C>([&](int c) DYNLOSS_ALWAYS_INLINE_LAMBDA {
+      unrolled<outputs>([&](int c) DYNLOSS_ALWAYS_INLINE_LAMBDA {
         const Vec<T> at = load(g[c] + n);
         add_where(now, sums[i][0][c], at);
         unrolled<D>(
@@ -549,21 +565,23 @@ struct FewPlanes {
   }
 
   // out += the derivatives by every unit's parameters, from its moments and its weights in `flat`.
-  static void add_derivatives(const PerceptronShape& shape, const T* flat, const T* moments_of_units,
-                              T* out) {
+  static void add_derivatives(const PerceptronShape& shape, const T* flat, const T* outputs_of_units,
+                              const T* moments_of_units, T* out) {
     for (int64_t h = 0; h < shape.hidden; ++h) {
       const Unit unit(shape, flat, h);
-      const T* m = moments_of_units + h * moments;
+      const T* const m = moments_of_units + h * moments;
+      const T* const output = outputs_of_units + h * outputs;
       T* const by_output = out + shape.w2() + h * C;
-      unrolled<C>([&](int c) DYNLOSS_ALWAYS_INLINE_LAMBDA {
-        out[shape.b1() + h] += unit.output[c] * m[c];
+      unrolled<outputs>([&](int c) DYNLOSS_ALWAYS_INLINE_LAMBDA {
+        out[shape.b1() + h] += output[c] * m[c];
         T sum = unit.bias * m[c];
         unrolled<D>([&](int d) DYNLOSS_ALWAYS_INLINE_LAMBDA {
-          const T moment = m[(d + 1) * C + c];
-          out[d * shape.hidden + h] += unit.output[c] * moment;
+          const T moment = m[(d + 1) * outputs + c];
+          out[d * shape.hidden + h] += output[c] * moment;
           sum += unit.input[d] * moment;
         });
         by_output[c] += sum;
+        by_output[outputs] -= sum;
       });
     }
   }
@@ -636,17 +654,18 @@ void multiply_perceptron(const PerceptronMember<T>& member, const T* v, T* produ
 }
 
 template <typename T>
-bool descend(int64_t size, T learning_rate, T momentum, const T* parameters, const T* gradient,
+bool descend(int64_t padded, T learning_rate, T momentum, const T* parameters, const T* gradient,
              const T* velocity, T* next, T* next_velocity) {
-  T not_finite = 0;  // x - x is 0 or NaN
-  for (int64_t i = 0; i < size; ++i) {
-    T step = gradient[i];
+  Vec<T> not_finite{};  // x - x is 0 or NaN
+  for (int64_t i = 0; i < padded; i += width<T>) {
+    Vec<T> step = load(gradient + i);
     if (velocity != nullptr) {
-      step += momentum * velocity[i];
-      next_velocity[i] = step;
+      step += momentum * load(velocity + i);
+      store(next_velocity + i, step);
     }
-    next[i] = parameters[i] - learning_rate * step;
-    not_finite += next[i] - next[i];
+    const Vec<T> moved = load(parameters + i) - learning_rate * step;
+    store(next + i, moved);
+    not_finite += moved - moved;
   }
-  return not_finite == T(0);
+  return horizontal_sum<T>(not_finite) == T(0);
 }
