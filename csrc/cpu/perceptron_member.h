@@ -392,8 +392,9 @@ DYNLOSS_ALWAYS_INLINE void add_product_where(M active, V& sum, V x, V y) {
 
 template <typename T, int D, int C>
 struct FewPlanes {
-  static constexpr int units = VECTOR_BYTES == 64 ? 2 : 1;          // at a time, on the way back
-  static constexpr int along_vectors = VECTOR_BYTES == 64 ? 3 : 1;  // on the way there along a direction
+  // What fits the registers: vectors of samples on the way there along a direction, units on the way back.
+  static constexpr int along_vectors = VECTOR_BYTES == 64 ? 3 : VECTOR_BYTES == 32 ? 1 : 2;
+  static constexpr int units = VECTOR_BYTES == 64 ? 2 : 1;
   static constexpr int outputs = C - 1;  // of a unit: its weights to the classes less that to the last
   static constexpr int moments = (D + 1) * outputs;
   using Block = Perceptron<T, Activation::relu>;
