@@ -87,6 +87,17 @@ def test_identities_follow_the_eigenvectors_through_a_crossing():
     assert seen[-1] == [1, 0, 2]
 
 
+def test_one_eigenvector_hands_its_identity_on_once():
+    """Where two new ones have the same share of it."""
+    before = torch.diag(torch.tensor([10.0, 1.0, 9.0, 0.5, 0.3, 0.1], dtype=torch.float64))
+    after = torch.diag(torch.tensor([9.5, 9.5, 1.0, 0.5, 0.3, 0.1], dtype=torch.float64))
+    after[0, 1] = after[1, 0] = 0.5  # eigenvectors (e0 ± e1)/√2
+    tracker = EigenTracker(k=2)
+    for matrix in (before, after):
+        tracker.update(matrix.__matmul__, audit=True, n=6, dtype=torch.float64)
+    assert sorted(tracker.identities.tolist()) == [0, 2]
+
+
 def test_a_newcomer_gets_a_new_identity_and_is_found_by_an_audit():
     """The new top eigenvector has exactly nothing of the old ones in it: only an audit can see it."""
     base = torch.cat([torch.tensor([9.0, 6.0, 5.0]), torch.linspace(0, 1, 97)]).double()
