@@ -79,7 +79,6 @@ PerceptronBench<T>::PerceptronBench(const PerceptronArguments& x, const Schedule
   const int64_t block = member_.block;
   inputs_ = Plane<T>(shape.inputs * member_.padded);
   logits_ = Plane<T>(shape.classes * block);
-  tile_ = Plane<T>(perceptron_tile_planes * block);
   if (along) {
     logits_along_ = Plane<T>(shape.classes * block);
     softmax_ = Plane<T>((shape.classes + 2) * block);
@@ -92,6 +91,7 @@ PerceptronBench<T>::PerceptronBench(const PerceptronArguments& x, const Schedule
     for (Plane<T>* plane : {&moments_, &moments_along_}) *plane = Plane<T>(moments);
   } else {
     hidden_ = Plane<T>(shape.hidden * block);
+    tile_ = Plane<T>(perceptron_tile_planes * block);
     if (along) hidden_along_ = Plane<T>(shape.hidden * block);
   }
   labels_.assign(member_.padded, no_label);

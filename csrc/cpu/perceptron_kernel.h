@@ -36,7 +36,6 @@ struct PerceptronMember {
   const double* gamma;       // (C,)
   T *logits, *logits_along;  // (C, block); they become gradients. All `along` is for products alone
   T* softmax;                // (C + 2, block), for products: exp(z - max), its sum, the gradient's factor
-  T* tile;                   // (perceptron_tile_planes, block)
   // With few planes:
   void* active;                // (H, block) bits: which samples activate a unit
   T *outputs, *outputs_along;  // (H + 1, C - 1)
@@ -44,6 +43,7 @@ struct PerceptronMember {
   bool prepared;               // for products, by an earlier one: all samples are one block
   // Else:
   T *hidden, *hidden_along;  // (H, block)
+  T* tile;                   // (perceptron_tile_planes, block)
 };
 
 // Sums over the samples of a member.
