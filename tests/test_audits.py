@@ -136,6 +136,14 @@ def test_the_whole_space_leaves_nothing_to_miss():
     assert Known([3.0, -1.0]).solve(1).miss_probability == 0
 
 
+def test_an_audit_that_has_seen_all_of_the_complement_leaves_nothing_to_miss():
+    """Few different eigenvalues: the space of any vector ends after as many steps, but for rounding."""
+    for seed in range(5):
+        result = Known([5.0, *[1.0] * 50, *[0.5] * 50], seed=seed).solve(1, seed=seed)
+        assert result.status == "converged"
+        assert result.miss_probability == 0
+
+
 def test_vector_missing_from_the_start_is_found():
     """Two exact eigenvectors are the start: they converge at once, and the larger one is orthogonal to both."""
     operator = Known([9.0, 5.0, 4.0, *np.linspace(0, 1, 200)])

@@ -464,6 +464,17 @@ def test_no_route_leaves_the_fused_path(name, options):
     assert not [op for op in ran if any(word in op for word in UNFUSED)]
 
 
+def test_a_dimension_of_one_may_have_any_stride():
+    """It keeps nothing from being read where it lies."""
+    logits, target = torch.randn(5, 4, 7), torch.zeros(5, 1, 7, dtype=torch.int64)
+    odd = logits.as_strided((5, 4, 1, 7), (28, 7, 999, 1))
+    assert not ops_run(lambda: dynamic_cross_entropy(odd, target, SINGLE.oscillation, 0)) & {"aten::clone"}
+    apart = logits.unsqueeze(2).expand(-1, -1, 3, -1)  # no one stride from row to row
+    assert "aten::clone" in ops_run(
+        lambda: dynamic_cross_entropy(apart, target.expand(-1, 3, -1), SINGLE.oscillation, 0)
+    )
+
+
 def test_the_profiler_would_see_an_unfused_path():
     assert [op for op in ops_run(lambda: F.cross_entropy(SINGLE.logits, SINGLE.target)) if "log_softmax" in op]
 

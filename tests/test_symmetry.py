@@ -38,6 +38,15 @@ class Times(torch.autograd.Function):
         return gradient * w.detach(), (gradient * x).sum(0)
 
 
+class Nearly(Times):
+    """The same, which hides a thousandth of it."""
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, w = ctx.saved_tensors
+        return gradient * (w + (w.detach() - w) / 1000), (gradient * x).sum(0)
+
+
 class Deaf(Times):
     """The same, whose backward pass hides what it is given."""
 
@@ -142,6 +151,15 @@ def test_no_solver_returns_numbers_of_a_wrong_hessian(name, dtype, factor):
         for solve in (spectral_density, trace, lambda H: trace(H, method="hutchinson")):
             with pytest.raises(ValueError, match=f"H: expected .* not symmetric: .* {name}"):
                 solve(H)
+
+
+@pytest.mark.filterwarnings("ignore:loss. its second derivative is only as right")
+def test_a_hessian_is_held_to_rounding_and_a_callable_to_the_tolerance():
+    """What is wrong by less than a coarse tolerance is wrong, where products are known to be derivatives."""
+    H = next(operators(*make(lambda: scaled(Nearly.apply))))
+    with pytest.warns(ConvergenceWarning, match="not symmetric"):
+        assert eigsh(H, tol=0.1).status == "not symmetric"
+    assert eigsh(lambda v: H @ v, n=H.shape[0], dtype=torch.float64, tol=0.1).converged.all()
 
 
 def test_the_tracker_says_so_between_audits_too():
