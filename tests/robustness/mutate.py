@@ -114,7 +114,7 @@ FAULTS = [
         "layout.cpp",
         LOSS,
         ("x.size(d) == 1) continue;", "false) continue;"),
-        ("return stride ? stride : single;", "return stride ? stride : 1;"),
+        ("return stride ? stride : single;", "return single;"),
         ("table() + member * table_rows() * classes_;", "table() + member * classes_;"),
     ),
     *_faults(
