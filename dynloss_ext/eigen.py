@@ -234,6 +234,7 @@ class EigenTracker:
         self._level = check_level(above, max_k, which)
         self._settings = _check_settings(k if self._level is None else max_k, which, tol, max_hvp, max_basis, None)
         self._settings["k"] = check_count("k", k, 1)
+        # `update` exchanges what follows as a whole, so that a shallow copy from before it is the tracker of before.
         self._schedule: dict[str, Any] = {
             "audit_every": check_count("audit_every", audit_every, 1),
             "max_interval": check_count("max_interval", max_interval, 1),

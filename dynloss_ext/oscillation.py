@@ -426,12 +426,14 @@ class Oscillation:
         """
         elapsed = check_step("step", step) - self._start_step
 
-        def turn(length: float) -> int:
+        def whole_turns(length: float) -> int:
             whole = elapsed // (int(length) if length.is_integer() else Fraction(length))
             return max(-(2**63), min(whole, 2**63 - 1))
 
         lengths = self._clock.select(-1, 2).tolist()
-        return torch.tensor(list(map(turn, lengths)) if isinstance(lengths, list) else turn(lengths), device="cpu")
+        return torch.tensor(
+            list(map(whole_turns, lengths)) if isinstance(lengths, list) else whole_turns(lengths), device="cpu"
+        )
 
     def evaluate_function(self, step: int) -> Tensor:
         """Γ (C,) float64 from the user's function, checked."""

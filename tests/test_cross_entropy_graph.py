@@ -121,6 +121,18 @@ def test_saved_tensors_may_be_moved_away(order):
         close(g.detach(), SINGLE.gradient())
 
 
+def test_a_kept_graph_does_not_write_where_hooks_keep_the_gradient():
+    """What an unpack hook makes may be new, and of the packed memory all the same."""
+    x = SINGLE.leaf()
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.detach().numpy().copy(), torch.from_numpy):
+        loss = SINGLE.loss(x)
+    for _ in range(2):
+        close(torch.autograd.grad(2 * loss, x, retain_graph=True)[0], 2 * SINGLE.gradient())
+    (g,) = torch.autograd.grad(loss, x, retain_graph=True)
+    g.zero_()
+    close(torch.autograd.grad(loss, x)[0], SINGLE.gradient())
+
+
 def test_concurrent_backward_passes():
     x = SINGLE.leaf()
     loss = SINGLE.loss(x)

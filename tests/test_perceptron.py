@@ -133,6 +133,19 @@ def test_products_of_an_operator_one_after_the_other(samples):
 
 
 @pytest.mark.parametrize("classes", [3, 4])
+@pytest.mark.parametrize("which", [0, -1])
+def test_a_logit_beyond_the_range_of_numbers_is_noticed(which, classes):
+    """Whichever class it is of."""
+    problem = Problem(2, 4, classes, 20, 1, dtype=torch.float32)
+    problem.inputs.abs_()
+    problem.parameters[:, : 3 * 4] = 1e20
+    problem.parameters[:, 3 * 4 : -classes].view(4, classes)[:, which] = 1e30
+    loss, gradient = ops.perceptron_gradient(*problem.arguments())
+    assert loss.isnan().all() and gradient.isnan().any()
+    assert not train(problem, 1)[2].any()
+
+
+@pytest.mark.parametrize("classes", [3, 4])
 def test_a_unit_at_zero_is_not_active(classes):
     """As in torch, relu has the slope 0 there."""
     problem = Problem(2, 7, classes, 20, 1)

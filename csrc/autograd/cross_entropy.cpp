@@ -152,9 +152,10 @@ struct CrossEntropyBackward : public ResolvedNode {
 
     Tensor saved = gradient_.unpack();
     const Tensor normalizer = normalizer_;
-    if (!torch::autograd::get_current_graph_task_keep_graph()) gradient_.reset_data();
-    // Of a kept graph the buffer is asked for again; and saved-tensor hooks may have shown it to somebody.
-    if (saved.use_count() > 1 || at::areAnyTensorSubclassLike({saved, grad_output}))
+    const bool keep = torch::autograd::get_current_graph_task_keep_graph();
+    if (!keep) gradient_.reset_data();
+    // Saved-tensor hooks may have shown the buffer to somebody, and may make one anew of memory that they keep.
+    if (keep || saved.use_count() > 1 || at::areAnyTensorSubclassLike({saved, grad_output}))
       return {rescaled(saved, grad_output, normalizer)};
     // Nobody else will ask for the buffer: hand it over, so that a leaf can keep it as its .grad.
     if (!needs_no_rescaling(grad_output, normalizer)) ops::rescale_(saved, grad_output, normalizer);

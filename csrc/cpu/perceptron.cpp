@@ -87,8 +87,12 @@ PerceptronBench<T>::PerceptronBench(const PerceptronArguments& x, const Schedule
     const int64_t outputs = shape.classes - 1;
     const int64_t moments = rounded_up(shape.hidden, plane_quantum<T>) * (shape.inputs + 1) * outputs;
     active_ = Plane<uint8_t>(shape.hidden * block / 8);
-    for (Plane<T>* plane : {&outputs_, &outputs_along_}) *plane = Plane<T>((shape.hidden + 1) * outputs);
-    for (Plane<T>* plane : {&moments_, &moments_along_}) *plane = Plane<T>(moments);
+    outputs_ = Plane<T>((shape.hidden + 1) * outputs);
+    moments_ = Plane<T>(moments);
+    if (along) {
+      outputs_along_ = Plane<T>((shape.hidden + 1) * outputs);
+      moments_along_ = Plane<T>(moments);
+    }
   } else {
     hidden_ = Plane<T>(shape.hidden * block);
     tile_ = Plane<T>(perceptron_tile_planes * block);
@@ -132,13 +136,13 @@ void PerceptronBench<T>::take(int64_t index) {
   index_ = index;
   set_parameters(static_cast<const T*>(x_.parameters.const_data_ptr()) + index * x_.parameters.size(1));
   set_step(x_.step);
-  member_.prepared = false;
 }
 
 template <typename T>
 void PerceptronBench<T>::set_step(int64_t step) {
   write_weights(schedule_.of_member(is_ensemble(x_.clock) ? index_ : 0), step, /*weight=*/nullptr,
                 gamma_.data());
+  member_.prepared = false;
 }
 
 template <typename T>
@@ -293,7 +297,8 @@ at::Tensor perceptron_train_(const PerceptronArguments& x, const DescentArgument
       const T rate = static_cast<T>(rates.const_data_ptr<double>()[m]);
       const T momentum = with_momentum ? static_cast<T>(momenta.const_data_ptr<double>()[m]) : T(0);
       const Descent<T> own{own_row(x.parameters), with_momentum ? own_row(*descent.velocity) : nullptr};
-      const int64_t padded = rounded_up(size, plane_quantum<T>), planes = with_momentum ? 5 : 3;
+      const int64_t padded = rounded_up(size, plane_quantum<T>);
+      const int64_t planes = with_momentum ? 5 : 3;
       const Plane<T> memory(planes * padded);
       std::fill(memory.get(), memory.get() + planes * padded, T(0));
       T* const spare = with_momentum ? memory.get() + 3 * padded : nullptr;

@@ -39,13 +39,16 @@ class PerceptronBench {
 
   // What follows is of this member, from its row of the arguments' parameters.
   void take(int64_t index);
-  void set_parameters(const T* parameters) { member_.parameters = parameters; }
+  void set_parameters(const T* parameters) {
+    member_.parameters = parameters;
+    member_.prepared = false;
+  }
   void set_step(int64_t step);
 
   // Of the mean loss, written over `gradient`; without one, the sums alone. These are means over the samples.
   PerceptronSums evaluate(T* gradient) const;
   void gradient(T* gradient) const;
-  // With the same parameters and step since `take`.
+  // One after the other, with no other evaluation between them.
   void multiply(const T* v, T* product);
 
   const PerceptronShape& shape() const { return member_.shape; }

@@ -37,10 +37,10 @@ struct PerceptronMember {
   T *logits, *logits_along;  // (C, block); they become gradients. All `along` is for products alone
   T* softmax;                // (C + 2, block), for products: exp(z - max), its sum, the gradient's factor
   // With few planes:
-  void* active;                // (H, block) bits: which samples activate a unit
+  void* active;                // (H, block) bits: which samples activate a unit; for AVX-512
   T *outputs, *outputs_along;  // (H + 1, C - 1)
   T *moments, *moments_along;  // (H, D + 1, C - 1), H rounded up to the quantum
-  bool prepared;               // for products, by an earlier one: all samples are one block
+  bool prepared;  // an earlier product has filled all of these but `along`: only if all samples are one block
   // Else:
   T *hidden, *hidden_along;  // (H, block)
   T* tile;                   // (perceptron_tile_planes, block)

@@ -456,8 +456,10 @@ struct FewPlanes {
   // Of the unit h at the vector of samples x from n on, after `forward`.
   DYNLOSS_ALWAYS_INLINE_MEMBER static Active<T> active(const Block& block, const Vec<T>* x, int64_t h,
                                                        int64_t n) {
-    if constexpr (VECTOR_BYTES == 64) return *kept(block, h, n);
-    return activates(Unit(block.shape, block.member.parameters, h).before(x));
+    if constexpr (VECTOR_BYTES == 64)
+      return *kept(block, h, n);
+    else
+      return activates(Unit(block.shape, block.member.parameters, h).before(x));
   }
 
   static void forward(const Block& block) {
@@ -513,7 +515,7 @@ struct FewPlanes {
     });
   }
 
-  // The outputs of every unit, (H, outputs), and after them what there is without units, which is returned.
+  // The outputs of every unit, (H, outputs), and after them those of the biases, which are returned.
   static const T* take_outputs(const PerceptronShape& shape, const T* flat, T* out) {
     const T* weights = flat + shape.w2();  // b2 follows
     for (int64_t h = 0; h <= shape.hidden; ++h, weights += C)
@@ -526,13 +528,17 @@ struct FewPlanes {
                                                  const Vec<T> (&x)[V][outputs]) {
     unrolled<V>([&](int k) DYNLOSS_ALWAYS_INLINE_LAMBDA {
       T* const at = planes + (vector + k) * width<T>;
-      unrolled<outputs>([&](int c) DYNLOSS_ALWAYS_INLINE_LAMBDA { store(at + c * stride, x[k][c]); });
-      store(at + outputs * stride, Vec<T>{});
+      Vec<T> last{};  // of the last class: 0, or NaN where any class is beyond the range of numbers
+      unrolled<outputs>([&](int c) DYNLOSS_ALWAYS_INLINE_LAMBDA {
+        store(at + c * stride, x[k][c]);
+        last += x[k][c] - x[k][c];
+      });
+      store(at + outputs * stride, last);
     });
   }
 
-  // The moments of every unit, (H, D + 1, outputs). Lanes are summed over of as many units at once as there
-  // are.
+  // The moments of every unit, (H, D + 1, outputs). Lanes are summed over of as many units at once as a
+  // vector has.
   static void sum_moments(const Block& block, const Planes<T>& g, T* out) {
     constexpr int most = width<T>;
     for (int64_t first = 0; first < block.shape.hidden; first += most, out += most * moments) {

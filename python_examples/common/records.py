@@ -43,8 +43,12 @@ class Table:
         if len(set(lengths.values())) != 1:
             raise ValueError(f"columns: expected one number of rows, got {lengths}")
         self._flush()
-        for name, column in columns.items():
-            self._blocks[name].append(_to_host(column))
+        converted = {name: _to_host(column) for name, column in columns.items()}
+        for name, column in converted.items():
+            blocks = self._blocks[name]
+            blocks.append(column)
+            if len(blocks) == self._block:  # rows may come one by one
+                self._blocks[name] = [torch.cat(blocks)]
         self._rows += next(iter(lengths.values()))
 
     def arrays(self) -> dict[str, NDArray[Any]]:

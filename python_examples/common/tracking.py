@@ -40,7 +40,7 @@ class CurvatureTracker:
 
     def update(self, row: int, hessian: CurvatureOperator, **also: Any) -> None:
         """Records the eigenvalues after update `row`, with the weights of step row + 1; nothing if it is stopped."""
-        step, before = row + 1, copy.copy(self.tracker)  # whose parts are exchanged, not changed
+        step, before = row + 1, copy.copy(self.tracker)
         turn = self.oscillation.turn(step)
         try:
             with interruptible():

@@ -4,7 +4,7 @@
 
 Each input is read right or refused by the documented error, whose message says what was expected and what there is;
 nothing else: no other exception, no crash, no hang, no memory beyond reason, and no code of the input runs. The file
-is written after each round, and one that is there already is gone on with.
+is written after each round, and one of the same command is gone on with; remove it after a mend.
 """
 
 from __future__ import annotations
@@ -383,7 +383,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    command = f"python -m robustness.readers --cases {options.cases}" + (
+        f" --only {options.only}" if options.only else ""
+    )
     known = json.loads(options.out.read_text()) if options.out and options.out.exists() else {}
+    if known.get("command") != command:
+        known = {}
     faults, read = known.get("faults", []), Counter[str](known.get("by_reader", {}))
     targets = [target for target in ALL if options.only in target.name]
     began = time.monotonic()
@@ -397,7 +402,7 @@ def main() -> None:
         spent = time.monotonic() - began
         publish(
             options.out,
-            f"python -m robustness.readers --cases {options.cases}",
+            command,
             seconds=round(known.get("seconds", 0) + spent),
             inputs=sum(read.values()),
             faults=faults,
