@@ -61,7 +61,6 @@ FAULTS = [
         ("if (!has_gradient_ || !constant) return", "if (!has_gradient_) return"),
         ("!tangent_of(grad_output).defined();\n    if", "true;\n    if"),
         ("if (!keep) gradient_.reset_data();", "gradient_.reset_data();"),
-        ("if (keep || saved.use_count() > 1 ||", "if (saved.use_count() > 1 ||"),
         ("if (keep || saved.use_count() > 1 ||", "if (keep ||"),
         ("logits.scalar_type() != at::kHalf;", "true;"),
         ("tangent_of(*weight).defined()),", "false),"),
