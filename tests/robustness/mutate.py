@@ -23,8 +23,8 @@ from robustness.record import publish
 
 ROOT = Path(__file__).parents[2]
 AUTOGRAD = (
-    "cross_entropy_autograd cross_entropy cross_entropy_module cross_entropy_training cross_entropy_weight eager"
-    " inplace_gradient"
+    "cross_entropy_autograd cross_entropy_graph cross_entropy cross_entropy_module cross_entropy_training"
+    " cross_entropy_weight eager inplace_gradient"
 )
 LOSS = "cross_entropy cross_entropy_probabilities cross_entropy_weight oscillation confident_rows"
 LANCZOS = "eigsh audits symmetry tracker spectrum operators"
