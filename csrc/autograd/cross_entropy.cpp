@@ -154,7 +154,8 @@ struct CrossEntropyBackward : public ResolvedNode {
     const Tensor normalizer = normalizer_;
     const bool keep = torch::autograd::get_current_graph_task_keep_graph();
     if (!keep) gradient_.reset_data();
-    // Saved-tensor hooks may have shown the buffer to somebody, and may make one anew of memory that they keep.
+    // Saved-tensor hooks may have shown the buffer to somebody, and may make one anew of memory that they
+    // keep.
     if (keep || saved.use_count() > 1 || at::areAnyTensorSubclassLike({saved, grad_output}))
       return {rescaled(saved, grad_output, normalizer)};
     // Nobody else will ask for the buffer: hand it over, so that a leaf can keep it as its .grad.
