@@ -79,10 +79,7 @@ PerceptronBench<T>::PerceptronBench(const PerceptronArguments& x, const Schedule
   const int64_t block = member_.block;
   inputs_ = Plane<T>(shape.inputs * member_.padded);
   logits_ = Plane<T>(shape.classes * block);
-  if (along) {
-    logits_along_ = Plane<T>(shape.classes * block);
-    softmax_ = Plane<T>((shape.classes + 2) * block);
-  }
+  if (along) logits_along_ = Plane<T>(shape.classes * block);
   if (has_few_planes(shape)) {
     const int64_t outputs = shape.classes - 1;
     const int64_t moments = rounded_up(shape.hidden, plane_quantum<T>) * (shape.inputs + 1) * outputs;
@@ -92,6 +89,7 @@ PerceptronBench<T>::PerceptronBench(const PerceptronArguments& x, const Schedule
     if (along) {
       outputs_along_ = Plane<T>((shape.hidden + 1) * outputs);
       moments_along_ = Plane<T>(moments);
+      softmax_ = Plane<T>((shape.classes + 2) * block);
     }
   } else {
     hidden_ = Plane<T>(shape.hidden * block);

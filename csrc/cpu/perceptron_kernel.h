@@ -35,8 +35,8 @@ struct PerceptronMember {
   const T* parameters;       // (P,)
   const double* gamma;       // (C,)
   T *logits, *logits_along;  // (C, block); they become gradients. All `along` is for products alone
-  T* softmax;                // (C + 2, block), for products: exp(z - max), its sum, the gradient's factor
   // With few planes:
+  T* softmax;                  // (C + 2, block), for products: exp(z - max), its sum, the gradient's factor
   void* active;                // (H, block) bits: which samples activate a unit; for AVX-512
   T *outputs, *outputs_along;  // (H + 1, C - 1)
   T *moments, *moments_along;  // (H, D + 1, C - 1), H rounded up to the quantum

@@ -122,6 +122,9 @@ DYNLOSS_ALWAYS_INLINE Vec<T> times_slope(Vec<T> x, Vec<T> value) {
 
 // ---- a block of samples of one member
 
+// When a direction of the logits is wanted: not, with the rows, or any number of them later.
+enum class Along { never, now, later };
+
 template <typename T, Activation A>
 struct Perceptron {
   const PerceptronMember<T>& member;
@@ -179,8 +182,8 @@ struct Perceptron {
     });
   }
 
-  // The logits become their gradient, of the mean over all samples. `keep`: with what rows_along needs.
-  template <int Classes, bool keep>
+  // The logits become their gradient, of the mean over all samples.
+  template <int Classes, Along how>
   void rows(PerceptronSums* sums) const {
     const Lane<T> classes = static_cast<Lane<T>>(C);
     const SharedTargetWeights<T> shared(0.0, 0.0, C);
@@ -208,7 +211,7 @@ struct Perceptron {
         right |= is_top & here & ~seen;
         seen |= is_top;
         store(at(c), e);
-        if constexpr (keep) store(member.softmax + c * member.block + n, e);
+        if constexpr (how == Along::later) store(member.softmax + c * member.block + n, e);
       });
       const TargetWeights<Vec<T>> q = shared.at(gamma);
       if (sums != nullptr) {
@@ -219,7 +222,8 @@ struct Perceptron {
         add_wide<T>(correct, right ? broadcast(T(1)) : Vec<T>{});
       }
       const RowGradient<Vec<T>> gradient(broadcast(mean), q, sum);
-      if constexpr (keep) {
+      if constexpr (how == Along::now) row_along<Classes>(n, labels, at, sum.all(), gradient.factor);
+      if constexpr (how == Along::later) {
         store(member.softmax + C * member.block + n, sum.all());
         store(member.softmax + (C + 1) * member.block + n, gradient.factor);
       }
@@ -235,29 +239,36 @@ struct Perceptron {
     sums->correct += horizontal_sum<double>(correct);
   }
 
-  // A direction of the logits becomes the derivative of their gradient along it.
+  // A direction of the logits becomes the derivative of their gradient along it, after rows with
+  // Along::later.
   template <int Classes>
   void rows_along() const {
-    const Lane<T> classes = static_cast<Lane<T>>(C);
     for (int64_t n = 0; n < samples; n += width<T>) {
-      const Labels<T> labels(member.labels + first + n, no_label);
-      const auto kept = [&](int64_t i) DYNLOSS_ALWAYS_INLINE_LAMBDA {
-        return load(member.softmax + i * member.block + n);
-      };
-      T* y = member.logits_along + n;
-      InnerProducts<Vec<T>> products;
-      for_classes<Classes>(classes, [&](int64_t c) DYNLOSS_ALWAYS_INLINE_LAMBDA {
-        products.v_top = kept(c) == T(1) ? load(y + c * member.block) : products.v_top;
-      });
-      for_classes<Classes>(classes, [&](int64_t c) DYNLOSS_ALWAYS_INLINE_LAMBDA {
-        products.add(kept(c), load(y + c * member.block));
-      });
-      products.divide(kept(C));
-      for_classes<Classes>(classes, [&](int64_t c) DYNLOSS_ALWAYS_INLINE_LAMBDA {
-        const Vec<T> x = kept(C + 1) * kept(c) * products.factor(load(y + c * member.block));
-        store(y + c * member.block, labels.counted ? x : Vec<T>{});
-      });
+      const auto kept = [&](int64_t i)
+                            DYNLOSS_ALWAYS_INLINE_LAMBDA { return member.softmax + i * member.block + n; };
+      row_along<Classes>(n, Labels<T>(member.labels + first + n, no_label), kept, load(kept(C)),
+                         load(kept(C + 1)));
     }
+  }
+
+  // The same of the samples from n on. e(c): where exp(z_c - max) is.
+  template <int Classes, typename E>
+  DYNLOSS_ALWAYS_INLINE_MEMBER void row_along(int64_t n, const Labels<T>& labels, E&& e, Vec<T> sum,
+                                              Vec<T> factor) const {
+    const Lane<T> classes = static_cast<Lane<T>>(C);
+    const auto y = [&](int64_t c)
+                       DYNLOSS_ALWAYS_INLINE_LAMBDA { return member.logits_along + c * member.block + n; };
+    InnerProducts<Vec<T>> products;
+    for_classes<Classes>(classes, [&](int64_t c) DYNLOSS_ALWAYS_INLINE_LAMBDA {
+      products.v_top = load(e(c)) == T(1) ? load(y(c)) : products.v_top;
+    });
+    for_classes<Classes>(
+        classes, [&](int64_t c) DYNLOSS_ALWAYS_INLINE_LAMBDA { products.add(load(e(c)), load(y(c))); });
+    products.divide(sum);
+    for_classes<Classes>(classes, [&](int64_t c) DYNLOSS_ALWAYS_INLINE_LAMBDA {
+      const Vec<T> x = factor * load(e(c)) * products.factor(load(y(c)));
+      store(y(c), labels.counted ? x : Vec<T>{});
+    });
   }
 
   // From the gradients of the logits to those of the parameters; with `along`, to the derivatives of these.
@@ -417,11 +428,11 @@ struct FewPlanes {
   // Gradients of the logits, and what products need of them.
   static void evaluate(const Block& block, PerceptronSums* sums) {
     forward(block);
-    block.template rows<C, false>(sums);
+    block.template rows<C, Along::never>(sums);
   }
   static void prepare(const Block& block) {
     forward(block);
-    block.template rows<C, true>(nullptr);
+    block.template rows<C, Along::later>(nullptr);
     sum_moments(block, block.logits(), block.member.moments);
   }
 
@@ -630,7 +641,7 @@ void evaluate_block(const Perceptron<T, A>& block, PerceptronSums* sums, T* out)
     }
   }
   block.template forward<false>(nullptr);
-  with_classes(block.shape.classes, [&]<int Classes>() { block.template rows<Classes, false>(sums); });
+  with_classes(block.shape.classes, [&]<int Classes>() { block.template rows<Classes, Along::never>(sums); });
   if (out != nullptr) block.template backward<false>(nullptr, out);
 }
 
@@ -643,10 +654,8 @@ void multiply_block(const Perceptron<T, A>& block, const T* v, T* out) {
     }
   }
   block.template forward<true>(v);
-  with_classes(block.shape.classes, [&]<int Classes>() {
-    block.template rows<Classes, true>(nullptr);
-    block.template rows_along<Classes>();
-  });
+  with_classes(block.shape.classes,
+               [&]<int Classes>() { block.template rows<Classes, Along::now>(nullptr); });
   block.template backward<true>(v, out);
 }
 
