@@ -4,6 +4,10 @@ namespace dynloss::cpu::INSTRUCTION_SET {
 
 #include "vector.h"
 //
+#include "perceptron_block.h"
+//
+#include "perceptron_few_planes.h"
+//
 #include "perceptron_member.h"
 
 template <typename T>
