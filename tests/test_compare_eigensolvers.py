@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import sys
 from argparse import Namespace
@@ -143,3 +144,29 @@ def test_a_grid_over_sizes_and_numbers_of_pairs(
     more = json.loads(path.read_text())["grid"]["solvers"]
     assert {name: more.pop(name) for name in grid} == grid  # not measured again
     assert [(row["product"], row["k"]) for row in more.values()] == [("cheap", 3)] * 2
+
+
+def test_peak_memory_is_that_of_a_process_for_each_solver(
+    solvers: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grid = importlib.import_module("eigensolver_grid")
+    alone = grid.peak_bytes
+    vector = 4 * 200_000
+    held = torch.ones(100 * 200_000)  # what this process holds, or has held, is not counted
+    del held
+    peak = alone("eigsh (cold)", 200_000, 1, torch.float32, 1)
+    assert 8 * vector < peak < 80 * vector
+    monkeypatch.setattr(grid, "MEMORY_FROM", 100)
+    monkeypatch.setattr(grid, "peak_bytes", lambda name, size, *rest: (name, size))
+    monkeypatch.setattr(solvers, "contenders", lambda: {"eigsh (cold)": solvers.ours_cold, "curvlinops": 1, "x": None})
+    arguments = Namespace(
+        dtype="float32", products=["cheap", "dear"], sizes=[40, 200], ks=[1], states=1, gap=1, warm=0, threads=1
+    )
+    rows: dict[str, Any] = {}
+    arguments.without = ["curvlinops"]
+    grid.measure_grid(solvers, arguments, rows, lambda _: None)
+    found = {cell: row["solvers"]["eigsh (cold)"].get("peak_bytes") for cell, row in rows.items()}
+    assert list(found.values()) == [None, ("eigsh (cold)", 200), None, None]
+    assert all(row["solvers"].keys() == {"eigsh (cold)", "x"} for row in rows.values())
+    assert alone("no solver", 100, 1, torch.float32, 1) is None
+    assert "peak memory of no solver, P=100 k=1: 'no solver'" in capsys.readouterr().err

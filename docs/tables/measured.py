@@ -128,7 +128,7 @@ def eigensolver_grid(result: Json, path: Path) -> str:
             cells = [f"{case['parameters']:,}", case["k"]]
             for name in names:
                 if name not in found:
-                    cells.append("failed")
+                    cells.append("failed" if name in case["solvers"] else "")
                     continue
                 cell = number(1e3 * found[name]["seconds_min"])
                 wrong = found[name]["worst_error"] > tolerance

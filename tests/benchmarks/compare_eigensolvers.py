@@ -12,7 +12,7 @@ rounding hides more. `mlp` is a fully connected network on the same images: many
 solver runs on our cached product, the others on their own. Every solver sees the same states by turns, and times are
 medians over them; "warm" ones start from what they found at the last one. --json merges the figures into FILE. `grid`
 takes networks of several sizes, with cheap and dear products, and numbers of pairs (eigensolver_grid.py): smallest
-times and peak memory, and beside FILE their figure.
+times, peak memory, and beside FILE their figure.
 """
 
 from __future__ import annotations
@@ -450,6 +450,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[1_000, 10_000, 100_000, 1_000_000], help="of a grid")
     parser.add_argument("--ks", type=int, nargs="+", default=[1, 3, 10, 30], help="of a grid")
     parser.add_argument("--products", nargs="+", choices=("cheap", "dear"), default=["cheap", "dear"], help="of a grid")
+    parser.add_argument("--without", nargs="+", default=[], metavar="SOLVER", help="leave these out of a grid")
     parser.add_argument("--json", type=Path, help="a grid goes on with what it has")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

@@ -1,17 +1,22 @@
 """Time and peak memory of the solvers of compare_eigensolvers over sizes P and numbers of pairs k, and their figure.
 
 A network of two hidden layers and ten classes has about P parameters; its products are cheap with 16 samples and dear
-with 1,024. Every solver sees the same states by turns, and its time is the smallest of them. Peak memory is what the
-process held most above what it held before.
+with 1,024. Every solver sees the same states by turns, and its time is the smallest of them. Peak memory is measured
+in a process for each solver.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import math
+import multiprocessing
+import sys
+import warnings
 from collections.abc import Callable
-from functools import partial
+from concurrent.futures import ProcessPoolExecutor
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +24,8 @@ import torch
 from torch import nn
 
 SAMPLES = {"cheap": 16, "dear": 1024}
+#: Parameters from which peak memory is measured: that of smaller vectors does not show beside what a process holds.
+MEMORY_FROM = 50_000
 
 
 def network(size: int, samples: int, dtype: torch.dtype) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
@@ -29,6 +36,13 @@ def network(size: int, samples: int, dtype: torch.dtype) -> tuple[nn.Module, tor
     layers = [nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 10)]
     inputs = torch.randn(samples, width, generator=generator, dtype=dtype)
     return nn.Sequential(*layers).to(dtype), inputs, torch.randint(10, (samples,), generator=generator)
+
+
+def made(solvers: Any, size: int, cost: str, k: int, dtype: torch.dtype) -> Any:
+    """The problem of a cell of the grid, for the solvers of the module that compares them."""
+    model, inputs, target = network(size, SAMPLES[cost], dtype)
+    oscillation = solvers.Oscillation(10, 10.0, 100)
+    return solvers.Problem(model, inputs, target, oscillation, lr=0.02, dense=False, k=k, exact=False)
 
 
 def resident(reset: bool = False) -> tuple[int, int] | None:
@@ -47,48 +61,66 @@ def resident(reset: bool = False) -> tuple[int, int] | None:
     return found["VmRSS"], found["VmHWM"]
 
 
-def with_peak(solve: Callable[..., Any], peaks: list[int], problem: Any) -> Any:
+def held_most(name: str, size: int, k: int, dtype: torch.dtype, threads: int) -> int | None:
+    """Bytes above those of the problem that this process, a new one, holds while a solver solves it.
+
+    A "warm" solver solves it twice. What a solver imports is there before: it has solved a small problem first.
+    """
+    solvers = importlib.import_module("compare_eigensolvers")
+    torch.set_num_threads(threads)
+    torch.set_default_dtype(dtype)
+    warnings.simplefilter("ignore")
+    solvers.contenders()[name](made(solvers, 1000, "cheap", k, dtype))
+    problem, solve = made(solvers, size, "cheap", k, dtype), solvers.contenders()[name]
     before = resident(reset=True)
-    answer = solve(problem)
+    for _ in range(2 if "(warm)" in name else 1):
+        problem.train(1)
+        solve(problem)
     after = resident()
-    if before is not None and after is not None:
-        peaks.append(max(0, after[1] - before[0]))
-    return answer
+    return None if before is None or after is None else after[1] - before[0]
+
+
+def peak_bytes(name: str, size: int, k: int, dtype: torch.dtype, threads: int) -> int | None:
+    """`held_most` in a process whose allocator has kept nothing of an earlier solver; None where that fails."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        try:
+            return process.submit(held_most, name, size, k, dtype, threads).result()
+        except Exception as error:
+            print(f"peak memory of {name}, P={size} k={k}: {error}", file=sys.stderr)
+            return None
 
 
 def measure_grid(
     solvers: Any, arguments: argparse.Namespace, grid: dict[str, Any], save: Callable[[dict[str, Any]], None]
 ) -> None:
-    """Adds rows by product, P and k to those that `grid` has; `solvers` is the module that compares them."""
-    for cost, samples in SAMPLES.items():
-        for size in arguments.sizes:
-            for k in arguments.ks:
-                if f"{cost} P={size} k={k}" in grid or cost not in arguments.products:
-                    continue
-                model, inputs, target = network(size, samples, getattr(torch, arguments.dtype))
-                oscillation = solvers.Oscillation(10, 10.0, 100)
-                problem = solvers.Problem(model, inputs, target, oscillation, lr=0.02, dense=False, k=k, exact=False)
-                peaks: dict[str, list[int]] = {}
-                contenders = {
-                    name: solve and partial(with_peak, solve, peaks.setdefault(name, []))
-                    for name, solve in solvers.contenders().items()
-                }
+    """Adds rows by product, P and k to those that `grid` has; `solvers` is the module that compares them.
+
+    Peak memory is measured with cheap products, where rows do not have it, and from MEMORY_FROM parameters on.
+    """
+    dtype = getattr(torch, arguments.dtype)
+    for cost in arguments.products:
+        for size, k in product(arguments.sizes, arguments.ks):
+            cell = f"{cost} P={size} k={k}"
+            if cell not in grid:
+                problem = made(solvers, size, cost, k, dtype)
+                contenders = {n: solve for n, solve in solvers.contenders().items() if n not in arguments.without}
                 rows = solvers.measure(
                     problem, contenders, arguments.states, arguments.gap, arguments.warm, lambda _: None
                 )
-                for name, row in rows.items():
-                    if row is not None and peaks[name]:
-                        row["peak_bytes"] = max(peaks[name])
                 parameters = sum(p.numel() for p in problem.params)
-                grid[f"{cost} P={size} k={k}"] = {"product": cost, "parameters": parameters, "k": k, "solvers": rows}
+                grid[cell] = {"product": cost, "parameters": parameters, "k": k, "solvers": rows}
                 save(grid)
+            if cost == "cheap" and size >= MEMORY_FROM:
+                for name, row in grid[cell]["solvers"].items():
+                    if row is not None and "failed" not in row and "peak_bytes" not in row:
+                        row["peak_bytes"] = peak_bytes(name, size, k, dtype, arguments.threads)
+                        save(grid)
 
 
 def draw(grid: dict[str, Any], path: Path, tolerance: float) -> None:
     """A column for each k: time over that of the first solver, with cheap and with dear products, and peak memory.
 
-    A cross without a line where values are wrong by more than the tolerance. Memory from 50,000 parameters on: what a
-    process holds more from one moment to the next says nothing of smaller vectors.
+    A cross without a line where values are wrong by more than the tolerance.
     """
     import matplotlib.pyplot as plt
 
@@ -104,7 +136,7 @@ def draw(grid: dict[str, Any], path: Path, tolerance: float) -> None:
             points = [
                 (row["parameters"], value(row, found), found["worst_error"] <= tolerance)
                 for row in rows
-                if "seconds_min" in (found := row["solvers"][name] or {})
+                if "seconds_min" in (found := row["solvers"].get(name) or {})
             ]
             right = [(x, y) for x, y, is_right in points if is_right]
             wrong = [(x, y) for x, y, is_right in points if not is_right]
@@ -116,7 +148,7 @@ def draw(grid: dict[str, Any], path: Path, tolerance: float) -> None:
         return float(found["seconds_min"] / row["solvers"][names[0]]["seconds_min"])
 
     def peak(row: dict[str, Any], found: dict[str, Any]) -> float:
-        return float(found.get("peak_bytes") or math.nan) if row["parameters"] > 50_000 else math.nan
+        return float(found.get("peak_bytes") or math.nan)
 
     for column, k in enumerate(ks):
         for cost, axis in zip(SAMPLES, axes[:, column], strict=False):
