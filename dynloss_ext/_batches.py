@@ -262,19 +262,22 @@ def reduce_over(
 
     Args:
         groups: over one after the other; none: of this process alone.
-        length: of what compute gives, for a process where it fails.
+        length: of what compute gives, for a process where it fails. It may give one number more, with room for how
+            many fail: then nothing is copied.
         keep: how many elements of the sum stay on the device; the rest comes as a list.
     """
     if not groups:
         message = compute()
-        return message[:keep], message[keep:].tolist()
+        return message[:keep], message[keep:length].tolist()
     failure: BaseException | None = None
     try:
         message = compute()
     except BaseException as error:  # the others must hear of it before it goes on
         failure = error
         message = torch.zeros(length, dtype=dtype, device=device)
-    message = torch.cat([message, message.new_tensor([0.0 if failure is None else 1.0])])
+    if len(message) == length:
+        message = torch.cat([message, message.new_empty(1)])
+    message[length] = failure is not None
     for group in groups:
         distributed.all_reduce(message, group=group)
     if failure is not None:

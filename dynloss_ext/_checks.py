@@ -183,9 +183,8 @@ def _once(p: Tensor, label: str, first: Tensor, first_label: str) -> tuple[str, 
     return "", ""
 
 
-def check_params(params: Parameters, name: str = "params", *, once: bool = False) -> Params:
-    """The parameters, given as they are or with their names, if something can be differentiated by them; once: their
-    gradients are asked for, and no graphs of these."""
+def named_tensors(params: Parameters, name: str = "params") -> Params:
+    """The parameters, given as they are or with their names, none of them twice."""
     if isinstance(params, Tensor):
         raise TypeError(f"{name}: expected an iterable of tensors, got one tensor: pass [tensor]")
     if isinstance(params, nn.Module):
@@ -203,10 +202,22 @@ def check_params(params: Parameters, name: str = "params", *, once: bool = False
     checked = Params([p for _, p in pairs], labels, all(given for given, _ in pairs))
     if not checked:
         raise ValueError(f"{name}: expected at least one tensor, got none")
+    first: dict[int, str] = {}
     for label, p in zip(labels, checked, strict=True):
         check_tensor(label, p)
+        if id(p) in first:
+            raise ValueError(f"{name}: expected every tensor once, got one twice, as {first[id(p)]} and {label}")
+        first[id(p)] = label
+    return checked
+
+
+def check_params(params: Parameters, name: str = "params", *, once: bool = False) -> Params:
+    """The same if something can be differentiated by them; once: their gradients are asked for, and no graphs of
+    these."""
+    checked = named_tensors(params, name)
+    for label, p in zip(checked.labels, checked, strict=True):
         got = f"a tensor of shape {tuple(p.shape)}"
-        expected, found = (_once if once else _twice)(p, label, checked[0], labels[0])
+        expected, found = (_once if once else _twice)(p, label, checked[0], checked.labels[0])
         if expected:
             got = found
         elif not p.requires_grad:
@@ -216,11 +227,6 @@ def check_params(params: Parameters, name: str = "params", *, once: bool = False
             got += " with a hook (Tensor.register_hook): remove it for as long as the operator is used"
         if expected:
             raise ValueError(f"{label}: expected {expected}, got {got}")
-    first: dict[int, str] = {}
-    for label, p in zip(labels, checked, strict=True):
-        if id(p) in first:
-            raise ValueError(f"{name}: expected every tensor once, got one twice, as {first[id(p)]} and {label}")
-        first[id(p)] = label
     if sum(p.numel() for p in checked) == 0:
         raise ValueError(f"{name}: expected at least one element in all, got none")
     return checked

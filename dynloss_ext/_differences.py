@@ -17,6 +17,8 @@ from dynloss_ext._gradients import Gradients
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+    from dynloss_ext._shards import Shards
+
 # Sixth differences, of g(x + k s u) for k = -3 ... 3: nothing is left of a smooth g, and √924 times the noise.
 _SIXTH = (1.0, -6.0, 15.0, -20.0, 15.0, -6.0, 1.0)
 _SIXTH_NOISE = math.sqrt(924.0)
@@ -114,6 +116,11 @@ class GradientDifferences:
         if not math.isfinite(self.noise):
             raise ValueError(f"closure: expected finite gradients within {self.step:.2g} of the parameters, got others")
 
+    @property
+    def shards(self) -> Shards | None:
+        """How processes hold vectors, where they hold parts of them."""
+        return self.params.shards
+
     def operator(self, in_shards: bool = False) -> _C.SymmetricOperator:
         """What the driver calls, with whole vectors or in shards. Not kept: the garbage collector does not see through
         it to what the closure holds."""
@@ -181,7 +188,7 @@ class GradientDifferences:
             spacing /= _FINER
             found, product = self._measure(u, spacing)
             between, new, old = self._layout.lengths([product - before, product, before])
-            if between <= max(new, old) / 2:
+            if 0.0 < max(new, old) >= 2 * between:
                 trusted += [last, found]
                 if last.relative <= min(_GOOD, found.relative):
                     break
@@ -212,6 +219,7 @@ class GradientDifferences:
         third = [-0.5 / (3 * spacing), 0.0, 0.0, 0.0, 0.0, 0.0, 0.5 / (3 * spacing)]
         bend = [b - a for a, b in zip(first, third, strict=True)]  # D(3s) - D(s) = 4 s² c / 3
         rows, (sixth, product, change) = self._gradients.combinations(u, points, [list(_SIXTH), first, bend])
+        seen = rows[1].clone()  # and no more of the rows
         # Exact arithmetic in small integers would show none.
         noise = max(sixth / _SIXTH_NOISE, 0.25 * self._gradients.rounding * product * spacing)
         unresolved = math.sqrt(5 / 9) * noise / spacing
@@ -220,16 +228,18 @@ class GradientDifferences:
         product *= _HALF
         rounding = self._formula.rounding * noise * _ELSEWHERE
         if c == 0.0:  # and so is the noise: a loss that is linear
-            return _Step(step or spacing, 0.0, 0.0, product), rows[1]
+            return _Step(step or spacing, 0.0, 0.0, product), seen
         if step is None:
             if self.order == 2:
                 step = (3 * rounding / c) ** (1 / 3)
             else:
                 step = (1.875 * rounding * product / c**2) ** (1 / 5)
             step = min(step, _MAX_STEP * spacing)
+            if step == 0.0:  # gradients that jump, and not between the inner points
+                return _Step(spacing, math.inf, math.inf, product), seen
         truncation = step**2 * c / 6 if self.order == 2 else _truncation_of(step**2 * c / 2, product)
         without_noise = math.sqrt(max(0.0, product**2 - (_HALF * noise / spacing) ** 2 / 2))
-        return _Step(step, rounding / step, truncation, without_noise), rows[1]
+        return _Step(step, rounding / step, truncation, without_noise), seen
 
 
 def _balanced(rounding: float, truncation: float) -> float:

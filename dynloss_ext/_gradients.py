@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -86,6 +86,8 @@ class Gradients:
         _, (count, *alike) = reduce_over(self._all, self._device, partial(self._check, given), 27)
         if count != self._processes or not all_alike(alike, self._processes):
             self._refuse_differing()
+        if self._sharded:
+            self._check_counts()
         self.layout = layout_of(self.params, self.like)
         self.params.shards = self.layout if isinstance(self.layout, Shards) else None
         norms = [torch.linalg.vector_norm(self.layout.entries(p.detach()), dtype=torch.float64) for p in self.params]
@@ -112,6 +114,22 @@ class Gradients:
     def _refuse_differing(self) -> NoReturn:
         where = "process_group" if self._group else "the mesh"
         raise ValueError(f"params: expected the same in all processes of {where}, got different shapes or values")
+
+    def _check_counts(self) -> None:
+        """Of batches, where they have a length: a process with more of them than another would wait for it for ever,
+        as every forward pass of a sharded model is one of all processes."""
+
+        n = len(self._batches) if isinstance(self._batches, Sized) else 0
+
+        def count() -> Tensor:
+            return torch.tensor([n, n**2], dtype=torch.float64, device=self._device)
+
+        _, (total, squares) = reduce_over(self._all, self._device, count, 2)
+        if self._processes * squares != total**2:
+            raise ValueError(
+                f"batches: expected as many in every process, as sharded parameters need, got {n} in this one and"
+                f" {total:.0f} in all {self._processes}"
+            )
 
     def length_of(self, v: Tensor) -> float:
         """Of a whole vector, before products with it: a process with sharded parameters that cannot go on tells the
@@ -151,7 +169,7 @@ class Gradients:
         total, (changed, *alike) = self._reduce(
             partial(self._pass, u, points, weights), kept + 27, keep=kept, dtype=self.like.dtype
         )
-        rows = (total / self._weight).view(len(weights), self.layout.size)
+        rows = total.div_(self._weight).view(len(weights), self.layout.size)
         *lengths, changed = self.layout.lengths(list(rows), torch.tensor(changed, device=self._device))
         if not all_alike(alike, self._processes):
             raise RuntimeError(
@@ -245,7 +263,9 @@ class Gradients:
     def _pass(self, u: Tensor | None, points: Sequence[float], weights: Sequence[Sequence[float]]) -> Tensor:
         """This process's combinations, whether its sums changed, and the fingerprint of u."""
         self._check_unchanged()
-        rows = torch.zeros(len(weights), self.layout.size, dtype=self.like.dtype, device=self._device)
+        kept = len(weights) * self.layout.size
+        message = torch.zeros(kept + 28, dtype=self.like.dtype, device=self._device)  # the last is for reduce_over
+        rows = message[:kept].view(len(weights), self.layout.size)
         sums = torch.zeros(3, dtype=torch.float64, device=self._device)
         with self._visit(self._leaves) as visit, random_state_kept(self._device, self._seed):
             for count, batch in enumerate(self._batches, 1):
@@ -260,8 +280,9 @@ class Gradients:
                     if k == 0:
                         tally(sums, loss, weight)
         own = [u] if u is not None else []
-        changed = self._changed(sums, loss_too=u is None).view(1)
-        return torch.cat([rows.view(-1), changed.to(rows), self._fingerprint(own).to(rows)])
+        message[kept] = self._changed(sums, loss_too=u is None)
+        message[kept + 1 : -1] = self._fingerprint(own)
+        return message
 
     def _check_unchanged(self) -> None:
         for p, origin, label in zip(self.params, self._origin, self.params.labels, strict=True):
@@ -288,6 +309,7 @@ class Gradients:
 
     def _move(self, u: Tensor | None, distance: float) -> None:
         """Displaces the parameters by distance · u."""
+        torch.clear_autocast_cache()  # an autocast around us would go on with copies of where they were
         parts = [None] * len(self.params) if u is None else self.layout.locals(u)
         for p, origin, part in zip(self.params, self._origin, parts, strict=True):
             if part is None or distance == 0.0:

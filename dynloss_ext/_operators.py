@@ -12,10 +12,18 @@ import torch
 from torch import Tensor
 
 from dynloss_ext import _C
-from dynloss_ext._checks import Parameters, Params, check_number, check_params, check_tensor, check_vector
+from dynloss_ext._checks import (
+    Parameters,
+    Params,
+    check_number,
+    check_tensor,
+    check_vector,
+    is_sharded,
+    named_tensors,
+)
 from dynloss_ext._differences import GradientDifferences
 from dynloss_ext._double_backward import double_backward
-from dynloss_ext._shards import Shards, agreed
+from dynloss_ext._shards import Shards, agreed, largest_entries
 
 Made = TypeVar("Made", bound="CurvatureOperator")
 Product = Callable[[Tensor], Tensor]
@@ -50,9 +58,15 @@ def products_with(H: object) -> AbstractContextManager[object]:
 
 def driven(H: CurvatureOperator) -> tuple[_C.SymmetricOperator, Shards | None]:
     """The operator on shards of vectors, and what these are, where it has any; on whole ones elsewhere."""
-    if isinstance(H._source, GradientDifferences):
-        return H._source.operator(in_shards=True), H._source.params.shards
+    source = H._source
+    if isinstance(source, GradientDifferences | Composed) and source.shards is not None:
+        return source.operator(in_shards=True), source.shards
     return H._op, None
+
+
+def shards_of(H: CurvatureOperator) -> Shards | None:
+    """What processes may hold of its vectors."""
+    return H._source.shards if isinstance(H._source, GradientDifferences | Composed) else None
 
 
 class CurvatureOperator:
@@ -61,7 +75,7 @@ class CurvatureOperator:
     It is what sums, blocks and ensembles give, and the type to ask for where any operator will do; it is not made by
     itself.
 
-    Operators add up: ``H + G``, ``H - G``, ``a * H`` and ``-H`` are operators again, for everything that takes one, as
+    Operators add up: ``H + G``, ``H - G``, ``a * H``, ``H / a``, ``-H`` and ``sum([H, G])`` are operators again, as
     are those of `restrict` and `preconditioned`. Nothing is computed before a product is asked for; that costs the
     products of the parts, a few vectors of memory, and 5 to 15 µs of Python. They follow a part that is
     refreshed, and are refused where a part would be.
@@ -147,6 +161,17 @@ class CurvatureOperator:
 
     __rmul__ = __mul__
 
+    def __truediv__(self, divisor: float) -> CurvatureOperator:
+        """The operator divided by a finite number that is not 0."""
+        number = check_number("divisor", divisor, -math.inf, open_low=True)
+        if number == 0.0:
+            raise ValueError("divisor: expected a number that is not 0, got 0")
+        return self * (1.0 / number)
+
+    def __radd__(self, zero: object) -> CurvatureOperator:
+        """0 + H, with which Python's ``sum`` begins."""
+        return self if isinstance(zero, int) and zero == 0 else NotImplemented
+
     def __neg__(self) -> CurvatureOperator:
         """-H."""
         return self * -1.0
@@ -215,7 +240,8 @@ class CurvatureOperator:
             gathers them.
 
         Raises:
-            TypeError, ValueError: v is no vector of the operator, or the operator was made without parameters.
+            TypeError, ValueError: v is no vector of the operator; the operator was made without parameters, or with
+                one name for several.
 
         Example:
             >>> model = torch.nn.Linear(2, 1)
@@ -233,7 +259,12 @@ class CurvatureOperator:
                 piece.reshape(*p.shape, *v.shape[1:])
                 for p, piece in zip(params, torch.split(v, [p.numel() for p in params]), strict=True)
             ]
-        return dict(zip(params.labels, pieces, strict=True)) if params.named else pieces
+        if not params.named:
+            return pieces
+        if len(named := dict(zip(params.labels, pieces, strict=True))) < len(pieces):
+            twice = next(label for label in params.labels if params.labels.count(label) > 1)
+            raise ValueError(f"params: expected a name for each, got {twice} for several: give them without names")
+        return named
 
     def to_dense(self) -> Tensor:
         """The matrix itself, (P, P), by P products: for small P."""
@@ -278,6 +309,7 @@ class Composed:
         combine: (the products of the parts, v) -> the product with v, linear and symmetric.
         params: what v is made of, where that is known.
         factors: by how much an error of each part's product is longer in the combined one, at most.
+        elementwise: whether ``combine`` does with shards of vectors what it does with whole ones.
     """
 
     def __init__(
@@ -287,21 +319,26 @@ class Composed:
         size: int,
         params: Params | None,
         factors: Sequence[float],
+        elementwise: bool = True,
     ) -> None:
         self._parts, self._combine, self.size, self.params = parts, combine, size, params
         self._factors = factors
         self.like = torch.empty(0, dtype=parts[0].dtype, device=parts[0].device)
+        # All parts are by the same parameters where these are sharded.
+        self.shards = shards_of(parts[0]) if elementwise else None
 
-    def operator(self) -> _C.SymmetricOperator:
+    def operator(self, in_shards: bool = False) -> _C.SymmetricOperator:
         """What the driver calls. Not kept: the garbage collector does not see through it."""
-        ops = [part._op for part in self._parts]
+        ops = [driven(part)[0] if in_shards else part._op for part in self._parts]
         plain = partial(self._combine, [op.apply for op in ops])
         noisy = partial(self._combine, [op.apply_noisily for op in ops])
 
         def noise() -> float:
             return sum(factor * op.noise() for factor, op in zip(self._factors, ops, strict=True))
 
-        return _C.PythonOperator(plain, self.size, self.like, noisy, ops, noise)
+        shards = self.shards if in_shards else None
+        size = self.size if shards is None else shards.size
+        return _C.PythonOperator(plain, size, self.like, noisy, ops, noise, shards)
 
     def fail(self, error: Exception) -> None:
         """Tells those who wait for the first product that is shared; they ask for no other."""
@@ -346,11 +383,11 @@ def _multiple(a: CurvatureOperator, factor: float) -> Composed:
 
 def _block(a: CurvatureOperator, params: Parameters) -> Composed:
     """The block of some of the parameters, in the order given."""
-    own, start, places = _params_of(a), 0, {}
+    own, start, places = _params_of(a), 0, dict[int, tuple[slice, str]]()
     for label, p in zip(own.labels, own, strict=True):
         places[id(p)] = slice(start, start + p.numel()), label
         start += p.numel()
-    some = check_params(params)
+    some = named_tensors(params)
     for label, p in zip(some.labels, some, strict=True):
         if id(p) not in places:
             raise ValueError(f"{label}: expected one of the operator's params, got another of shape {tuple(p.shape)}")
@@ -364,19 +401,26 @@ def _block(a: CurvatureOperator, params: Parameters) -> Composed:
         product = products[0](whole)
         return torch.cat([product[place] for place in chosen])
 
-    return Composed((a,), combine, sum(sizes), Params(some, list(labels), own.named), (1.0,))
+    return Composed((a,), combine, sum(sizes), Params(some, list(labels), own.named), (1.0,), elementwise=False)
 
 
 def _congruence(a: CurvatureOperator, diagonal: Tensor | Iterable[Tensor], weight_decay: float) -> Composed:
     """P^(-1/2) (A + w I) P^(-1/2) for a diagonal P."""
-    root = _flat_diagonal(a, diagonal).rsqrt()
+    shards = shards_of(a)
+
+    def check() -> tuple[Tensor, object]:
+        return _flat_diagonal(a, diagonal).rsqrt(), weight_decay
+
+    root = agreed(shards, "preconditioned", check)
+    largest = float(largest_entries(root[None], shards))
 
     def combine(products: Sequence[Product], v: Tensor) -> Tensor:
-        v = root * v
+        scale = root if shards is None or len(v) == len(root) else shards.gather(root)
+        v = scale * v
         product = products[0](v)
-        return root * (torch.add(product, v, alpha=weight_decay) if weight_decay else product)
+        return scale * (torch.add(product, v, alpha=weight_decay) if weight_decay else product)
 
-    return Composed((a,), combine, a.shape[0], a._source.params, (root.max().item() ** 2,))
+    return Composed((a,), combine, a.shape[0], a._source.params, (largest**2,))
 
 
 def _params_of(a: CurvatureOperator) -> Params:
@@ -387,24 +431,36 @@ def _params_of(a: CurvatureOperator) -> Params:
 
 
 def _flat_diagonal(a: CurvatureOperator, diagonal: Tensor | Iterable[Tensor]) -> Tensor:
-    """(P,), finite and more than 0."""
-    if not isinstance(diagonal, Tensor):
-        if isinstance(diagonal, Mapping) or not isinstance(diagonal, Iterable):
-            raise TypeError(
-                f"diagonal: expected a tensor of shape ({a.shape[0]},) or a list of tensors, got"
-                f" {type(diagonal).__name__}"
-            )
-        pieces = [check_tensor(f"diagonal[{i}]", piece) for i, piece in enumerate(diagonal)]
-        shapes = [tuple(p.shape) for p in pieces]
-        params = a._source.params
-        if not pieces or (params is not None and shapes != [tuple(p.shape) for p in params]):
-            expected = "at least one tensor" if params is None else f"shapes {[tuple(p.shape) for p in params]}"
-            raise ValueError(f"diagonal: expected {expected}, got {shapes}")
-        diagonal = torch.cat([piece.reshape(-1) for piece in pieces])
-    if check_vector("diagonal", diagonal, a.shape[0], a.dtype, a.device).dim() != 1:
-        raise ValueError(f"diagonal: expected shape ({a.shape[0]},), got {tuple(diagonal.shape)}")
-    flat = diagonal.detach()
+    """(P,), finite and more than 0; of an operator in shards what this process has of it."""
+    shards = shards_of(a)
+    if isinstance(diagonal, Tensor):
+        if check_vector("diagonal", diagonal, a.shape[0], a.dtype, a.device).dim() != 1:
+            raise ValueError(f"diagonal: expected shape ({a.shape[0]},), got {tuple(diagonal.shape)}")
+        flat = diagonal.detach() if shards is None else shards.cut(diagonal.detach())
+    else:
+        flat = _flat_pieces(a, diagonal, shards)
     wrong = flat[~(torch.isfinite(flat) & (flat > 0))]
     if wrong.numel():
         raise ValueError(f"diagonal: expected finite numbers that are more than 0, got {wrong[0].item()}")
     return flat
+
+
+def _flat_pieces(a: CurvatureOperator, diagonal: object, shards: Shards | None) -> Tensor:
+    """The same of a list of tensors like the parameters, of their dtypes or the operator's."""
+    if isinstance(diagonal, Mapping) or not isinstance(diagonal, Iterable):
+        raise TypeError(
+            f"diagonal: expected a tensor of shape ({a.shape[0]},) or a list of tensors, got {type(diagonal).__name__}"
+        )
+    pieces = [check_tensor(f"diagonal[{i}]", piece).detach() for i, piece in enumerate(diagonal)]
+    shapes, params = [tuple(piece.shape) for piece in pieces], a._source.params
+    if not pieces or (params is not None and shapes != [tuple(p.shape) for p in params]):
+        expected = "at least one tensor" if params is None else f"shapes {[tuple(p.shape) for p in params]}"
+        raise ValueError(f"diagonal: expected {expected}, got {shapes}")
+    if params is not None:  # the state of an optimizer has the dtypes of what it optimizes
+        pieces = [
+            piece.to(a.dtype) if piece.dtype == p.dtype else piece for piece, p in zip(pieces, params, strict=True)
+        ]
+    if shards is not None and all(map(is_sharded, pieces)):
+        return torch.cat([shards.entries(piece) for piece in pieces])
+    whole = [piece.full_tensor() if is_sharded(piece) else piece for piece in pieces]  # type: ignore[attr-defined]
+    return _flat_diagonal(a, torch.cat([piece.reshape(-1) for piece in whole]))

@@ -70,6 +70,7 @@ class Shards(Whole):
         groups: see `mesh_groups`.
         processes: of the mesh.
         copies: of each shard.
+        place: the number of this process's shard, and how many there are.
     """
 
     def __init__(self, params: Sequence[Any], like: Tensor) -> None:
@@ -79,6 +80,7 @@ class Shards(Whole):
         self._replicas = list(self.groups)
         self._group = self._replicas.pop(_cut_by(params[0]))
         self.copies = self.processes // distributed.get_world_size(self._group)
+        self.place = [distributed.get_rank(self._group), distributed.get_world_size(self._group)]
         self._shapes = [p.to_local().shape for p in params]
         self._sizes = [shape.numel() for shape in self._shapes]
         self.size = sum(self._sizes)

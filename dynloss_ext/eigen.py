@@ -246,6 +246,7 @@ class EigenTracker:
         self.num_updates = 0
         self.num_hvp = 0
         self._start: Tensor | None = None  # the vectors of the last update whose products were finite
+        self._place: list[int] | None = None  # of their shard, where they are in shards: its number, of how many
         self._next_identity = int(k)
         self._since_audit = 0
         self._num_asymmetric = 0
@@ -272,6 +273,7 @@ class EigenTracker:
         """
         old = self._start
         op, options, shards = resolve(H, n, dtype, device, old if n is None else None)
+        place = None if shards is None else shards.place
 
         def check() -> tuple[bool, object]:
             if self._level is None:
@@ -280,6 +282,11 @@ class EigenTracker:
                 raise ValueError(
                     f"H: expected the size, dtype and device of the last update's, {len(old)}, {old.dtype} on"
                     f" {old.device}, got {op.size}, {options.dtype} on {options.device}: use a new tracker"
+                )
+            if old is not None and self._place != place:
+                raise ValueError(
+                    f"H: expected vectors {_shard(self._place)}, as the tracker's are, got {_shard(place)}: every"
+                    " process saves a state_dict of its own, and loads that"
                 )
             due = self._since_audit + 1 >= self._schedule["audit_every"] or self._num_asymmetric > 0
             audited = bool(audit) or old is None or due
@@ -306,7 +313,7 @@ class EigenTracker:
                 self.identities = torch.arange(self._next_identity, device="cpu")
             else:
                 self._identify(origins)
-            self._start = result.vectors
+            self._start, self._place = result.vectors, place
             self._since_audit = 0 if audited else self._since_audit + 1
         self.num_updates += 1
         self.num_hvp += result.num_hvp
@@ -347,7 +354,11 @@ class EigenTracker:
         return self._settings | self._schedule | ({} if self._level is None else self._level._asdict())
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything an interrupted run needs to go on with the same numbers; loadable with ``weights_only``."""
+        """Everything an interrupted run needs to go on with the same numbers; loadable with ``weights_only``.
+
+        Of an operator by sharded parameters it holds this process's shard of the vectors: each process saves its own,
+        and loads it again.
+        """
         result = None if self.result is None else {f.name: getattr(self.result, f.name) for f in fields(self.result)}
         counters = {name: getattr(self, name) for name in self._COUNTERS}
         settings = self._all_settings()
@@ -355,6 +366,7 @@ class EigenTracker:
             "settings": settings,
             "result": result,
             "start": self._start,
+            "place": self._place,
             "identities": self.identities.clone(),
             **counters,
         }
@@ -373,11 +385,12 @@ class EigenTracker:
         settings = self._all_settings()
         if state["settings"] != settings:
             raise ValueError(f"state: expected one of a tracker with {settings}, got one with {state['settings']}")
-        names = {f.name for f in fields(EigenResult)}
+        names, place = {f.name for f in fields(EigenResult)}, state.get("place")  # in version 0.1 there was none
         expected = {
             "result": state["result"] is None
             or (isinstance(state["result"], Mapping) and state["result"].keys() == names),
             "start": state["start"] is None or isinstance(state["start"], Tensor),
+            "place": place is None or (isinstance(place, list) and list(map(type, place)) == [int, int]),
             "identities": isinstance(state["identities"], Tensor)
             and state["identities"].dim() == 1
             and (len(state["identities"]) == settings["k"] or self._level is not None),
@@ -385,14 +398,18 @@ class EigenTracker:
         }
         wrong = [name for name, good in expected.items() if not good]
         if wrong:
-            raise ValueError(f"state: expected one from state_dict, got {state[wrong[0]]!r} for {wrong[0]}")
+            raise ValueError(f"state: expected one from state_dict, got {state.get(wrong[0])!r} for {wrong[0]}")
         self.result = None if state["result"] is None else EigenResult(**state["result"])
-        self._start = state["start"]
+        self._start, self._place = state["start"], place
         self.identities = state["identities"].clone()
         for name in self._COUNTERS:
             setattr(self, name, state[name])
 
     _COUNTERS = ("num_updates", "num_hvp", "_next_identity", "_since_audit", "_num_asymmetric", "_interval", "_seed")
+
+
+def _shard(place: list[int] | None) -> str:
+    return "that are whole" if place is None else f"of shard {place[0]} of {place[1]}"
 
 
 def check_basis(max_basis: int | None, k: int, size: int | None) -> int:

@@ -181,7 +181,8 @@ class HessianOperator(CurvatureOperator):
 
         The closure runs as it is: attention fused, modules compiled, layers in their mode. The parameters are moved
         while a product is computed. They, their ``.grad``, buffers and torch's random state are put back to the bit.
-        Memory: two to four vectors of length P in the dtype of products, and a copy of the parameters.
+        Memory, beside that of a backward pass: a copy of the parameters that stays, and in the dtype of products five
+        vectors of length P while a product is computed (four of order 2), eight while the operator is made.
 
         Args:
             closure: without batches, () -> loss, a 0-d tensor with its graph; with them, batch -> (loss_sum,
@@ -189,9 +190,10 @@ class HessianOperator(CurvatureOperator):
                 numbers in every evaluation.
             params: leaves of any floating-point dtypes on one device, that have no hooks: tensors, or DTensors as of
                 `torch.distributed.fsdp.fully_shard`, which every process must pass. Vectors and sums are float64 if all
-                params are, float32 otherwise. Of sharded params all but operators composed of others keep theirs in
-                shards; ``H @ v`` takes and gives whole vectors, too.
-            batches: as in `from_batches`, or None.
+                params are, float32 otherwise. Of sharded params vectors are in shards, also those of sums, multiples
+                and `preconditioned`; ``H @ v`` takes and gives whole ones, too. Call modules, not their ``forward``:
+                buffers of those that are called are put back.
+            batches: as in `from_batches`, or None. With sharded params as many in every process.
             process_group: as in `from_batches`; without batches the mean of the processes' losses. None with DTensors
                 or DistributedDataParallel (which takes no batches), whose gradients are means already.
             order: of the error in the step: 4, by one step of Richardson, or 2 at half the price, without an estimate

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dynloss_ext._checks import Parameters, check_callable, check_params
+from dynloss_ext._batches import check_answer, weight_of
+from dynloss_ext._checks import Parameters, check_callable, check_loss, check_params, named_tensors
 from dynloss_ext.hessian import HessianOperator
 from dynloss_ext.spectrum import Estimate
 
@@ -144,7 +145,7 @@ def preconditioner(optimizer: torch.optim.Optimizer, params: Parameters | None =
         raise ValueError(f"optimizer: expected one lr, got parameter groups with {sorted(rates)}")
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     own = [p for group in optimizer.param_groups for p in group["params"]]
-    wanted = check_params(own if params is None else params)
+    wanted = named_tensors(own if params is None else params)
     diagonal = []
     for label, p in zip(wanted.labels, wanted, strict=True):
         if id(p) not in groups:
@@ -252,11 +253,11 @@ def _sharpness_along_gradient(
     """uᵀ H u of the batch for the unit vector u along its gradient, and the length of that."""
 
     def mean_loss() -> Tensor:
-        answer = closure(batch)
-        if not isinstance(answer, tuple) or len(answer) != 2:
-            raise TypeError(f"closure: expected to return (loss_sum, weight_sum), got {type(answer).__name__}")
-        loss_sum, weight_sum = answer
-        return loss_sum / (weight_sum.detach().view(()) if isinstance(weight_sum, Tensor) else weight_sum)
+        loss_sum, weight_sum = check_answer(closure(batch), ("loss_sum", "weight_sum"))
+        weight = weight_of(weight_sum, check_loss(loss_sum, "loss_sum").device)
+        if not 0 < weight < math.inf:
+            raise ValueError(f"weight_sum: expected a finite number that is more than 0, got {float(weight)}")
+        return check_loss(loss_sum / weight)
 
     H = HessianOperator(mean_loss, params)
     pieces = [torch.zeros_like(p) if g is None else g for g, (_, p) in zip(H.gradients, params, strict=True)]

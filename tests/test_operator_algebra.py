@@ -20,6 +20,7 @@ from dynloss_ext import (
     PerceptronEnsemble,
     diagonal,
     eigsh,
+    preconditioner,
     spectral_density,
     trace,
 )
@@ -55,6 +56,8 @@ CASES = {
     "multiple": (lambda H, G, B: 2.5 * H, lambda h, g: 2.5 * h),
     "multiple from the right": (lambda H, G, B: H * -0.5, lambda h, g: -0.5 * h),
     "of NumPy": (lambda H, G, B: np.float64(2.5) * H, lambda h, g: 2.5 * h),
+    "quotient": (lambda H, G, B: H / 4, lambda h, g: h / 4),
+    "sum of a list": (lambda H, G, B: sum([H, G, B]), lambda h, g: 2 * h + g),
     "negative": (lambda H, G, B: -H, lambda h, g: -h),
     "transposed": (lambda H, G, B: H.T, lambda h, g: h),
     "with batches": (lambda H, G, B: B - 3 * G + H, lambda h, g: 2 * h - 3 * g),
@@ -166,6 +169,35 @@ def test_what_does_not_belong_together_is_refused(problem):
         H.restrict([params[0], params[0]])
     with pytest.raises(ValueError, match=r"v: expected shape \(45,\) or \(45, k\), got \(3,\)"):
         H.unflatten(torch.ones(3, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"divisor: expected a number that is not 0"):
+        H / 0.0
+    with pytest.raises(TypeError):
+        1 + H
+    named = HessianOperator(loss_of(params), [("w", p) for p in params])
+    with pytest.raises(ValueError, match=r"params: expected a name for each, got w for several"):
+        named.unflatten(torch.ones(P, dtype=torch.float64))
+
+
+def test_operators_by_differences_are_composed_in_every_dtype_they_take():
+    """A preconditioner has the dtypes of the parameters, and an operator of them its own."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 4).bfloat16(), nn.Tanh(), nn.Linear(4, 3))
+    x, y = X.float(), Y
+
+    def loss():
+        return F.cross_entropy(model[2](model[1](model[0](x.bfloat16())).float()), y)
+
+    optimizer = torch.optim.Adam(model.parameters())
+    loss().backward()
+    optimizer.step()
+    H = HessianOperator.from_gradients(loss, model.parameters())
+    pieces = preconditioner(optimizer, model.parameters())
+    assert [piece.dtype for piece in pieces] == [torch.bfloat16] * 2 + [torch.float32] * 2
+    root = torch.cat([piece.float().reshape(-1) for piece in pieces]).rsqrt()
+    v = torch.linspace(-1, 1, H.shape[0])
+    torch.testing.assert_close(H.preconditioned(pieces) @ v, root * (H @ (root * v)))
+    block = H.restrict(list(model[2].parameters()))
+    torch.testing.assert_close(block @ v[12:], (H @ torch.cat([torch.zeros(12), v[12:]]))[12:])
 
 
 def test_diagonals_that_are_none_are_refused(problem):

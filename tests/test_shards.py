@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from test_distributed import ANOTHER_FAILED, outcomes, spread
 from torch import nn
 
-from dynloss_ext import _C, EigenTracker, HessianOperator, diagonal, eigsh, spectral_density, trace
+from dynloss_ext import _C, EigenTracker, HessianOperator, diagonal, eigsh, preconditioner, spectral_density, trace
 from dynloss_ext._shards import _BLOCK, Shards
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
@@ -133,6 +133,40 @@ def estimates(rank, world_size, replicas, dim):
     return plain(asked(H) | found | {"products": whole(H, H @ own), "whole": H @ v[:, 0], "own": len(own)})
 
 
+def composed(rank, world_size, replicas, dim):
+    """An operator that a whole and a DTensor diagonal precondition, in shards and whole."""
+    model = sharded(world_size, dim=dim, replicas=replicas)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.0)
+    for p in model.parameters():
+        p.grad = p.detach() + 0.5
+    optimizer.step()
+    H = operator(rank, world_size, model)
+    P = preconditioner(optimizer, model.parameters())
+    D = torch.cat([piece.full_tensor().reshape(-1) for piece in P])
+    found = {"D": D}
+    for name, given in (("pieces", P), ("whole", D)):
+        G = (2 * H + H / 2 - H).preconditioned(given, weight_decay=0.1)
+        result = eigsh(G, 2, tol=1e-8)
+        found |= {name: result.values, f"{name} shard": len(result.vectors), f"{name} product": G @ columns(H)[:, 0]}
+    return plain(found)
+
+
+@pytest.mark.parametrize(("world_size", "replicas", "dim"), [(2, 1, 1), (4, 2, 0)])
+def test_composed_operators_keep_vectors_in_shards(world_size, replicas, dim):
+    H = exact()
+    answers = spread(partial(composed, replicas=replicas, dim=dim), world_size)
+    assert all(not isinstance(answer, str) for answer in answers.values()), answers
+    for answer in answers.values():
+        D = torch.tensor(answer["D"], dtype=torch.float64)
+        G = (1.5 * H).preconditioned(D, weight_decay=0.1)
+        values, product = torch.linalg.eigvalsh(G.to_dense()).flip(0)[:2], G @ columns(H)[:, 0]
+        for name in ("pieces", "whole"):
+            assert answer[name] == pytest.approx(values.tolist(), rel=1e-6)
+            assert torch.allclose(torch.tensor(answer[f"{name} product"]).double(), product, rtol=1e-6, atol=1e-6)
+            assert answer[f"{name} shard"] < H.shape[0]
+    assert sum(answer["pieces shard"] for answer in answers.values()) == replicas * H.shape[0]
+
+
 def columns(H):
     return torch.linspace(-1, 1, 2 * H.shape[0], dtype=torch.float64).view(-1, 2)
 
@@ -203,6 +237,85 @@ def test_a_tracker_follows_the_whole_model():
             assert own < H.shape[0]
             assert (values, num_hvp) == (other[0], other[2])
         assert answer[1][2] < answer[0][2]
+
+
+def resumed(rank, world_size):
+    """Products of an update before and after a state is loaded, the process's own and that of the first."""
+    model = sharded(world_size)
+    tracker, again, mixed = (EigenTracker(2, tol=1e-4) for _ in range(3))
+    H = operator(rank, world_size, model)
+    tracker.update(H)
+    states = [None] * world_size
+    dist.all_gather_object(states, tracker.state_dict())
+    again.load_state_dict(states[rank])
+    mixed.load_state_dict(states[0])
+    warm = [t.update(H).num_hvp for t in (tracker, again)]
+    even = operator(
+        rank, world_size, sharded(world_size, nn.Sequential(nn.Linear(4, 4, bias=False), nn.Tanh()).double())
+    )
+    other = EigenTracker(2, tol=1e-4)
+    other.update(even)
+    dist.all_gather_object(states, other.state_dict())
+    other.load_state_dict(states[0])  # as long as its own
+    return [warm, *outcomes(lambda: mixed.update(H), lambda: other.update(even))]
+
+
+def test_a_tracker_resumes_from_the_state_of_its_own_process():
+    for rank, (warm, *errors) in spread(resumed, 2).items():
+        assert warm[0] == warm[1]
+        expected = ("ValueError: H: expected", ANOTHER_FAILED)[rank == 0]
+        assert all(expected in error for error in errors), errors
+
+
+def batch_counts(rank, world_size):
+    model, (X, Y) = sharded(world_size), data()
+    return outcomes(
+        lambda: HessianOperator.from_gradients(
+            lambda i: (F.cross_entropy(model(X[i]), Y[i], reduction="sum"), len(i)),
+            model.parameters(),
+            list(torch.arange(12).split(4))[: 3 - rank],
+        )
+    )
+
+
+def test_other_numbers_of_batches_are_refused_before_a_process_waits():
+    for rank, (error,) in spread(batch_counts, 2).items():
+        assert (
+            f"ValueError: batches: expected as many in every process, as sharded parameters need, got {3 - rank}"
+            in error
+        )
+
+
+def low_precision(rank, world_size):
+    """The largest eigenvalue of bfloat16 parameters, and of those that the forward pass sees in bfloat16."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    X, Y = data()
+    found = {}
+    for name in ("parameters", "policy"):
+        model = module().bfloat16() if name == "parameters" else module().float()
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16) if name == "policy" else MixedPrecisionPolicy()
+        model = fully_shard(model, mesh=init_device_mesh("cpu", (world_size,)), mp_policy=policy)
+
+        def loss(model=model):
+            return F.cross_entropy(model(X.bfloat16()).float(), Y)
+
+        H = HessianOperator.from_gradients(loss, model.parameters())
+        result = eigsh(H, 1, tol=0.05)
+        found |= {name: result.values, f"{name} noise": H.noise, f"{name} dtype": str(result.vectors.dtype)}
+    return plain(found)
+
+
+def test_vectors_of_bfloat16_parameters_are_float32():
+    largest = float(torch.linalg.eigvalsh(exact().to_dense())[-1])
+    answers = spread(low_precision, 2)
+    assert all(not isinstance(answer, str) for answer in answers.values()), answers
+    for answer in answers.values():
+        for name in ("parameters", "policy"):
+            assert answer[f"{name} dtype"] == "torch.float32"
+            assert answer[name][0] == pytest.approx(largest, abs=max(0.1 * largest, 4 * answer[f"{name} noise"]))
+            assert answer[f"{name} noise"] < largest
 
 
 def counted(call, group=None):

@@ -314,6 +314,15 @@ def test_batch_sharpness_of_tiny_gradients_in_float32():
     assert found.value == pytest.approx(2e-25, rel=1e-5)
 
 
+@pytest.mark.parametrize("weight", [0, -1.0, float("nan"), torch.tensor(0), torch.tensor(float("inf"))])
+def test_batch_sharpness_refuses_weights_that_are_none(weight):
+    x = torch.ones(2, requires_grad=True)
+    with pytest.raises(ValueError, match=r"weight_sum: expected a finite number that is more than 0, got"):
+        batch_sharpness(lambda _: ((x**2).sum(), weight), [x], [0])
+    with pytest.raises(TypeError, match="closure: expected a number or a 0-d tensor as weight_sum, got Tensor"):
+        batch_sharpness(lambda _: ((x**2).sum(), torch.ones(2)), [x], [0])
+
+
 def test_batch_sharpness_leaves_batch_norm_as_it_was():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)).double()

@@ -63,6 +63,7 @@ class PeriodicTracker:
         return {"tracker": self._tracker.state_dict(), "last_step": self._last}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Takes over a `state_dict`."""
-        self._tracker.load_state_dict(state_dict["tracker"])
-        self._last = state_dict["last_step"]
+        """Takes over a `state_dict`; an empty one leaves all as it is."""
+        if state_dict:
+            self._tracker.load_state_dict(state_dict["tracker"])
+            self._last = state_dict["last_step"]

@@ -45,7 +45,8 @@ class EigenvalueCallback(PeriodicTracker, Callback):  # type: ignore[misc]
 
     Measured before a step and logged at its number, as ``eigenvalue/1`` (first of the result's values),
     ``eigenvalue/2``, ... A tracker with ``max_interval`` is updated less often while the largest one rests. The
-    state of the tracker is part of checkpoints, and resumed from them.
+    state of the tracker is part of checkpoints, and resumed from them, but for sharded parameters: there it starts
+    anew, as every process has its part of the vectors.
 
     Args:
         operator: LightningModule -> the operator, such as ``lambda module: HessianOperator(lambda: module.loss(x, y),
@@ -62,6 +63,11 @@ class EigenvalueCallback(PeriodicTracker, Callback):  # type: ignore[misc]
     @property
     def state_key(self) -> str:
         return f"{type(self).__qualname__}.{self._name}"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Without what a checkpoint of one process cannot hold: of sharded parameters each has its part of vectors."""
+        state = super().state_dict()
+        return {} if state["tracker"]["place"] is not None else state
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if values := self._update(pl_module, trainer.global_step):

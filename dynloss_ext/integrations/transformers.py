@@ -62,8 +62,9 @@ class EigenvalueCallback(PeriodicTracker, TrainerCallback):  # type: ignore[misc
     Measured before a step and logged at its number, as ``eigenvalue/1`` (first of the result's values),
     ``eigenvalue/2``, ...: to ``state.log_history`` and all that the Trainer reports to. A tracker with ``max_interval``
     is updated less often while the largest one rests. Its state is a file in each ``checkpoint-N`` of
-    ``args.output_dir``, and resumed from there; a checkpoint that lies elsewhere starts it anew, with a warning, unless
-    it has been given its state before: ``tracker.load_state_dict(torch.load(file)["tracker"])``.
+    ``args.output_dir``, with sharded parameters one of each process, and resumed from there; a checkpoint that lies
+    elsewhere starts it anew, with a warning, unless it has been given its state before:
+    ``tracker.load_state_dict(torch.load(file)["tracker"])``.
 
     Args:
         trainer: whose ``log`` is called.
@@ -99,14 +100,19 @@ class EigenvalueCallback(PeriodicTracker, TrainerCallback):  # type: ignore[misc
             self._trainer.log(values)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        file = self._file(args, state)
-        if args.should_save and file.parent.is_dir():
-            torch.save(self.state_dict(), file)
+        file, tracker = self._file(args, state), self.state_dict()
+        if tracker["tracker"]["place"] is not None:  # every process has a shard of the vectors
+            file.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(tracker, self._of_process(file, args))
+        elif args.should_save and file.parent.is_dir():
+            torch.save(tracker, file)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 0:
             return
         file = self._file(args, state)
+        own = self._of_process(file, args)
+        file = own if own.is_file() else file
         if file.is_file():
             self.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
         elif self._tracker.num_updates == 0:
@@ -115,3 +121,7 @@ class EigenvalueCallback(PeriodicTracker, TrainerCallback):  # type: ignore[misc
     def _file(self, args: Any, state: Any) -> Path:
         folder = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         return Path(args.output_dir) / folder / f"{self._name}_tracker.pt"
+
+    @staticmethod
+    def _of_process(file: Path, args: Any) -> Path:
+        return file.with_stem(f"{file.stem}_{args.process_index}")
