@@ -7,9 +7,9 @@
 #   must, for every instruction set that this machine has. Last with arrays that are too short, which must be found.
 # address: the tests with the whole extension under both: they see what it does, and memory of others that it touches. Not seen:
 #   what torch does by itself, and leaks (Python and torch keep much until the process ends; test_memory.py looks at those).
-# thread: ThreadSanitizer on eight threads of Python, each with its own op calls, operators and trackers. Neither torch nor libgomp
-#   is instrumented: it cannot see the barriers of OpenMP, so the script runs with one OpenMP thread, and what the threads of one
-#   parallel loop share is NOT checked; neither is what happens inside of torch. See thread.supp.
+# thread: ThreadSanitizer on eight threads of Python, each with its own op calls, operators and trackers; and on the parallel loops
+#   of all kernels, whose threads gomp_threads.cpp makes in libgomp's place, which is not instrumented: its barriers would not be
+#   seen. A race on purpose has to be found. What happens inside of torch is not checked. See thread.supp.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 here=$PWD/tests/robustness
@@ -34,11 +34,12 @@ built() { # built NAME FLAGS...: the extension with these flags in $folder
     nice "$python" setup.py -q build_ext --inplace)
 }
 
+also= # ":LIBRARY" that is loaded, too
 preloaded() { # preloaded RUNTIME COMMAND...: libstdc++ too, or the runtime does not find what throws
   local runtime libstdcxx
   runtime=$("${CXX:-g++}" -print-file-name="$1")
   libstdcxx=$("${CXX:-g++}" -print-file-name=libstdc++.so.6)
-  (cd "$folder" && env LD_PRELOAD="$runtime:$libstdcxx" PYTHONPATH="$folder" PYTHONMALLOC=malloc "${@:2}")
+  (cd "$folder" && env LD_PRELOAD="$runtime:$libstdcxx$also" PYTHONPATH="$folder" PYTHONMALLOC=malloc "${@:2}")
 }
 
 run_kernels() {
@@ -70,8 +71,17 @@ run_address() {
 
 run_thread() {
   built thread -fsanitize=thread -fno-omit-frame-pointer
-  TSAN_OPTIONS="suppressions=$here/thread.supp:halt_on_error=1:second_deadlock_stack=1:ignore_noninstrumented_modules=1" \
-    preloaded libtsan.so timeout 900 "$python" "$here/eight_threads.py"
+  local also=
+  export TSAN_OPTIONS="suppressions=$here/thread.supp:halt_on_error=1:second_deadlock_stack=1:ignore_noninstrumented_modules=1"
+  preloaded libtsan.so timeout 900 "$python" "$here/eight_threads.py"
+  "${CXX:-g++}" -std=c++20 -O1 -g1 -Wall -Wextra -fsanitize=thread -shared -fPIC "$here/gomp_threads.cpp" -o "$folder/gomp_threads.so"
+  also=:$folder/gomp_threads.so
+  preloaded libtsan.so timeout 900 "$python" "$here/parallel_loops.py"
+  if preloaded libtsan.so timeout 900 "$python" "$here/parallel_loops.py" race 2>"$scratch/report"; then
+    echo 'NOT FOUND: a race on purpose'
+    return 1
+  fi
+  grep -m 1 'data race' "$scratch/report"
 }
 
 [ $# -gt 0 ] || set -- kernels address thread
