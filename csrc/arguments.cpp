@@ -38,7 +38,11 @@ void check_logits_and_target(const at::Tensor& logits, const at::Tensor& target,
   for (int64_t d = 0; fits && d < target.dim(); ++d)
     fits = target.sym_size(d) == logits.sym_size(d == 0 ? 0 : d + 1);
   TORCH_CHECK_VALUE(fits, "target: expected the shape of logits ", logits.sym_sizes(),
-                    " without its class dimension, got ", target.sym_sizes());
+                    " without its class dimension, got ", target.sym_sizes(),
+                    target.sym_sizes().equals(logits.sym_sizes())
+                        ? c10::str(" of ", target.scalar_type(),
+                                   "; class probabilities, as one-hot rows, are floating-point")
+                        : std::string());
 }
 
 void check_direction(const char* name, const at::Tensor& direction, const at::Tensor& logits) {

@@ -1,6 +1,7 @@
 #!/bin/sh
 # Builds the documentation into docs/_build/html; a warning is an error: sh docs/build.sh [options of sphinx-build]
-# Needs the package with its extra `docs`, in $PATH or .venv, and no network. `-D plot_gallery=0` leaves the how-to scripts alone.
+# Needs the package with its extra `gallery`, in $PATH or .venv, and no network; with `-D plot_gallery=0`, which leaves the how-to
+# scripts alone, `docs` is enough.
 # Not `python -m sphinx`: from here the sources would hide an installed package.
 set -eu
 cd "$(dirname "$0")/.."

@@ -1,4 +1,4 @@
-"""Phase diagrams (main Fig. 1, supp. Fig. 4): accuracy, curvature and dynamics over amplitude A and period T.
+"""Phase diagrams (main Figs. 1 and 2, supp. Fig. 4): accuracy, curvature and dynamics over amplitude A and period T.
 
     python python_examples/phase_diagram.py --experiment spiral --out runs/diagram
     python python_examples/phase_diagram.py --amplitudes log:1:100:12 --periods log:10:5000:12 --seeds 50 --workers 2

@@ -96,6 +96,13 @@ def test_one_hot_probabilities_equal_class_indices(shape):
         close(loss_and_gradient(normal(*shape), one_hot, oscillation, 7, **options), of_classes)
 
 
+def test_one_hot_targets_of_integers_are_told_what_they_lack():
+    with pytest.raises(ValueError, match=r"got \[6, 4\] of Long; class probabilities, as one-hot rows, are floating"):
+        dynamic_cross_entropy(normal(6, 4), F.one_hot(labels(4, 6), 4), OSCILLATION, 7)
+    with pytest.raises(ValueError, match=r"got \[6, 2\]$"):
+        dynamic_cross_entropy(normal(6, 4), torch.zeros(6, 2, dtype=torch.int64), OSCILLATION, 7)
+
+
 def test_every_derivative_in_every_mode():
     x, t, u, v = X.clone().requires_grad_(), T.clone().requires_grad_(), normal(6, 4, seed=2), normal(6, 4, seed=3)
 

@@ -7,6 +7,7 @@ import inspect
 import json
 import pkgutil
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,10 @@ import dynloss_ext
 from dynloss_ext import plot, reference
 
 DOCS = Path(__file__).parent.parent / "docs"
-MODULES = sorted({info.name for info in pkgutil.iter_modules(dynloss_ext.__path__)} - {"_C", "__main__"})
+MODULES = sorted(
+    {info.name.partition(".")[2] for info in pkgutil.walk_packages(dynloss_ext.__path__, "dynloss_ext.")}
+    - {"_C", "__main__", "integrations.lightning", "integrations.transformers"}  # which have no examples to run
+)
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 MADE = {"_build", "gallery", "generated", "mirrored"}  # by a build of the site
 PAGES = {
@@ -83,3 +87,28 @@ def test_every_committed_result_is_drawn(tmp_path: Path) -> None:
             assert (tmp_path / figure).is_file(), (source.name, figure)
     ours = json.loads((measured.RESULTS / "loss_cpu_2_threads.json").read_text())["cases"]["512x10-float32"]["ours"]
     assert f"| 512x10-float32 | {ours:.3g} |" in (tmp_path / "loss_cpu_2_threads.md").read_text()
+
+
+def test_the_extra_of_the_gallery_installs_what_its_scripts_import() -> None:
+    """`.ci/run` leaves the scripts to `.ci/long`: nobody else would notice."""
+    text = (DOCS.parent / "pyproject.toml").read_text()
+    extras = dict(re.findall(r"^(\w+) = \[(.*?)\](?: *#[^\n]*)?$", text, re.MULTILINE | re.DOTALL))
+
+    def installed(extra: str) -> set[str]:
+        found = set()
+        for requirement in re.findall(r'"([^"]+)"', extras[extra]):
+            if own := re.fullmatch(r"dynloss_ext\[(.+)\]", requirement):
+                found |= {name for part in own[1].split(",") for name in installed(part)}
+            else:
+                found.add(re.split(r"[^\w-]", requirement)[0].replace("-", "_"))
+        return found
+
+    known = installed("gallery") | {"torch", "numpy", "matplotlib", "dynloss_ext", *sys.stdlib_module_names}
+    known |= {path.stem for path in (DOCS.parent / "python_examples").iterdir()}
+    imported = {
+        name
+        for path in (DOCS / "how_to").glob("*.py")
+        for name in re.findall(r"^ *(?:import|from) (\w+)", path.read_text(), re.MULTILINE)
+    }
+    assert {"lightning", "transformers"} <= imported
+    assert imported <= known

@@ -43,7 +43,12 @@ def machine_line(machine: Json, **more: object) -> str:
     parts.append(f"{machine['processor']}, {machine['threads']} thread{'s' * (machine['threads'] != 1)}")
     parts += [f"torch {machine['torch']}", f"Python {machine['python']}"]
     parts += [f"{name} {version}" for name, version in machine.get("versions", {}).items()]
-    parts += [f"{name} {value}" for name, value in more.items() if value]
+    about = {
+        "dynloss_ext": machine.get("dynloss_ext"),
+        "commit": machine.get("commit"),
+        "on": machine.get("date"),
+    } | more
+    parts += [f"{name} {value}" for name, value in about.items() if value]
     return f"*Machine: {'; '.join(parts)}.*\n"
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import platform
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import torch
+
+import dynloss_ext
 
 
 def processor() -> str:
@@ -20,13 +24,35 @@ def processor() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
+def commit() -> str | None:
+    """That of the sources, and whether they had other changes; None where there is no repository."""
+    root = Path(__file__).parents[2]
+    try:
+        command = [
+            "git",
+            "-C",
+            str(root),
+            "describe",
+            "--always",
+            "--dirty= with changes",
+            "--abbrev=12",
+            "--exclude=*",
+        ]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
 def machine(device: str = "cpu") -> dict[str, Any]:
-    """The machine and the software on it; with device "cuda" also the GPU."""
+    """The machine and the software on it, and the day; with device "cuda" also the GPU."""
     description: dict[str, Any] = {
         "processor": processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
+        "dynloss_ext": dynloss_ext.__version__,
+        "commit": commit(),
+        "date": datetime.date.today().isoformat(),
     }
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
