@@ -104,7 +104,7 @@ def test_the_extra_of_the_gallery_installs_what_its_scripts_import() -> None:
         return found
 
     known = installed("gallery") | {"torch", "numpy", "matplotlib", "dynloss_ext", *sys.stdlib_module_names}
-    known |= {path.stem for path in (DOCS.parent / "python_examples").iterdir()}
+    known |= {path.stem for folder in ("python_examples", "docs/how_to") for path in (DOCS.parent / folder).iterdir()}
     imported = {
         name
         for path in (DOCS / "how_to").glob("*.py")
