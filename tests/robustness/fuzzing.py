@@ -154,65 +154,84 @@ def _in_child(target: Target, numbers: range) -> tuple[list[Fault], tuple[int, i
 
 
 def _work(target: Target, numbers: range, folder: Path, log: Path) -> None:
-    place, canary = folder / "input", folder / "canary"
-    place.mkdir()
-    files = target.prepare(place)
-    good = {file: file.read_bytes() for file in files}
-    expected = target.read(place)
-    started: list[str] = []
-    armed = [False]
-
-    def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        if armed[0] and event in _STARTERS:
-            started.append(event)
-
-    sys.addaudithook(hook)
-    faulthandler.disable()  # pytest's would tell of crashes that the parent counts
-    _limit_memory()
-    signal.signal(signal.SIGALRM, _raise_too_long)
-    with log.open("w") as out, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    reading = Reading(target, folder)
+    with log.open("w") as out:
 
         def note(number: int, what: str) -> None:
             out.write(json.dumps([number, what]) + "\n")
 
         for number in numbers:
             rng = random.Random(f"{target.name} {number}")
-            file = rng.choice(files)
-            forged = target.forge is not None and rng.random() < 0.5
-            content = target.forge(good[file], rng, canary) if forged and target.forge else damaged(good[file], rng)
-            file.write_bytes(content)
+            file = rng.choice(reading.files)
+            good, forged = reading.good[file], target.forge is not None and rng.random() < 0.5
+            content = target.forge(good, rng, reading.canary) if forged and target.forge else damaged(good, rng)
             if number % 50 == 0 or forged:  # a crash is found again from here
                 note(number, "begun")
                 out.flush()
-            before = _reset_peak()
-            signal.setitimer(signal.ITIMER_REAL, SECONDS)
-            armed[0] = True
-            try:
-                result = target.read(place)
-            except target.refusals as error:
-                if not re.search("expected.*(got|missing|are not in)", str(error), re.DOTALL):
-                    note(number, f"unclear: {type(error).__name__}: {error}")
-            except _TooLong:
-                note(number, f"took more than {SECONDS} s")
-            except BaseException as error:
-                note(number, _told(error))
-            else:
-                if target.right is not None and not forged and not target.right(result, expected):
-                    note(number, "read what is wrong")
-                del result
-            finally:
-                armed[0] = False
-                signal.setitimer(signal.ITIMER_REAL, 0)
-            grown = _memory("VmHWM") - before
-            if grown > MEMORY:
-                note(number, f"took {grown >> 20} MiB for {len(content)} bytes")
-            if started or canary.exists():
-                note(number, f"ran code: {started or 'canary'}")
-                started.clear()
-                canary.unlink(missing_ok=True)
-            file.write_bytes(good[file])
+            for what in reading.faults(file, content, forged):
+                note(number, what)
         note(numbers.stop, "end")
+
+
+class Reading:
+    """What a target makes of its files, in this process, whose memory and warnings are limited from here on.
+
+    Attributes:
+        files: that may have another content.
+        good: what they have.
+        canary: see `Target`.
+    """
+
+    def __init__(self, target: Target, folder: Path) -> None:
+        self._target, self._place, self.canary = target, folder / "input", folder / "canary"
+        self._place.mkdir()
+        self.files = target.prepare(self._place)
+        self.good = {file: file.read_bytes() for file in self.files}
+        self._expected = target.read(self._place)
+        self._started: list[str] = []
+        self._armed = False
+        sys.addaudithook(self._hook)
+        faulthandler.disable()  # pytest's would tell of crashes that the parent counts
+        _limit_memory()
+        signal.signal(signal.SIGALRM, _raise_too_long)
+        warnings.simplefilter("ignore")
+
+    def _hook(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if self._armed and event in _STARTERS:
+            self._started.append(event)
+
+    def faults(self, file: Path, content: bytes, forged: bool) -> list[str]:
+        """What the reader does that it must not, with this content in the file; forged: any result may be right."""
+        target, found = self._target, list[str]()
+        file.write_bytes(content)
+        before = _reset_peak()
+        signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        self._armed = True
+        try:
+            result = target.read(self._place)
+        except target.refusals as error:
+            if not re.search("expected.*(got|missing|are not in)", str(error), re.DOTALL):
+                found.append(f"unclear: {type(error).__name__}: {error}")
+        except _TooLong:
+            found.append(f"took more than {SECONDS} s")
+        except BaseException as error:
+            found.append(_told(error))
+        else:
+            if target.right is not None and not forged and not target.right(result, self._expected):
+                found.append("read what is wrong")
+            del result
+        finally:
+            self._armed = False
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        grown = _memory("VmHWM") - before
+        if grown > MEMORY:
+            found.append(f"took {grown >> 20} MiB for {len(content)} bytes")
+        if self._started or self.canary.exists():
+            found.append(f"ran code: {self._started or 'canary'}")
+            self._started.clear()
+            self.canary.unlink(missing_ok=True)
+        file.write_bytes(self.good[file])
+        return found
 
 
 def _told(error: BaseException) -> str:
