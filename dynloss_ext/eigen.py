@@ -112,7 +112,7 @@ def eigsh(
     Of `HessianOperator.from_gradients` with parameters that `fully_shard` has cut along one dimension, over a mesh of
     one or two dimensions, every process of their mesh holds its shard of each vector, and makes this call with the same
     arguments: P is then what the process has of the parameters. A sum over the processes of at most 2 · max_basis
-    numbers stands for each inner product of a vector with others: three to six of them with a product.
+    numbers stands for each inner product of a vector with others: five to seven messages with a product.
 
     Args:
         H: a HessianOperator, or any callable v -> H v on flat vectors of shape (P,); a callable needs ``n``

@@ -127,8 +127,10 @@ def _read_archive(archive: Path) -> dict[str, bytes]:
                 if path.name in _FILES or path.name in _FILES.values():
                     stream = tar.extractfile(member)
                     files[path.name] = stream.read() if stream else b""
-    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
-        raise ValueError(f"--data: expected a tar archive, got {archive}: {error}") from error
+    # LZMA's header may ask for 4 GiB before anything else is looked at.
+    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError, MemoryError) as error:
+        why = str(error) or type(error).__name__
+        raise ValueError(f"--data: expected a tar archive, got {archive}: {why}") from error
     return files
 
 

@@ -12,7 +12,7 @@ import torch
 from curvature_problems import Known, check_eigenpairs, dense_hessian, loss_of, mlp
 from processes import run_python
 
-from dynloss_ext import ConvergenceWarning, HessianOperator, eigsh
+from dynloss_ext import _C, ConvergenceWarning, HessianOperator, eigsh
 
 pytestmark = pytest.mark.filterwarnings("error::dynloss_ext.ConvergenceWarning")
 
@@ -476,3 +476,27 @@ def test_no_floor_is_seen_where_convergence_is_slow():
         result = eigsh(lambda v: diagonal * v, 3, n=200_000, tol=1e-4)
     assert result.converged.all()
     assert result.values[2].item() == pytest.approx(0.99, abs=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("on_device_path", [False, True])
+def test_a_basis_is_orthonormal_to_rounding(dtype, on_device_path):
+    """Of fifty vectors, most of which converge: where orthogonality is lost first. In precision that measures it."""
+    size, seen = 20_000, []
+    diagonal = torch.linspace(0, 1, size, dtype=dtype)
+    diagonal[-40:] = torch.linspace(2, 100, 40, dtype=dtype)
+
+    def product(v):
+        seen.append(v / v.norm())
+        return diagonal * v
+
+    _C.take_device_path(on_device_path)
+    try:
+        eigsh(product, 30, n=size, dtype=dtype, max_basis=68, tol=1e-6)
+    finally:
+        _C.take_device_path(False)
+    assert 50 <= len(seen) <= 68  # before a restart, which goes on with other vectors
+    basis = torch.stack(seen).numpy().astype(np.longdouble)
+    overlaps = basis @ basis.T
+    np.fill_diagonal(overlaps, 0)
+    assert abs(overlaps).max() <= 12 * torch.finfo(dtype).eps

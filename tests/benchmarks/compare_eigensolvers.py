@@ -3,7 +3,7 @@
     pip install '.[bench]'
     python tests/benchmarks/compare_eigensolvers.py spiral --states 40 --json FILE
     python tests/benchmarks/compare_eigensolvers.py myrtle5 --data DIR --dtype float32 --states 1 --json FILE
-    python tests/benchmarks/compare_eigensolvers.py grid --sizes 1000 100000 --ks 1 3 30 --dtype float32 --json FILE
+    python tests/benchmarks/compare_eigensolvers.py grid --dtype float32 --gap 10 --json FILE
 
 `spiral` follows gradient descent along the paper's spiral experiment; the reference is the dense Hessian. `myrtle5`
 takes 300 CIFAR-10 images (random ones without --data) and plain SGD steps; its dense Hessian does not fit, so the
@@ -437,7 +437,7 @@ def add_to_json(path: Path, problem: str, figures: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("problem", choices=("spiral", "myrtle5", "mlp", "grid"))
-    parser.add_argument("--states", type=int, default=40, help="measured states")
+    parser.add_argument("--states", type=int, help="measured states: 40, of a grid one to three")
     parser.add_argument("--gap", type=int, default=25, help="steps of training from one to the next")
     parser.add_argument("--start", type=int, default=0, help="steps of training before the first")
     parser.add_argument("--warm", type=int, default=1, help="states before, which only the warm solvers see")
@@ -447,7 +447,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[1_000, 10_000, 100_000, 1_000_000], help="of a grid")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[10**n for n in range(3, 8)], help="of a grid")
     parser.add_argument("--ks", type=int, nargs="+", default=[1, 3, 10, 30], help="of a grid")
     parser.add_argument("--products", nargs="+", choices=("cheap", "dear"), default=["cheap", "dear"], help="of a grid")
     parser.add_argument("--without", nargs="+", default=[], metavar="SOLVER", help="leave these out of a grid")
@@ -467,6 +467,7 @@ def main() -> None:
     if arguments.problem == "grid":
         eigensolver_grid = importlib.import_module("eigensolver_grid")  # beside this script
         return eigensolver_grid.run(sys.modules[__name__], arguments, figures)
+    arguments.states = arguments.states or 40
     problem = spiral(arguments) if arguments.problem == "spiral" else images(arguments)
     problem.train(arguments.start)
     # First: ours is not to be lost with a peer. On a copy, so that the states of the comparison stay the same.

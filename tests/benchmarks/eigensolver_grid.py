@@ -8,10 +8,12 @@ in a process for each solver.
 from __future__ import annotations
 
 import argparse
+import datetime
 import importlib
 import json
 import math
 import multiprocessing
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -24,6 +26,11 @@ import torch
 from torch import nn
 
 SAMPLES = {"cheap": 16, "dear": 1024}
+#: Parameters by samples by pairs that a cell of the grid may have: one of twice as many takes hours.
+AFFORDABLE = 1_000_000 * 1024 * 30
+#: The same of a cell in which every solver takes part; above, those of DEAR, which take most products, do not.
+FOR_ALL = AFFORDABLE // 3
+DEAR = ("PyHessian",)
 #: Parameters from which peak memory is measured: that of smaller vectors does not show beside what a process holds.
 MEMORY_FROM = 50_000
 
@@ -95,20 +102,25 @@ def measure_grid(
 ) -> None:
     """Adds rows by product, P and k to those that `grid` has; `solvers` is the module that compares them.
 
-    Peak memory is measured with cheap products, where rows do not have it, and from MEMORY_FROM parameters on.
+    Of 10⁶ parameters two states, and one of 10⁷, where nothing else is asked for. Peak memory is measured with cheap
+    products, where rows do not have it, and from MEMORY_FROM parameters on.
     """
     dtype = getattr(torch, arguments.dtype)
     for cost in arguments.products:
         for size, k in product(arguments.sizes, arguments.ks):
-            cell = f"{cost} P={size} k={k}"
+            cell, work = f"{cost} P={size} k={k}", size * SAMPLES[cost] * k
+            if work > AFFORDABLE:
+                continue
             if cell not in grid:
                 problem = made(solvers, size, cost, k, dtype)
-                contenders = {n: solve for n, solve in solvers.contenders().items() if n not in arguments.without}
-                rows = solvers.measure(
-                    problem, contenders, arguments.states, arguments.gap, arguments.warm, lambda _: None
-                )
+                without = (*arguments.without, *(DEAR if work > FOR_ALL else ()))
+                contenders = {name: solve for name, solve in solvers.contenders().items() if name not in without}
+                states = arguments.states or (3 if size < 1_000_000 else 2 if size < 10_000_000 else 1)
+                load, day = os.getloadavg()[0], datetime.date.today().isoformat()
+                rows = solvers.measure(problem, contenders, states, arguments.gap, arguments.warm, lambda _: None)
                 parameters = sum(p.numel() for p in problem.params)
-                grid[cell] = {"product": cost, "parameters": parameters, "k": k, "solvers": rows}
+                grid[cell] = {"product": cost, "parameters": parameters, "k": k, "states": states, "load": load}
+                grid[cell] |= {"date": day, "solvers": rows}
                 save(grid)
             if cost == "cheap" and size >= MEMORY_FROM:
                 for name, row in grid[cell]["solvers"].items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
 import time
@@ -109,6 +110,17 @@ def test_a_chunk_whose_checksum_is_damaged_beside_its_footer_is_noticed() -> Non
     """Found by `readers.py`: what did not begin like a checksum was read as a file without one."""
     (target,) = (target for target in readers.ALL if target.name == "chunk of a sweep")
     assert [fuzzing.fuzz(target, range(number, number + 1)) for number in (415621, 915159)] == [[], []]
+
+
+def test_an_archive_that_asks_for_memory_at_once_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found by `guided.py`: the header of an LZMA stream names 4 GiB."""
+    monkeypatch.setattr(fuzzing, "ADDRESSES", 1 << 30)
+    (target,) = (target for target in readers.ALL if target.name == "CIFAR-10, tar")
+
+    def forge(good: bytes, rng: random.Random, canary: Path) -> bytes:
+        return b"\x5d" + b"\xff" * 12 + bytes(100)
+
+    assert fuzzing.fuzz(dataclasses.replace(target, forge=forge), range(10)) == []
 
 
 def test_initial_values_of_no_points_are_refused(tmp_path: Path) -> None:
