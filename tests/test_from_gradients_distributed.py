@@ -1,5 +1,9 @@
 """Differences of gradients over processes and of sharded modules: gloo on 127.0.0.1, every wait bounded."""
 
+import time
+from datetime import timedelta
+from functools import partial
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -7,7 +11,7 @@ import torch.nn.functional as F
 from test_distributed import ANOTHER_FAILED, SAMPLES, problem, shard, spread
 from torch import nn
 
-from dynloss_ext import GaussNewtonOperator, HessianOperator, eigsh
+from dynloss_ext import EigenTracker, GaussNewtonOperator, HessianOperator, eigsh
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
 
@@ -50,6 +54,24 @@ def one_asks_wrongly(rank, world_size):
     closure, params = problem()
     H = HessianOperator.from_gradients(closure, params, shard(rank, world_size), process_group=dist.group.WORLD)
     return H @ torch.ones(H.shape[0] + rank, dtype=torch.float64)
+
+
+def another_model(rank, world_size):
+    closure, params = problem()
+    with torch.no_grad():
+        params[0][0, 0] += rank
+    return HessianOperator.from_gradients(closure, params, shard(rank, world_size), process_group=dist.group.WORLD)
+
+
+def one_hangs(rank, world_size, made_by):
+    """One process never asks."""
+    closure, params = problem()
+    make = getattr(HessianOperator, made_by)
+    H = make(closure, params, shard(rank, world_size), process_group=dist.group.WORLD)
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=2), dist.group.WORLD)
+    if rank == 1:
+        return time.sleep(8)
+    return EigenTracker(1).update(H) if made_by == "from_gradients" else H @ torch.ones(H.shape[0]).double()
 
 
 def module():
@@ -140,6 +162,18 @@ def test_a_failure_ends_all():
         assert ("KeyError: 'my own failure'" if rank == 1 else ANOTHER_FAILED) in answer
     for rank, answer in spread(one_asks_wrongly, 2).items():
         assert ("v: expected shape (45,)" if rank == 1 else ANOTHER_FAILED) in answer
+
+
+def test_another_model_ends_all():
+    for answer in spread(another_model, 2).values():
+        assert "params: expected the same in all processes of process_group, got different shapes or values" in answer
+
+
+@pytest.mark.parametrize("made_by", ["from_gradients", "from_batches"])
+def test_the_timeout_of_the_group_ends_those_who_wait(made_by):
+    answers = spread(partial(one_hangs, made_by=made_by), 2)
+    assert answers[1] is None
+    assert "RuntimeError" in answers[0]
 
 
 def test_sharded_modules():

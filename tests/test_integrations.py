@@ -5,6 +5,7 @@ import importlib
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -142,11 +143,11 @@ def lightning_module(criterion):
     return Module()
 
 
-def fit(folder, steps, checkpoint=None, accumulate=1, **tracked):
+def fit(folder, steps, checkpoint=None, accumulate=1, tensorboard=False, **tracked):
     """A training of so many optimizer steps, with a checkpoint after six: the trainer and the module."""
     lightning = pytest.importorskip("lightning")
     from lightning.pytorch.callbacks import ModelCheckpoint
-    from lightning.pytorch.loggers import CSVLogger
+    from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
     from dynloss_ext.integrations.lightning import EigenvalueCallback, StepCallback
 
@@ -160,7 +161,7 @@ def fit(folder, steps, checkpoint=None, accumulate=1, **tracked):
         accumulate_grad_batches=accumulate,
         callbacks=callbacks,
         default_root_dir=folder,
-        logger=CSVLogger(folder),
+        logger=[CSVLogger(folder), *([TensorBoardLogger(folder, "board")] if tensorboard else [])],
         enable_progress_bar=False,
         enable_model_summary=False,
     )
@@ -215,6 +216,44 @@ def test_lightning_logs_what_a_loop_by_hand_measures(tmp_path):
     assert [[row["eigenvalue/1"], row["eigenvalue/2"]] for row in logged(trainer)] == expected
 
 
+def scalars(folder):
+    """Of an event file: (step, value) by tag."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (file,) = Path(folder).rglob("events.out.tfevents.*")
+    events = EventAccumulator(str(file))
+    events.Reload()
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lightning_writes_event_files_too(tmp_path):
+    trainer, _ = fit(tmp_path, 5, tensorboard=True, eigenvalue=EigenTracker(k=2))
+    rows = [row for row in logged(trainer) if "eigenvalue/1" in row]
+    for name in ("eigenvalue/1", "eigenvalue/2"):
+        seen = scalars(tmp_path / "board")[name]
+        assert [step for step, _ in seen] == [0, 2, 4]
+        assert [value for _, value in seen] == pytest.approx([row[name] for row in rows], rel=1e-6)
+
+
+def in_shards(place):
+    """A tracker whose vectors are said to be a shard."""
+    tracker = EigenTracker(k=1)
+    tracker.update(hessian(network(), DynamicCrossEntropyLoss(OSCILLATION)))
+    tracker._place = place
+    return tracker
+
+
+def test_a_lightning_checkpoint_holds_no_shard():
+    pytest.importorskip("lightning")
+    from dynloss_ext.integrations.lightning import EigenvalueCallback
+
+    callback = EigenvalueCallback(lambda m: None, in_shards([0, 2]))
+    assert callback.state_dict() == {}
+    callback.load_state_dict({})  # and goes on
+    assert EigenvalueCallback(lambda m: None, in_shards(None)).state_dict()["tracker"]["num_updates"] == 1
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_a_lightning_module_without_the_loss_is_refused():
     lightning = pytest.importorskip("lightning")
@@ -265,7 +304,7 @@ class Loss:
         return self.criterion(outputs["logits"], labels) / num_items_in_batch
 
 
-def trained(folder, steps, loss, resume=None, accumulate=1, batch=BATCH, tracker=None):
+def trained(folder, steps, loss, resume=None, accumulate=1, batch=BATCH, tracker=None, report_to="none"):
     """A training of so many optimizer steps, with a checkpoint every six."""
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
@@ -281,7 +320,7 @@ def trained(folder, steps, loss, resume=None, accumulate=1, batch=BATCH, tracker
         optim="sgd",
         save_steps=6,
         logging_strategy="no",
-        report_to="none",
+        report_to=report_to,
         disable_tqdm=True,
         use_cpu=True,
         remove_unused_columns=False,
@@ -335,6 +374,34 @@ def test_the_trainer_logs_eigenvalues_and_resumes_the_tracker(tmp_path):
     assert eigenvalues(resumed) == eigenvalues(whole)
     assert all(row["eigenvalue/1"] > row["eigenvalue/2"] for row in eigenvalues(whole))
     assert (trackers[2].num_updates, trackers[2].num_hvp) == (trackers[0].num_updates, trackers[0].num_hvp)
+
+
+def test_the_trainer_writes_event_files_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    trainer = trained(tmp_path, 5, Loss(), tracker=EigenTracker(k=2), report_to=["tensorboard"])
+    seen = scalars(tmp_path / "board")
+    for name in ("eigenvalue/1", "eigenvalue/2"):
+        (tag,) = [tag for tag in seen if tag.endswith(name)]
+        rows = [(row["step"], row[name]) for row in eigenvalues(trainer)]
+        assert [step for step, _ in seen[tag]] == [step for step, _ in rows] == [0, 2, 4]
+        assert [value for _, value in seen[tag]] == pytest.approx([value for _, value in rows], rel=1e-6)
+
+
+def test_every_process_has_a_file_of_its_shard(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    from dynloss_ext.integrations.transformers import EigenvalueCallback
+
+    state = transformers.TrainerState(global_step=6)
+
+    def on(rank, event, tracker):
+        trainer = SimpleNamespace(log=print)
+        arguments = SimpleNamespace(output_dir=tmp_path, should_save=rank == 0, process_index=rank)
+        getattr(EigenvalueCallback(trainer, lambda m: None, tracker), event)(arguments, state, None)
+        return tracker.state_dict()["place"]
+
+    for rank in (1, 0):
+        on(rank, "on_save", in_shards([rank, 2]))
+    assert [on(rank, "on_train_begin", EigenTracker(k=1)) for rank in range(2)] == [[0, 2], [1, 2]]
 
 
 def test_a_checkpoint_from_elsewhere_starts_the_tracker_anew(tmp_path):

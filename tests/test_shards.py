@@ -593,7 +593,7 @@ def one_hangs(rank, world_size, replicas, question):
     return QUESTIONS[question](H)
 
 
-@pytest.mark.parametrize(("replicas", "question"), [(1, "trace"), (2, "density")])
+@pytest.mark.parametrize(("replicas", "question"), [(1, "eigsh"), (1, "trace"), (2, "density")])
 def test_the_timeout_of_the_mesh_ends_those_who_wait(replicas, question):
     for rank, answer in spread(partial(one_hangs, replicas=replicas, question=question), 2 * replicas).items():
         assert answer is None if rank == 2 * replicas - 1 else "RuntimeError" in answer
