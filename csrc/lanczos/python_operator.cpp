@@ -57,7 +57,9 @@ PythonOperator::PythonOperator(py::function product, int64_t size, const at::Ten
 
 at::Tensor PythonOperator::apply(const at::Tensor& v) { return call(product_, v); }
 
-at::Tensor PythonOperator::apply_noisily(const at::Tensor& v) { return call(noisy_.value_or(product_), v); }
+at::Tensor PythonOperator::apply_noisily(const at::Tensor& v) {
+  return call(noisy_ ? *noisy_ : product_, v);  // not value_or: it counts a reference without the GIL
+}
 
 bool PythonOperator::is_differentiated() const {
   return noisy_.has_value() && std::all_of(parts_.begin(), parts_.end(),

@@ -5,7 +5,8 @@
 #
 # kernels: kernel_bounds.cpp, which needs little of torch: AddressSanitizer and UndefinedBehaviorSanitizer on arrays that end where they
 #   must, for every instruction set that this machine has. Last with arrays that are too short, which must be found.
-# address: the tests with the whole extension under both: they see what it does, and memory of others that it touches. Not seen:
+# address: the tests with the whole extension under both: they see what it does, and memory of others that it touches; and with
+#   the assertions of what it includes, such as pybind11's that the GIL is held. Not seen:
 #   what torch does by itself, and leaks (Python and torch keep much until the process ends; test_memory.py looks at those).
 # thread: ThreadSanitizer on eight threads of Python, each with its own op calls, operators and trackers; and on the parallel loops
 #   of all kernels, whose threads gomp_threads.cpp makes in libgomp's place, which is not instrumented: its barriers would not be
@@ -60,7 +61,7 @@ run_address() {
   # vptr asks for type information that torch hides.
   local unrolled='-fno-sanitize=null,alignment,object-size -fno-sanitize-address-use-after-scope'
   unrolled+=' --param asan-instrumentation-with-call-threshold=100'
-  built address -fsanitize=address,undefined -fno-sanitize=vptr -fno-omit-frame-pointer
+  built address -UNDEBUG -fsanitize=address,undefined -fno-sanitize=vptr -fno-omit-frame-pointer
   ASAN_OPTIONS=detect_leaks=0:abort_on_error=1:detect_stack_use_after_return=1 \
     UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
     preloaded libasan.so timeout 5400 "$python" -m pytest -q -x -p no:cacheprovider -m 'not slow and not cuda' \
