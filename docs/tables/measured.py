@@ -140,18 +140,22 @@ def eigensolver_grid(result: Json, path: Path) -> str:
                 cells.append(f"({cell})" if wrong else f"**{cell}**" if cell == number(1e3 * min(right)) else cell)
             rows.append(cells)
         parts.append(f"{cost.capitalize()} products:\n\n{table(['parameters', 'k', *names], rows)}")
-    large = [row for row in run["solvers"].values() if any("peak_bytes" in (s or {}) for s in row["solvers"].values())]
-    names = columns([row["solvers"] for row in large])
-    rows = []
-    for row in sorted(large, key=lambda row: (row["parameters"], row["k"])):
-        vector = 4 * row["parameters"]
-        peaks = [(row["solvers"].get(name) or {}).get("peak_bytes") for name in names]
-        rows.append([f"{row['parameters']:,}", row["k"], *(f"{p / vector:.0f}" if p else "" for p in peaks)])
-    parts.append(
-        f"Peak memory, in vectors of 4 P bytes, with cheap products:\n\n{table(['parameters', 'k', *names], rows)}"
-    )
+    if large := [
+        row for row in run["solvers"].values() if any("peak_bytes" in (s or {}) for s in row["solvers"].values())
+    ]:
+        parts.append("Peak memory, in vectors of P numbers, with cheap products:\n\n" + _peaks(large))
     settings = run["settings"]
     return "\n".join(parts) + f"\n*{settings['dtype']}.* {machine_line(run['machine'])}"
+
+
+def _peaks(cells: list[Json]) -> str:
+    names = columns([cell["solvers"] for cell in cells])
+    rows = []
+    for cell in sorted(cells, key=lambda cell: (cell["parameters"], cell["k"])):
+        peaks = [(cell["solvers"].get(name) or {}).get("peak_bytes") for name in names]
+        shown = (f"{peak / 4 / cell['parameters']:.0f}" if peak else "" for peak in peaks)  # of float32
+        rows.append([f"{cell['parameters']:,}", cell["k"], *shown])
+    return table(["parameters", "k", *names], rows)
 
 
 def products(result: Json, path: Path) -> str:
