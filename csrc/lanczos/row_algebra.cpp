@@ -80,6 +80,7 @@ void for_blocks(int64_t length, int64_t rows, Work work) {
 // The sum over the blocks of what work(first column, columns, numbers) makes of one, `entries` numbers.
 template <typename Work>
 void sum_blocks(int64_t length, int64_t rows, int64_t entries, double* out, Work work) {
+  if (entries == 0) return;
   if (length <= kBlock) return work(0, length, out);
   std::vector<double> partial((length + kBlock - 1) / kBlock * entries);
   for_blocks(length, rows, [&](int64_t first, int64_t columns, int64_t block) {
