@@ -7,12 +7,11 @@ import json
 import os
 import platform
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-
-import dynloss_ext
 
 
 def processor() -> str:
@@ -50,7 +49,7 @@ def machine(device: str = "cpu") -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "dynloss_ext": dynloss_ext.__version__,
+        "dynloss_ext": getattr(sys.modules.get("dynloss_ext"), "__version__", None),  # of those who use it
         "commit": commit(),
         "date": datetime.date.today().isoformat(),
     }
