@@ -321,7 +321,7 @@ def test_ctrl_c_leaves_a_run_that_continues_exactly(tmp_path):
     out = tmp_path / "parts"
     command = [sys.executable, str(ROOT / "python_examples" / "spiral_mlp.py"), "--out", str(out)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    options = (*SMALL, "--steps", "20000", "--checkpoint-every", "500")
+    options = (*SMALL, "--steps", "1000000", "--checkpoint-every", "500")  # which it does not finish meanwhile
     process = subprocess.Popen(
         [*command, *options], env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
