@@ -324,8 +324,9 @@ class Composed:
         self._parts, self._combine, self.size, self.params = parts, combine, size, params
         self._factors = factors
         self.like = torch.empty(0, dtype=parts[0].dtype, device=parts[0].device)
-        # All parts are by the same parameters where these are sharded.
-        self.shards = shards_of(parts[0]) if elementwise else None
+        # The same of all parts that have any: they are by the same parameters.
+        found = [shards_of(part) for part in parts]
+        self.shards = found[0] if elementwise and None not in found else None
 
     def operator(self, in_shards: bool = False) -> _C.SymmetricOperator:
         """What the driver calls. Not kept: the garbage collector does not see through it."""

@@ -257,7 +257,8 @@ def _sharpness_along_gradient(
         weight = weight_of(weight_sum, check_loss(loss_sum, "loss_sum").device)
         if not 0 < weight < math.inf:
             raise ValueError(f"weight_sum: expected a finite number that is more than 0, got {float(weight)}")
-        return check_loss(loss_sum / weight)
+        mean: Tensor = loss_sum / weight
+        return mean
 
     H = HessianOperator(mean_loss, params)
     pieces = [torch.zeros_like(p) if g is None else g for g, (_, p) in zip(H.gradients, params, strict=True)]
