@@ -5,8 +5,10 @@ import importlib
 import importlib.util
 import inspect
 import json
+import os
 import pkgutil
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -73,20 +75,42 @@ def test_the_citation_is_of_this_version() -> None:
     assert re.search(r"^version: (.*)$", citation, re.MULTILINE)[1] == dynloss_ext.__version__.partition("+")[0]
 
 
-def test_every_committed_result_is_drawn(tmp_path: Path) -> None:
+def test_every_committed_result_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By what the build calls: a page for each file, with the machine that is known, and the figures that it shows."""
+    monkeypatch.syspath_prepend(DOCS / "tables")
     spec = importlib.util.spec_from_file_location("measured", DOCS / "tables" / "measured.py")
     measured = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(measured)
     measured.write(tmp_path)
     for source in (*measured.RESULTS.glob("*.json"), *measured.TABLES.glob("*.json")):
         page = (tmp_path / f"{source.stem}.md").read_text()
-        if any(re.fullmatch(pattern, source.stem) for pattern in measured.RENDERERS):
-            assert ("*Machine: " in page) == ('"machine"' in source.read_text()), source.name
+        assert ("*Machine: " in page) == ('"machine"' in source.read_text()), source.name
+        assert any(f"generated/{source.stem}.md" in text for text in PAGES.values()), source.name
         for figure in re.findall(r"!\[[^]]*\]\(([^)]+)\)", page):
             assert (tmp_path / figure).is_file(), (source.name, figure)
     ours = json.loads((measured.RESULTS / "loss_cpu_2_threads.json").read_text())["cases"]["512x10-float32"]["ours"]
     assert f"| 512x10-float32 | {ours:.3g} |" in (tmp_path / "loss_cpu_2_threads.md").read_text()
+
+
+def test_every_committed_result_is_measured_anew_by_one_command(tmp_path: Path) -> None:
+    """Of redo.sh, with options that its scripts know; those of a GPU have a plan of their own."""
+    redo, results = DOCS.parent / "tests" / "benchmarks" / "redo.sh", DOCS.parent / "tests" / "benchmarks" / "results"
+    names = {path.stem for path in results.glob("*.json") if not path.stem.startswith("gpu_check")}
+    assert set(re.search(r"names=\((.*?)\)", redo.read_text(), re.DOTALL)[1].split()) == names
+    shown = {name for line in re.findall(r"redo\.sh (.+)", PAGES["benchmarks.md"]) for name in line.split()}
+    assert shown == names
+    told = tmp_path / "python"
+    told.write_text('#!/bin/sh\necho "$@"\nfor last; do :; done\ntouch "$last"\n')
+    told.chmod(0o755)
+    environment = os.environ | {"PYTHON": str(told), "RESULTS": str(tmp_path), "DATA": "folder"}
+    done = subprocess.run(["bash", redo], env=environment, capture_output=True, text=True, check=True)
+    assert {path.stem for path in tmp_path.glob("*.json")} == names
+    commands = [line.split() for line in done.stdout.splitlines() if line.startswith("tests/benchmarks/")]
+    assert len(commands) == len(names) + 2  # three of eigensolvers_cpu
+    for script, *options in commands:
+        known = (DOCS.parent / script).read_text()
+        for option in options:
+            assert not option.startswith("--") or f'add_argument("{option}"' in known, (script, option)
 
 
 def test_the_extra_of_the_gallery_installs_what_its_scripts_import() -> None:

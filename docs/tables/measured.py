@@ -11,17 +11,14 @@ from __future__ import annotations
 import json
 import re
 import sys
-import textwrap
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
-from matplotlib.figure import Figure
+import figures
+from figures import Json, number
 
 TABLES = Path(__file__).resolve().parent
 RESULTS = TABLES.parents[1] / "tests" / "benchmarks" / "results"
-COLOURS = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#999999", "#f0e442"]
-Json = dict[str, Any]
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
@@ -29,11 +26,6 @@ def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
     head = list(head)
     lines = [head, ["---", *["--:"] * (len(head) - 1)], *rows]
     return "".join("| " + " | ".join(str(cell) for cell in line) + " |\n" for line in lines)
-
-
-def number(value: float) -> str:
-    """Three digits, without an exponent where that is shorter."""
-    return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
 
 
 def machine_line(machine: Json, **more: object) -> str:
@@ -52,35 +44,6 @@ def machine_line(machine: Json, **more: object) -> str:
     return f"*Machine: {'; '.join(parts)}.*\n"
 
 
-def bars(path: Path, groups: list[str], series: dict[str, list[float | None]], label: str) -> None:
-    """Horizontal bars on a logarithmic scale, a group of them per case; where a value is None there is no bar."""
-    places: dict[str, list[float]] = {name: [] for name in series}
-    shown: dict[str, list[float]] = {name: [] for name in series}
-    ticks, top = [], 0.0
-    for group in range(len(groups)):
-        first = top
-        for name, values in series.items():
-            if (value := values[group]) is not None:
-                places[name].append(top)
-                shown[name].append(value)
-                top += 1
-        ticks.append((first + top - 1) / 2)
-        top += 1
-    figure = Figure(figsize=(7.5, 0.9 + 0.15 * top), layout="constrained")
-    axis = figure.subplots()
-    for (name, at), colour in zip(places.items(), COLOURS * len(series), strict=False):
-        drawn = axis.barh(at, shown[name], 1, label=name, color=colour)
-        axis.bar_label(drawn, [number(value) for value in shown[name]], padding=2, fontsize=6)
-    axis.set_yticks(ticks, ["\n".join(textwrap.wrap(name, 32)) for name in groups], fontsize=7)
-    axis.set_ylim(top - 1, -1)
-    axis.set_xscale("log")
-    axis.margins(x=0.1)
-    axis.set_xlabel(label)
-    axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside upper center", ncols=6, fontsize=7, frameon=False)
-    figure.savefig(path, dpi=150)
-
-
 def columns(rows: list[Json]) -> list[str]:
     """The keys of all rows, in the order of their first appearance."""
     return list(dict.fromkeys(key for row in rows for key in row))
@@ -91,10 +54,15 @@ def loss_cpu(result: Json, path: Path) -> str:
     names = columns(list(cases.values()))
     times = {name: [row.get(name) for row in cases.values()] for name in names}
     times = {name: [x if isinstance(x, float) else None for x in row] for name, row in times.items()}
-    bars(path.with_suffix(".png"), list(cases), times, result["unit"])
+    figures.bars(path.with_suffix(".png"), list(cases), times, result["unit"])
+    image = path.with_name(f"{path.stem}_ratios.png")
+    figures.ratios(image, cases, [name for name in ("eager", "compile") if name in names])
     rows = ([case, *(number(x[i]) if x[i] is not None else "" for x in times.values())] for i, case in enumerate(cases))
-    return f"![Microseconds by shape]({path.stem}.png)\n\n{table(['logits', *names], rows)}\n" + machine_line(
-        result["machine"], instructions=result["machine"].get("instruction_set")
+    text = f"![Time of PyTorch eager and compile over ours, by shape]({image.name})\n\n"
+    return (
+        text
+        + f"![Microseconds by shape]({path.stem}.png)\n\n{table(['logits', *names], rows)}\n"
+        + machine_line(result["machine"], instructions=result["machine"].get("instruction_set"))
     )
 
 
@@ -104,7 +72,7 @@ def eigensolvers(result: Json, path: Path) -> str:
         solvers = run["solvers"]
         image = path.with_name(f"{path.stem}_{problem}.png")
         milliseconds = [1e3 * solver["seconds_median"] for solver in solvers.values()]
-        bars(image, list(solvers), {"median milliseconds per state": milliseconds}, "milliseconds")
+        figures.bars(image, list(solvers), {"median milliseconds per state": milliseconds}, "milliseconds")
         rows = [
             [name, f"{s['products']:.1f}", number(1e3 * s["seconds_median"]), f"{s['worst_error']:.0e}"]
             for name, s in solvers.items()
@@ -145,7 +113,9 @@ def eigensolver_grid(result: Json, path: Path) -> str:
     ]:
         parts.append("Peak memory, in vectors of P numbers, with cheap products:\n\n" + _peaks(large))
     settings = run["settings"]
-    return "\n".join(parts) + f"\n*{settings['dtype']}.* {machine_line(run['machine'])}"
+    figures.eigensolver_grid(path.with_suffix(".png"), list(run["solvers"].values()), tolerance)
+    text = f"![Time and peak memory against parameters]({path.stem}.png)\n\n" + "\n".join(parts)
+    return text + f"\n*{settings['dtype']}.* {machine_line(run['machine'])}"
 
 
 def _peaks(cells: list[Json]) -> str:
@@ -171,9 +141,13 @@ def ensembles(result: Json, path: Path) -> str:
     rows = result["results"]
     names = columns([row["microseconds"] for row in rows])
     times = {name: [row["microseconds"].get(name) for row in rows] for name in names}
-    bars(path.with_suffix(".png"), [row["title"] for row in rows], times, "microseconds")
+    figures.bars(path.with_suffix(".png"), [row["title"] for row in rows], times, "microseconds")
     cells = ([r["title"], *(number(t[i]) if t[i] else "" for t in times.values())] for i, r in enumerate(rows))
     text = f"![Microseconds]({path.stem}.png)\n\n{table(['', *names], cells)}\n"
+    if costs := result.get("scaling"):
+        image = path.with_name(f"{path.stem}_scaling.png")
+        figures.scaling(image, costs)
+        text += f"![Cost of a step against members, hidden units and points]({image.name})\n\n"
     for axis, times_of in result.get("scaling", {}).items():
         row = [f"µs per step over {axis}", *map(number, times_of.values())]
         text += table([axis, *times_of], [row]) + "\n"
@@ -192,7 +166,39 @@ def memory(result: Json, path: Path) -> str:
         for run in result["eigsh"]
     )
     head = ["max_basis", "products", "peak, GB", "vectors of P numbers added", "the docstring's bound"]
-    return f"{result['parameters']:,} parameters, k = {result['k']}.\n\n{table(head, rows)}"
+    text = f"{result['parameters']:,} parameters, k = {result['k']}.\n\n{table(head, rows)}"
+    return text + (f"\n{machine_line(result['machine'])}" if "machine" in result else "")
+
+
+def shard_basis(result: Json, path: Path) -> str:
+    whole, parts = result["whole"], result["processes"]
+    first = parts[0]
+    rows = (
+        [
+            f"{part['rank']}",
+            f"{part['entries']:,}",
+            f"{part['basis_bytes'] / 1e6:.0f}",
+            f"{part['peak_bytes'] / 1e6:.0f}",
+            f"{part['messages_per_product']:.1f}",
+            part["largest_message_bytes"],
+            f"{part['seconds_per_product']:.1f}",
+        ]
+        for part in parts
+    )
+    head = [
+        "process",
+        "parameters",
+        "basis, MB",
+        "process at most, MB",
+        "messages a product",
+        "largest, bytes",
+        "s a product",
+    ]
+    return (
+        f"{result['parameters']:,} parameters. λ₁ = {first['values'][0]:.4g} with a residual of"
+        f" {first['residuals'][0]:.1g} after {first['num_hvp']} products; of the whole model by recorded products"
+        f" {whole['values'][0]:.4g}.\n\n{table(head, rows)}\n{machine_line(result['machine'])}"
+    )
 
 
 def gpu_check(result: Json, path: Path) -> str:
@@ -212,14 +218,16 @@ def gpu_check(result: Json, path: Path) -> str:
             )
             text += table(["classes", *map(str, classes)], cells) + "\n"
             image = path.with_name(f"{path.stem}_kernels.png")
-            _kernel_figure(image, shares)
+            figures.shares_of_bandwidth(image, shares)
             text += f"![Part of a copy's bandwidth]({image.name})\n\n"
     if contenders := stages.get("contenders", {}).get("numbers", {}).get("rows"):
         losses = {n: {c: r["us"] for c, r in row.items() if isinstance(r, dict)} for n, row in contenders.items()}
         losses = {name: row for name, row in losses.items() if row}
         names = columns(list(losses.values()))
         image = path.with_name(f"{path.stem}_contenders.png")
-        bars(image, list(losses), {c: [row.get(c) for row in losses.values()] for c in names}, "microseconds, median")
+        figures.bars(
+            image, list(losses), {c: [row.get(c) for row in losses.values()] for c in names}, "microseconds, median"
+        )
         cells = ([n, *(number(row[c]) if c in row else "" for c in names)] for n, row in losses.items())
         text += (
             f"Forward and backward pass, medians:\n\n![Microseconds]({image.name})\n\n{table(['', *names], cells)}\n"
@@ -244,18 +252,6 @@ def gpu_check(result: Json, path: Path) -> str:
         "on": result.get("started", "")[:10],
     }
     return f"{text}Stages: {outcome}.\n\n{machine_line(result['machine'], **more)}"
-
-
-def _kernel_figure(path: Path, shares: dict[str, dict[int, float]]) -> None:
-    figure = Figure(figsize=(6.5, 3), layout="constrained")
-    axis = figure.subplots()
-    for (dtype, row), colour in zip(shares.items(), COLOURS, strict=False):
-        classes = sorted(row)
-        axis.semilogx(classes, [row[c] for c in classes], "o-", ms=3, lw=1, color=colour, label=dtype)
-    axis.set(xlabel="classes", ylabel="part of a copy's bandwidth", ylim=(0, 1))
-    axis.legend(frameon=False)
-    axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
 
 
 def noise_floors(result: Json, path: Path) -> str:
@@ -299,11 +295,6 @@ def torch_derivatives(result: Json, path: Path) -> str:
     return f"{table(['layer', *columns(list(result['rows'].values()))], rows)}\n{machine_line(result['machine'])}"
 
 
-def other(result: Json, path: Path) -> str:
-    """What has no page of its own yet: its file as it stands."""
-    return f"```json\n{json.dumps(result, indent=1)[:4000]}\n```\n"
-
-
 RENDERERS: dict[str, Callable[[Json, Path], str]] = {
     r"loss_cpu.*": loss_cpu,
     r"eigensolvers.*": eigensolvers,
@@ -311,6 +302,7 @@ RENDERERS: dict[str, Callable[[Json, Path], str]] = {
     r"products": products,
     r"ensembles.*": ensembles,
     r"memory_.*": memory,
+    r"shard_basis.*": shard_basis,
     r"gpu_check_.*": gpu_check,
     r"differences": differences,
     r"noise_floors": noise_floors,
@@ -319,20 +311,15 @@ RENDERERS: dict[str, Callable[[Json, Path], str]] = {
 
 
 def write(folder: Path) -> None:
-    """A page and its figures for each file of results, and others.md for those that benchmarks.md does not include.
+    """A page and its figures for each file of results.
 
     A page that says the same as before is left alone, for a build to skip.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    shown = (TABLES.parent / "benchmarks.md").read_text()
-    pages, others = {}, ""
     for source in sorted([*RESULTS.glob("*.json"), *TABLES.glob("*.json")]):
-        render = next((r for pattern, r in RENDERERS.items() if re.fullmatch(pattern, source.stem)), other)
-        pages[source.stem] = text = render(json.loads(source.read_text()), folder / f"{source.stem}.md")
-        if source.parent == RESULTS and f"generated/{source.stem}.md" not in shown:
-            others += f"### {source.stem}\n\n{text}\n"
-    for name, text in {**pages, "others": others or "None.\n"}.items():
-        page = folder / f"{name}.md"
+        render = next(render for pattern, render in RENDERERS.items() if re.fullmatch(pattern, source.stem))
+        page = folder / f"{source.stem}.md"
+        text = render(json.loads(source.read_text()), page)
         if not page.exists() or page.read_text() != text:
             page.write_text(text)
 

@@ -12,7 +12,7 @@ rounding hides more. `mlp` is a fully connected network on the same images: many
 solver runs on our cached product, the others on their own. Every solver sees the same states by turns, and times are
 medians over them; "warm" ones start from what they found at the last one. --json merges the figures into FILE. `grid`
 takes networks of several sizes, with cheap and dear products, and numbers of pairs (eigensolver_grid.py): smallest
-times, peak memory, and beside FILE their figure.
+times and peak memory.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Times training steps and Hessian products of the spiral network, one and a thousand members, beside all that does it.
 
-    python tests/benchmarks/compare_ensembles.py --json results/ensembles_cpu.json --figure results/ensembles_cpu.png
+    python tests/benchmarks/compare_ensembles.py --json FILE
     python tests/benchmarks/compare_ensembles.py --members 64 --rounds 3   # short
 
 All contenders run by turns of two calls in one process, the minimum counts: microseconds per member and step or
@@ -9,7 +9,7 @@ product. "fused" is `PerceptronEnsemble`; "autograd" the loop of the general los
 "jax" a jitted scan, of one member or vmapped over them (extra `bench`). Each does the same full-batch gradient descent
 on the same data, recorded once per call. The peak is that of fused multiply-adds measured here, of one thread; a step's
 arithmetic is what the fused kernels need of each hidden unit at each point: 18 operations, where the matrix products of
-the forward pass and of the backward pass to the weights and to the hidden layer would be 26. The figure is of the cost
+the forward pass and of the backward pass to the weights and to the hidden layer would be 26. Last the cost of a step
 against the numbers of members, hidden units and points, three decades of each.
 """
 
@@ -288,34 +288,12 @@ def _training(made: PerceptronEnsemble, count: int) -> Work:
     return lambda: made.train(count, record_every=count)
 
 
-def draw(costs: dict[str, dict[int, float]], title: str, path: Path) -> None:
-    """Microseconds a step against M, H and N, on logarithmic axes, beside proportionality to the largest size."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    labels = {"M": "members M (H = 100, N = 300)", "H": "hidden units H (N = 300)", "N": "points N (H = 100)"}
-    figure, row = plt.subplots(1, 3, figsize=(9, 3), sharey=True, layout="constrained")
-    for axes, (name, cost) in zip(row, costs.items(), strict=True):
-        sizes, times = list(cost), list(cost.values())
-        axes.loglog(sizes, [times[-1] * size / sizes[-1] for size in sizes], color="0.7", label="proportional")
-        axes.loglog(sizes, times, "o-", markersize=4, label="measured")
-        axes.set_xlabel(labels[name])
-    row[0].set_ylabel("µs per step of all members")
-    row[0].legend(frameon=False, fontsize=8)
-    figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--members", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--figure", type=Path)
     options = parser.parse_args(argv)
     results: dict[str, Any] = {"machine": machine() | {"threads": options.threads}, "peak": {}, "results": []}
     for dtype in (torch.float64, torch.float32):
@@ -328,8 +306,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     results["scaling"] = scaling(options.rounds)
     if options.json:
         write_json(options.json, results)
-    if options.figure:
-        draw(results["scaling"], "A step of the spiral perceptron, float64, one thread", options.figure)
     return results
 
 

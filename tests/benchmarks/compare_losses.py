@@ -1,7 +1,7 @@
 """Times the loss against its peers by turns and prints a table of ratios.
 
-    python tests/benchmarks/compare_losses.py --threads 2 --json results/loss_cpu.json --figure results/loss_cpu.png
-    python tests/benchmarks/compare_losses.py --device cuda --json results/loss_cuda.json
+    python tests/benchmarks/compare_losses.py --threads 2 --json FILE
+    python tests/benchmarks/compare_losses.py --device cuda --json FILE
 
 Every round runs each contender once, so that all meet the same machine; the minimum over the rounds counts. The JSON
 is written anew after each case.
@@ -123,39 +123,12 @@ def print_row(name: str, row: Row, rivals: list[str]) -> None:
 COLUMNS = ["ours", "eager", "compile", "loss_and_gradient", "copy", "autograd floor", "kernel"]
 
 
-def draw(rows: dict[str, Row], rivals: list[str], title: str, path: Path) -> None:
-    """Bars of the ratios, with a line at 1."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rivals = [rival for rival in rivals if any(isinstance(row.get(rival), float) for row in rows.values())]
-    width = 0.8 / len(rivals)
-    figure, axes = plt.subplots(figsize=(max(8, 0.9 * len(rows)), 3.6), layout="constrained")
-    for k, peer in enumerate(rivals):
-        positions = [i + (k - (len(rivals) - 1) / 2) * width for i in range(len(rows))]
-        ratios = [ratio(row, peer) for row in rows.values()]
-        label = f"PyTorch {peer}" if peer in ("eager", "compile") else peer
-        bars = axes.bar(positions, ratios, width * 0.95, label=label)
-        axes.bar_label(bars, [f"{x:.1f}" if x == x else "" for x in ratios], fontsize=8, padding=2)
-    axes.axhline(1, color="black", linewidth=0.8)
-    axes.set_yscale("log")
-    axes.margins(y=0.12)
-    axes.set_xticks(range(len(rows)), [name.replace("-", "\n") for name in rows], fontsize=8)
-    axes.set_ylabel("time of the peer / ours")
-    axes.set_title(title, fontsize=10)
-    axes.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=150)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=3.0, help="per case")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--figure", type=Path)
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device")
@@ -185,9 +158,6 @@ def main() -> None:
     for rival in rivals:
         reasons = {reason for row in rows.values() if isinstance(reason := row.get(rival), str)}
         print(*(f"{rival}: {reason}" for reason in sorted(reasons)), sep="\n", end="\n" if reasons else "")
-    if options.figure:
-        where = description["gpu"]["name"] if options.device == "cuda" else "CPU"
-        draw(rows, rivals, f"Forward and backward pass of the dynamical loss on {where}", options.figure)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Time and peak memory of the solvers of compare_eigensolvers over sizes P and numbers of pairs k, and their figure.
+"""Time and peak memory of the solvers of compare_eigensolvers over sizes P and numbers of pairs k.
 
 A network of two hidden layers and ten classes has about P parameters; its products are cheap with 16 samples and dear
 with 1,024. Every solver sees the same states by turns, and its time is the smallest of them. Peak memory is measured
@@ -129,55 +129,8 @@ def measure_grid(
                         save(grid)
 
 
-def draw(grid: dict[str, Any], path: Path, tolerance: float) -> None:
-    """A column for each k: time over that of the first solver, with cheap and with dear products, and peak memory.
-
-    A cross without a line where values are wrong by more than the tolerance.
-    """
-    import matplotlib.pyplot as plt
-
-    ks = sorted({row["k"] for row in grid.values()})
-    names = list(dict.fromkeys(name for row in grid.values() for name, found in row["solvers"].items() if found))
-    figure, axes = plt.subplots(
-        3, len(ks), figsize=(2.6 * len(ks) + 1, 7.5), sharex=True, sharey="row", squeeze=False, layout="constrained"
-    )
-
-    def draw_solvers(axis: Any, cost: str, k: int, value: Callable[[dict[str, Any], dict[str, Any]], float]) -> None:
-        rows = [row for row in grid.values() if (row["k"], row["product"]) == (k, cost)]
-        for i, name in enumerate(names):
-            points = [
-                (row["parameters"], value(row, found), found["worst_error"] <= tolerance)
-                for row in rows
-                if "seconds_min" in (found := row["solvers"].get(name) or {})
-            ]
-            right = [(x, y) for x, y, is_right in points if is_right]
-            wrong = [(x, y) for x, y, is_right in points if not is_right]
-            axis.plot(*zip(*right, strict=True) if right else ([], []), "-o", color=f"C{i}", markersize=3, label=name)
-            axis.plot(*zip(*wrong, strict=True) if wrong else ([], []), "x", color=f"C{i}", markersize=5)
-        axis.set(xscale="log", yscale="log")
-
-    def relative_time(row: dict[str, Any], found: dict[str, Any]) -> float:
-        return float(found["seconds_min"] / row["solvers"][names[0]]["seconds_min"])
-
-    def peak(row: dict[str, Any], found: dict[str, Any]) -> float:
-        return float(found.get("peak_bytes") or math.nan)
-
-    for column, k in enumerate(ks):
-        for cost, axis in zip(SAMPLES, axes[:, column], strict=False):
-            draw_solvers(axis, cost, k, relative_time)
-        draw_solvers(axes[2, column], "cheap", k, peak)
-        axes[0, column].set_title(f"k = {k}")
-        axes[2, column].set_xlabel("parameters")
-    for axis, cost in zip(axes[:, 0], SAMPLES, strict=False):
-        axis.set_ylabel(f"time / {names[0]}'s,\n{cost} products")
-    axes[2, 0].set_ylabel("peak memory, bytes,\ncheap products")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=5, fontsize="small")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
 def run(solvers: Any, arguments: argparse.Namespace, figures: dict[str, Any]) -> None:
-    """Figures by product, P and k into the file, after each, and beside it the picture of them all.
+    """Figures by product, P and k into the file, after each.
 
     What the file has from the same processor stays, so that a grid can be measured piece by piece.
     """
@@ -194,5 +147,3 @@ def run(solvers: Any, arguments: argparse.Namespace, figures: dict[str, Any]) ->
     for name, row in grid.items():
         print(name)
         solvers.show(row["solvers"])
-    if arguments.json:
-        draw(grid, arguments.json.with_suffix(".png"), solvers.TOL)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import write_json
+from machine import machine, write_json
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "python_examples")]
@@ -108,7 +108,8 @@ def main() -> int:
             f" eigsh adds {row['added_vectors']:.1f} vectors, bound {row['bound_vectors']:.0f}"
         )
     if arguments.json:
-        write_json(arguments.json, figures)
+        torch.set_num_threads(1)  # as in the processes
+        write_json(arguments.json, {"machine": machine(), **figures})
     return 0 if all(row["within"] for row in figures["eigsh"]) else 1
 
 

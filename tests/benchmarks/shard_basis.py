@@ -1,6 +1,6 @@
-"""Eigenvalues of a transformer that `fully_shard` cuts over processes: time, memory and messages, as JSON.
+"""Eigenvalues of a transformer that `fully_shard` cuts over processes: time, memory and messages.
 
-    python tests/benchmarks/shard_basis.py --processes 4 --max-hvp 40
+    python tests/benchmarks/shard_basis.py --processes 4 --max-hvp 40 --json FILE
 
 Processes share this machine and talk by gloo on 127.0.0.1. The eigenvalues of the whole model, by recorded products of
 one process, stand beside theirs.
@@ -15,12 +15,13 @@ import resource
 import socket
 import time
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from machine import machine
+from machine import machine, write_json
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -133,6 +134,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--processes", type=int, default=4)
     parser.add_argument("--max-hvp", type=int, default=40)
+    parser.add_argument("--json", type=Path, help="to write to; else the figures are printed")
     options = parser.parse_args()
     started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     with socket.socket() as probe:
@@ -162,7 +164,10 @@ def main() -> None:
         "whole": alone(),
         "processes": found,
     }
-    print(json.dumps(report, indent=1))
+    if options.json:
+        write_json(options.json, report)
+    else:
+        print(json.dumps(report, indent=1))
 
 
 if __name__ == "__main__":
