@@ -17,113 +17,12 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from robustness.faults import FAULTS, Fault
 from robustness.record import publish
 
 ROOT = Path(__file__).parents[2]
-AUTOGRAD = (
-    "cross_entropy_autograd cross_entropy_graph cross_entropy cross_entropy_module cross_entropy_training"
-    " cross_entropy_weight eager inplace_gradient"
-)
-LOSS = "cross_entropy cross_entropy_probabilities cross_entropy_weight oscillation confident_rows"
-LANCZOS = "eigsh audits symmetry tracker spectrum operators"
-
-
-class Fault(NamedTuple):
-    """A text that is in a file once, by what it is replaced, and the tests that have to notice, in tests/test_*.py."""
-
-    file: str
-    text: str
-    by: str
-    tests: str
-
-    @property
-    def name(self) -> tuple[str, str]:
-        """As outcomes have it."""
-        return self.file, f"{self.text} -> {self.by}"
-
-
-def _faults(file: str, tests: str, *edits: tuple[str, str]) -> list[Fault]:
-    return [Fault(file, text, by, tests) for text, by in edits]
-
-
-FAULTS = [
-    *_faults(
-        "autograd/cross_entropy.cpp",
-        AUTOGRAD,
-        ("divided_by / divisor);", "divisor / divided_by);"),
-        ("at::where(divisor == 0, at::ones_like(divisor)", "at::where(divisor == 1, at::ones_like(divisor)"),
-        ("if (factor.dim() == 1) factor", "if (factor.dim() == 3) factor"),
-        ("gradient.scalar_type() == at::kDouble ? at::kDouble : at::kFloat", "gradient.scalar_type()"),
-        ("return one && divisors[0] == divisors[1];", "return one;"),
-        ("return one && divisors[0]", "return divisors[0]"),
-        ("if (!has_gradient_ || !constant) return", "if (!has_gradient_) return"),
-        ("!tangent_of(grad_output).defined();\n    if", "true;\n    if"),
-        ("if (!keep) gradient_.reset_data();", "gradient_.reset_data();"),
-        ("if (keep || saved.use_count() > 1 ||", "if (keep ||"),
-        ("logits.scalar_type() != at::kHalf;", "true;"),
-        ("tangent_of(*weight).defined()),", "false),"),
-        ("torch::autograd::impl::bump_version(logits);", ""),
-        ("directions[i] = by;", "directions[0] = by;"),
-        ("derivative(x, directions, at::ones_like(grad_output))", "derivative(x, directions, grad_output)"),
-        ("if (task_should_compute_output(count + 1))", "if (false)"),
-        ("result[count + 1] = derivative(x, with_direction(w, directions), grad_output);", "result[count + 1] = w;"),
-        ("directions.size() < 2", "directions.size() < 3"),
-        ("add(replaced(directions, i, t), grad_output)", "add(replaced(directions, i, t), at::ones_like(grad_output))"),
-        ("add(with_direction(t, directions), grad_output);", ";"),
-        ("at::sum(product, {ensemble ? 2 : 1}", "at::sum(product, {1}"),
-        ("!in_transform() && !tangent_of(logits).defined() && !at::isTensorSubclassLike(logits),", "true,"),
-    ),
-    *_faults(
-        "lanczos/eigsh.cpp",
-        LANCZOS,
-        ("kMissProbability = 0.08", "kMissProbability = 0.8"),
-        ("kInconclusive = 0.5", "kInconclusive = 2.0"),
-        ("kMaxAuditProducts = 24", "kMaxAuditProducts = 1"),
-        ("if (side * *found <= side * bound) return;", "return;"),
-        ("std::pow(epsilon_, 2.0 / 3.0) * scale_", "0.0 * scale_"),
-        ("deceived_ = beyond() > before ? 0 : deceived_ + 1;", "deceived_ = 0;"),
-        ("if (symmetry_.fails(", "if (false && symmetry_.fails("),
-        ("(!options_.audit || audited_) &&", "true &&"),
-        ("return ritz_.values[a] > ritz_.values[b]; });", "return false; });"),
-        ("residual_norms_[pair] / basis_.unit();", "residual_norms_[pair];"),
-    ),
-    *_faults(
-        "lanczos/start_vectors.cpp",
-        LANCZOS,
-        ("if (overlap < 0.0) std::transform", "if (false) std::transform"),
-        ("taken[from] = true;", ""),
-    ),
-    *_faults(
-        "lanczos/symmetry.cpp",
-        LANCZOS,
-        ("kMaxProducts = 4", "kMaxProducts = 0"),
-        ("if (!op.is_differentiated()) negligible_", "negligible_"),
-    ),
-    *_faults(
-        "lanczos/complement_probe.cpp",
-        LANCZOS,
-        ("for (double& entry : coupling) entry = -entry;", ""),
-        ("off_diagonal_.push_back(ends ? 0.0 : length);", "off_diagonal_.push_back(length);"),
-    ),
-    *_faults(
-        "layout.cpp",
-        f"{LOSS} cross_entropy_autograd",
-        ("x.size(d) == 1) continue;", "false) continue;"),
-        ("return stride ? stride : single;", "return single;"),
-        ("table() + member * table_rows() * classes_;", "table() + member * classes_;"),
-    ),
-    *_faults(
-        "cpu/cross_entropy.cpp",
-        LOSS,
-        ("if (e == 0 || own_labels) {", "if (e == 0) {"),
-        ("sum / normalizer[2 * e];", "sum / normalizer[0];"),
-        ("index > 0 && weights[index] == weights[index - 1]", "index > 0"),
-        ("std::min(first + chunk, layout.rows)", "first + chunk"),
-        ("return ignored > 0;", "return false;"),
-    ),
-]
 
 
 def fits(fault: Fault) -> bool:
