@@ -1,9 +1,9 @@
 """Six optimizers at the edge of stability: the curvature that each sees, against its own limit.
 
 Trains a small convolutional network with SGD, momentum, Nesterov's momentum, Adam, AdamW and RMSprop, on all images at
-once and in mini-batches, and follows the largest eigenvalue of the Hessian of the whole loss, preconditioned by what
-the optimizer divides by (Cohen et al., arXiv 2103.00065 and 2207.14484). Of SGD in mini-batches also the batch
-sharpness (Andreyev and Beneventano, arXiv 2412.20553).
+once, in large and in small mini-batches, and follows the largest eigenvalue of the Hessian of the whole loss,
+preconditioned by what the optimizer divides by (Cohen et al., arXiv 2103.00065 and 2207.14484). Of SGD in mini-batches
+also the batch sharpness (Andreyev and Beneventano, arXiv 2412.20553).
 
     python python_examples/edge_of_stability.py --out runs/edge_of_stability
     python python_examples/edge_of_stability.py --data DIR --out runs/edge_of_stability_cifar10
@@ -12,10 +12,11 @@ sharpness (Andreyev and Beneventano, arXiv 2412.20553).
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -34,16 +35,26 @@ from dynloss_ext import EigenTracker, HessianOperator, batch_sharpness, plot, pr
 Array = NDArray[Any]
 Optimizer = torch.optim.Optimizer
 
-# Learning rates at which the made-up images take each close to its limit.
-OPTIMIZERS: dict[str, Callable[[Iterable[Tensor], float], Optimizer]] = {
-    "SGD": lambda params, rate: torch.optim.SGD(params, lr=0.4 * rate),
-    "momentum": lambda params, rate: torch.optim.SGD(params, lr=0.3 * rate, momentum=0.9),
-    "Nesterov": lambda params, rate: torch.optim.SGD(params, lr=0.15 * rate, momentum=0.9, nesterov=True),
-    "Adam": lambda params, rate: torch.optim.Adam(params, lr=0.01 * rate),
-    "AdamW": lambda params, rate: torch.optim.AdamW(params, lr=0.01 * rate, weight_decay=0.1),
-    "RMSprop": lambda params, rate: torch.optim.RMSprop(params, lr=0.003 * rate, alpha=0.999),
+
+class Setting(NamedTuple):
+    """An optimizer, and learning rates at which the made-up images take it to its limit."""
+
+    make: Callable[..., Optimizer]
+    rate: float
+    small_batch_rate: float  # momentum diverges of their noise at the other
+
+
+SGD = torch.optim.SGD
+OPTIMIZERS = {
+    "SGD": Setting(SGD, 0.2, 0.4),
+    "momentum": Setting(partial(SGD, momentum=0.9), 0.3, 0.06),
+    "Nesterov": Setting(partial(SGD, momentum=0.9, nesterov=True), 0.15, 0.075),
+    "Adam": Setting(torch.optim.Adam, 0.003, 0.003),
+    "AdamW": Setting(partial(torch.optim.AdamW, weight_decay=0.1), 0.003, 0.003),
+    "RMSprop": Setting(partial(torch.optim.RMSprop, alpha=0.999), 0.001, 0.003),
 }
-BATCHES = ("full batch", "mini-batches")
+#: Updates in each kind of batch over --steps: progress by epoch is slower the fewer of them an epoch has.
+BATCHES = {"full batch": 1.0, "large batches": 2.5, "small batches": 7.0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,28 +64,42 @@ class EdgeConfig(BaseConfig):
     preset: Literal["cpu", "smoke"] = "cpu"  # a named set of defaults
     out: Path = Path("runs/edge_of_stability")  # folder: config, metrics, summary, figure
     data: Path | None = None  # folder with CIFAR-10, or the archive itself; none: small made-up images
-    images: int = 60  # training images
+    images: int = 200  # training images
     width: int = 8  # channels
-    batch_size: int = 10  # images of a mini-batch
-    steps: int = 600  # updates of each optimizer
-    eig_every: int = 10  # updates between eigenvalues
-    sharpness_batches: int = 20  # mini-batches for the batch sharpness
-    rate: float = 1.0  # factor on the learning rate of each optimizer, chosen to come close to its limit
-    batch_rate: float = 0.4  # that in mini-batches, with whose noise momentum diverges sooner
+    large_batch: int = 50  # images of a mini-batch
+    small_batch: int = 10  # the same, where there is much noise
+    steps: int = 1500  # full-batch updates of each optimizer; 2.5 times as many in large and 7 times in small batches
+    records: int = 60  # eigenvalues along each run
+    sharpness_batches: int = 40  # mini-batches for the batch sharpness
+    rate: float = 1.0  # factor on the learning rate of each optimizer, chosen to come to its limit
 
     def __post_init__(self) -> None:
-        for name in ("images", "width", "batch_size", "steps", "eig_every", "sharpness_batches"):
+        for name in ("images", "width", "large_batch", "small_batch", "steps", "records", "sharpness_batches"):
             self.require(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("rate", "batch_rate"):
-            self.require(name, getattr(self, name) > 0, "more than 0")
-        self.require("batch_size", self.batch_size <= self.images, "at most --images")
+        self.require("rate", self.rate > 0, "more than 0")
+        for name in ("large_batch", "small_batch"):
+            self.require(name, getattr(self, name) <= self.images, "at most --images")
+        self.require("records", self.records <= self.steps, "at most --steps")
         self.require("resume", not self.resume, "no --resume: a run takes minutes and is made in one go")
+
+    def batch_size(self, batches: str) -> int:
+        """Images of a batch of one of BATCHES."""
+        sizes = {"full batch": self.images, "large batches": self.large_batch, "small batches": self.small_batch}
+        return sizes[batches]
 
 
 PRESETS = {
     "cpu": EdgeConfig(),
     "smoke": replace(
-        EdgeConfig(), preset="smoke", images=10, width=2, batch_size=5, steps=4, eig_every=2, sharpness_batches=2
+        EdgeConfig(),
+        preset="smoke",
+        images=10,
+        width=2,
+        large_batch=5,
+        small_batch=2,
+        steps=4,
+        records=2,
+        sharpness_batches=2,
     ),
 }
 
@@ -101,12 +126,17 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def data_of(config: EdgeConfig) -> tuple[Tensor, Tensor]:
-    """(N, 3, 32, 32) float32 of mean 0 and variance 1, and one-hot labels (N, 10)."""
+    """(N, 3, 32, 32) float32 of mean 0 and variance 1, and one-hot labels (N, 10).
+
+    Made-up images have labels at random: only what is hard to learn drives the curvature up to the limit.
+    """
     made_up = config.data is None
     data = synthetic_cifar10(-(-config.images // 10), 1, config.seed) if made_up else load_cifar10(config.data)
     split = data.train.subset(10, config.images)
-    images = split.images.float()
-    return (images - images.mean()) / images.std(), nn.functional.one_hot(split.labels.long(), 10).float()
+    images, labels = split.images.float(), split.labels.long()
+    if made_up:
+        labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(config.seed))]
+    return (images - images.mean()) / images.std(), nn.functional.one_hot(labels, 10).float()
 
 
 def train(config: EdgeConfig, name: str, batches: str, images: Tensor, labels: Tensor) -> Mapping[str, Array]:
@@ -114,12 +144,16 @@ def train(config: EdgeConfig, name: str, batches: str, images: Tensor, labels: T
     torch.manual_seed(config.seed)
     model = network(config.width).to(images.device)
     params = list(model.parameters())
-    in_batches = batches != "full batch"
-    optimizer = OPTIMIZERS[name](params, config.batch_rate if in_batches else config.rate)
+    setting = OPTIMIZERS[name]
+    size = config.batch_size(batches)
+    rate = setting.small_batch_rate if batches == "small batches" else setting.rate
+    optimizer = setting.make(params, lr=config.rate * rate)
+    steps = round(config.steps * BATCHES[batches])
+    every = steps // config.records
+    measures_sharpness = isinstance(optimizer, torch.optim.SGD) and batches != "full batch"
     tracker = EigenTracker(k=1, tol=1e-2)
     generator = torch.Generator().manual_seed(config.seed)
     table = Table("step", "loss", "eigenvalue", "limit", "sharpness")
-    size = config.batch_size if in_batches else len(images)
 
     def loss_of(rows: Tensor) -> tuple[Tensor, int]:
         return (model(images[rows]) - labels[rows]).square().sum() / 2, len(rows)
@@ -127,20 +161,21 @@ def train(config: EdgeConfig, name: str, batches: str, images: Tensor, labels: T
     def draw() -> Tensor:
         return torch.randperm(len(images), generator=generator)[:size].to(images.device)
 
-    for step in range(1, config.steps + 1):
+    for step in range(1, steps + 1):
         optimizer.zero_grad()
         loss, count = loss_of(draw())
         (loss / count).backward()
         optimizer.step()
-        if step % config.eig_every == 0:
+        if step % every == 0:
             whole, count = loss_of(torch.arange(len(images), device=images.device))
             if not whole / count < 1e3:  # diverged, from less than 1: the curve ends here
                 break
             H = HessianOperator(whole / count, params)
             seen = H.preconditioned(preconditioner(optimizer))
             sharpness = float("nan")
-            if name == "SGD" and in_batches:
-                sharpness = batch_sharpness(loss_of, params, (draw() for _ in range(config.sharpness_batches))).value
+            if measures_sharpness:
+                drawn = (draw() for _ in range(config.sharpness_batches))
+                sharpness = batch_sharpness(loss_of, params, drawn, weighted=True).value
             table.append(
                 step=step,
                 loss=float(whole.detach()) / count,
@@ -165,19 +200,25 @@ def network(width: int) -> nn.Module:
 
 
 def ending(curve: Mapping[str, Array]) -> dict[str, float]:
-    """Medians over the last quarter of the records: the eigenvalue goes up and down where it is at the limit."""
+    """Medians over the last quarter of the records, in units of the limit: there the eigenvalue goes up and down."""
     if not len(curve["step"]):
-        return dict.fromkeys(("loss", "limit", "share"), float("nan"))
+        return dict.fromkeys(("loss", "limit", "share", "batch sharpness"), float("nan"))
     last = slice(3 * len(curve["step"]) // 4, None)
     share = np.median(curve["eigenvalue"][last] / curve["limit"][last])
-    return {"loss": float(curve["loss"][-1]), "limit": float(curve["limit"][-1]), "share": float(share)}
+    sharpness = np.median(curve["sharpness"][last] / curve["limit"][last])
+    return {
+        "loss": float(curve["loss"][-1]),
+        "limit": float(curve["limit"][-1]),
+        "share": float(share),
+        "batch sharpness": float(sharpness),
+    }
 
 
 @matplotlib.rc_context(plot.STYLE)
 def figure(curves: Mapping[tuple[str, str], Mapping[str, Array]]) -> Figure:
     """A panel for each optimizer and way of batching, in units of its limit."""
-    drawn = Figure(figsize=(7.2, 1.5 * len(OPTIMIZERS)), layout="constrained")
-    axes = drawn.subplots(len(OPTIMIZERS), len(BATCHES), sharex=True, sharey=True)
+    drawn = Figure(figsize=(9.6, 1.5 * len(OPTIMIZERS)), layout="constrained")
+    axes = drawn.subplots(len(OPTIMIZERS), len(BATCHES), sharex="col", sharey=True)
     for row, name in zip(axes, OPTIMIZERS, strict=True):
         for axis, batches in zip(row, BATCHES, strict=True):
             curve = curves[name, batches]
@@ -185,14 +226,15 @@ def figure(curves: Mapping[tuple[str, str], Mapping[str, Array]]) -> Figure:
             if np.isfinite(curve["sharpness"]).any():
                 sharpness = curve["sharpness"] / curve["limit"]
                 axis.plot(curve["step"], sharpness, color=plot.EIGENVALUE_COLOURS[2], lw=0.5, label="batch sharpness")
-                axis.legend(loc="lower right", bbox_to_anchor=(1.0, 0.97), borderpad=0.1)  # beside the title
             axis.axhline(1.0, color=plot.STOP_COLOUR, ls=":")
-            limit = f"limit {curve['limit'][-1]:.4g}" if len(curve["limit"]) else "diverged at once"
-            axis.set_title(f"{name}, {batches}: {limit}", loc="left")
+            limit = f"limit {curve['limit'][-1]:,.5g}" if len(curve["limit"]) else "diverged at once"
+            axis.set_title(f"{name}, {batches}: {limit}", loc="left", fontsize="small")
         row[0].set_ylabel("$\\lambda_1$ / limit")
     for axis in axes[-1]:
         axis.set_xlabel("step")
     axes[0, 0].set(ylim=(0, 1.6))
+    if axes[0, -1].get_legend_handles_labels()[0]:
+        axes[0, -1].legend(loc="upper right")
     return drawn
 
 

@@ -88,6 +88,49 @@ def eigensolvers(result: Json, path: Path) -> str:
     return "\n".join(parts)
 
 
+def contests(cells: list[Json], ours: Iterable[str], tolerance: float, peers: Callable[[str], bool]) -> list[Json]:
+    """The cells in which any of ours and any of the peers is right, and by how much time the best of ours is longer."""
+    found = []
+    for cell in cells:
+        right = {
+            name: solver["seconds_min"]
+            for name, solver in cell["solvers"].items()
+            if solver and "failed" not in solver and solver["worst_error"] <= tolerance
+        }
+        own = [seconds for name, seconds in right.items() if name in ours]
+        theirs = [seconds for name, seconds in right.items() if name not in OURS and peers(name)]
+        if own and theirs:
+            found.append(cell | {"ratio": min(own) / min(theirs)})
+    return found
+
+
+OURS = ("EigenTracker (warm)", "eigsh (cold)")
+
+
+def verdict(cells: list[Json], tolerance: float) -> str:
+    """Who is the fastest where, in words."""
+
+    def told(contest: list[Json]) -> str:
+        won, lost = ([cell for cell in contest if (cell["ratio"] <= 1) is is_won] for is_won in (True, False))
+        best = max(1 / cell["ratio"] for cell in won)
+        text = f"in {len(won)} of {len(contest)}, by up to {number(best)} times"
+        if lost:
+            by = ", ".join(
+                f"{cell['product']} {cell['parameters']:,} k = {cell['k']} by {cell['ratio'] - 1:.0%}" for cell in lost
+            )
+            text += f"; the others are lost: {by}"
+        return text
+
+    warm = contests(cells, OURS, tolerance, lambda name: True)
+    cold = contests(cells, OURS[1:], tolerance, lambda name: "(warm)" not in name)
+    missed = [cell for cell in cells if cell["solvers"][OURS[1]]["worst_error"] > tolerance]
+    return (
+        f"Of the cases in which some value of ours and of a peer is right, the tracker or `eigsh` is the fastest"
+        f" {told(warm)}. From nothing, `eigsh` with its audit against all that know no earlier state: the fastest"
+        f" {told(cold)}. `eigsh` is off by more than the tolerance in {len(missed)} of {len(cells)}.\n"
+    )
+
+
 def eigensolver_grid(result: Json, path: Path) -> str:
     run = result["grid"]
     tolerance, parts = 1e-3, []  # of compare_eigensolvers.py
@@ -114,7 +157,8 @@ def eigensolver_grid(result: Json, path: Path) -> str:
         parts.append("Peak memory, in vectors of P numbers, with cheap products:\n\n" + _peaks(large))
     settings = run["settings"]
     figures.eigensolver_grid(path.with_suffix(".png"), list(run["solvers"].values()), tolerance)
-    text = f"![Time and peak memory against parameters]({path.stem}.png)\n\n" + "\n".join(parts)
+    text = f"![Time and peak memory against parameters]({path.stem}.png)\n\n"
+    text += verdict(list(run["solvers"].values()), tolerance) + "\n" + "\n".join(parts)
     return text + f"\n*{settings['dtype']}.* {machine_line(run['machine'])}"
 
 

@@ -32,8 +32,11 @@ Hessian, per-sample gradients for the Gauss-Newton matrix and the kernel.
   nodes of `spectral_density`.
 - **By differences** (`HessianOperator.from_gradients`): the error of the matrix and, in brackets, the noise that the
   operator says its products have, both relative to the largest eigenvalue; the error contains that of the reference,
-  about 1e-9. "noise" is an error above the tolerance, but not above twice that noise. What a forward pass writes or
-  detaches is no constant there: with `spectral_norm` in train mode the gradient is that of no function.
+  about 1e-9. "noise" is an error above the tolerance, but not above twice that noise. Four cells are refused here, too,
+  as there is no matrix to be right about. BatchNorm in train mode, in batches: the loss of all samples is no sum over
+  batches. `spectral_norm` in train mode: every pass changes its buffers, the gradient holds them constant and so is
+  that of no function; its differences are not symmetric. A layer under `no_grad`, or in a reentrant checkpoint: its
+  parameters move the loss and have no gradient, so that rows of the matrix are missing, where 0 would be wrong.
 - **refused**, with the number of the message below.
 - Nothing is wrong and silent: that would be a failed test.
 
