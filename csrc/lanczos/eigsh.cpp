@@ -40,9 +40,11 @@ constexpr double kKnownWithin = 8.0;
 // A residual that has not fallen below this share of the best one stands still.
 constexpr double kProgress = 0.7;
 
-// Residuals so many times what is allowed are looked at after two more products: one gains a factor of 2
-// to 5.
-constexpr double kExcessOfTwoProducts = 10.0;
+// A product brings residuals down by a factor of 2 to 5: before the worst can be good, so many are made
+// without a look. Two at most, or one for so many columns of the basis: a look at 64 takes as long as the
+// product of a small network.
+constexpr double kGainOfProduct = 3.2;
+constexpr int64_t kColumnsPerProduct = 16;
 
 // From this probability on an audit says nothing.
 constexpr double kInconclusive = 0.5;
@@ -97,10 +99,10 @@ class Solver {
       check_symmetric();
       if (basis_.size() < options_.count) continue;
       if (!all_converged() && !at_noise_floor()) {
-        const bool far = worst_excess() > kExcessOfTwoProducts;
+        const int64_t count = products_before_a_look();
         expand_by_residual();
         // In a Krylov space the last product is the direction of every residual.
-        if (far && basis_.size() < capacity_) expand_krylov();
+        for (int64_t i = 1; i < count && basis_.size() < capacity_; ++i) expand_krylov();
       } else if (const std::optional<int64_t> lost = start_.lost(basis_)) {
         expand([&] { return basis_.propose(start_.row(*lost), start_.length(*lost)); });
       } else if (options_.audit && !audited_) {
@@ -230,6 +232,12 @@ class Solver {
   }
 
   bool all_converged() const { return worst_excess() == 0.0; }
+
+  int64_t products_before_a_look() const {
+    const int64_t most = std::max<int64_t>(2, basis_.size() / kColumnsPerProduct);
+    const double needed = std::log(worst_excess()) / std::log(kGainOfProduct);
+    return needed < static_cast<double>(most) ? std::max<int64_t>(1, static_cast<int64_t>(needed)) : most;
+  }
 
   // One product along the worst wanted residual.
   void expand_by_residual() {

@@ -1,17 +1,35 @@
 #include "small_eigen.h"
 
-#include <c10/util/Exception.h>
-
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <stdexcept>
 #include <utility>
 
 namespace dynloss {
 namespace {
 
-// A symmetric matrix on its way to diagonal form by rotations and reflections Q, of which the first columns
-// are kept: once it is tridiagonal, the matrix is Qᵀ T Q with the diagonal and off-diagonal of T.
+// Nothing beside a largest entry of 1; the squares of lengths that are no less have all their digits.
+constexpr double kNothing = 1e-140;
+
+// y += factor * x, of arrays apart.
+void add(double* y, double factor, const double* x, int64_t size) {
+#pragma omp simd
+  for (int64_t i = 0; i < size; ++i) y[i] += factor * x[i];
+}
+
+void rotate(double* x, double* y, double c, double s, int64_t size) {
+#pragma omp simd
+  for (int64_t i = 0; i < size; ++i) {
+    const double turned = c * x[i] + s * y[i];
+    y[i] = c * y[i] - s * x[i];
+    x[i] = turned;
+  }
+}
+
+// A symmetric matrix, its largest entry 1, on its way to diagonal form by rotations and reflections Q, of
+// which the first columns are kept: once it is tridiagonal, the matrix is Qᵀ T Q with the diagonal and
+// off-diagonal of T.
 class Diagonalisation {
  public:
   Diagonalisation(std::vector<double> matrix, int64_t size, int64_t columns)
@@ -33,7 +51,7 @@ class Diagonalisation {
         --end;
         continue;
       }
-      TORCH_INTERNAL_ASSERT(++steps <= 60 * m_, "QR of a projected problem does not converge");
+      if (++steps > 60 * m_) throw std::logic_error("QR of a projected problem does not converge");
       chase(begin, end);
     }
     return {std::move(d_), std::move(q_)};
@@ -44,35 +62,39 @@ class Diagonalisation {
   void reflect(int64_t j) {
     const int64_t first = j + 1;
     std::vector<double> u(m_), p(m_);
-    double norm = 0.0;
-    for (int64_t i = first; i < m_; ++i) norm = std::hypot(norm, u[i] = a_[i * m_ + j]);
-    if (norm == 0.0) return;
+    double square = 0.0;
+    for (int64_t i = first; i < m_; ++i) {
+      u[i] = a_[i * m_ + j];
+      square += u[i] * u[i];
+    }
+    const double norm = std::sqrt(square);
+    if (norm < kNothing) return;
     const double target = -std::copysign(norm, u[first]);
     if (std::all_of(u.begin() + first + 1, u.end(), [](double x) { return x == 0.0; })) {
       change_sign(first);  // all that is left of a reflection of a tridiagonal matrix
       return;
     }
+    const double length = std::sqrt(2.0 * norm * (norm + std::abs(u[first])));  // of u - target e
     u[first] -= target;
-    double length = 0.0;
-    for (int64_t i = first; i < m_; ++i) length = std::hypot(length, u[i]);
     for (int64_t i = first; i < m_; ++i) u[i] /= length;
     a_[first * m_ + j] = target;
 
-    double bend = 0.0;  // uᵀ A u
-    for (int64_t i = first; i < m_; ++i) {
-      for (int64_t k = first; k < m_; ++k) p[i] += a_[i * m_ + k] * u[k];
-      bend += u[i] * p[i];
+    for (int64_t i = first; i < m_; ++i) {  // A u, by columns: their sums are independent
+      add(&p[first], u[i], &a_[i * m_ + first], m_ - first);
     }
+    double bend = 0.0;  // uᵀ A u
+    for (int64_t i = first; i < m_; ++i) bend += u[i] * p[i];
     for (int64_t i = first; i < m_; ++i) p[i] -= bend * u[i];
     for (int64_t i = first; i < m_; ++i) {
-      for (int64_t k = first; k < m_; ++k) a_[i * m_ + k] -= 2.0 * (u[i] * p[k] + p[i] * u[k]);
+      add(&a_[i * m_ + first], -2.0 * u[i], &p[first], m_ - first);
+      add(&a_[i * m_ + first], -2.0 * p[i], &u[first], m_ - first);
     }
     std::fill(p.begin(), p.end(), 0.0);
     for (int64_t i = first; i < m_; ++i) {
-      for (int64_t k = 0; k < columns_; ++k) p[k] += u[i] * q_[i * columns_ + k];
+      add(p.data(), u[i], &q_[i * columns_], columns_);
     }
     for (int64_t i = first; i < m_; ++i) {
-      for (int64_t k = 0; k < columns_; ++k) q_[i * columns_ + k] -= 2.0 * u[i] * p[k];
+      add(&q_[i * columns_], -2.0 * u[i], p.data(), columns_);
     }
   }
 
@@ -85,8 +107,7 @@ class Diagonalisation {
 
   bool negligible(int64_t i) {
     const double around = std::abs(d_[i]) + std::abs(d_[i + 1]);
-    const double floor = std::numeric_limits<double>::min();
-    return std::abs(e_[i]) <= std::max(std::numeric_limits<double>::epsilon() * around, floor);
+    return std::abs(e_[i]) <= std::max(std::numeric_limits<double>::epsilon() * around, kNothing);
   }
 
   // One QR step with Wilkinson's shift on the unreduced block from begin to end.
@@ -97,9 +118,9 @@ class Diagonalisation {
     double x = d_[begin] - shift;
     double z = e_[begin];
     for (int64_t k = begin; k < end; ++k) {
-      const double radius = std::hypot(x, z);
-      const double c = radius > 0.0 ? x / radius : 1.0;
-      const double s = radius > 0.0 ? z / radius : 0.0;
+      const double radius = std::sqrt(x * x + z * z);
+      const double c = radius > kNothing ? x / radius : 1.0;
+      const double s = radius > kNothing ? z / radius : 0.0;
       if (k > begin) e_[k - 1] = radius;
       const double upper = d_[k], lower = d_[k + 1], off = e_[k];
       d_[k] = c * c * upper + 2.0 * c * s * off + s * s * lower;
@@ -110,12 +131,7 @@ class Diagonalisation {
         z = s * e_[k + 1];
         e_[k + 1] *= c;
       }
-      for (int64_t j = 0; j < columns_; ++j) {
-        double &first = q_[k * columns_ + j], &second = q_[(k + 1) * columns_ + j];
-        const double turned = c * first + s * second;
-        second = c * second - s * first;
-        first = turned;
-      }
+      rotate(&q_[k * columns_], &q_[(k + 1) * columns_], c, s, columns_);
     }
   }
 

@@ -19,7 +19,7 @@ measure() { # measure NAME FILE: its figures into FILE
       local solvers=("$python" tests/benchmarks/compare_eigensolvers.py)
       "${solvers[@]}" spiral --states 40 --gap 50 --start 3000 --json "$2"
       "${solvers[@]}" myrtle5 "${data[@]}" --dtype float32 --states 2 --gap 5 --start 20 --json "$2"
-      "${solvers[@]}" mlp "${data[@]}" --dtype float32 --states 10 --gap 5 --start 50 --json "$2"
+      "${solvers[@]}" mlp "${data[@]}" --images 512 --width 305 --dtype float32 --states 10 --gap 5 --start 50 --json "$2"
       ;;
     eigensolver_grid_cpu) "$python" tests/benchmarks/compare_eigensolvers.py grid --dtype float32 --gap 10 --json "$2" ;;
     products) "$python" tests/benchmarks/count_products.py --json "$2" ;;

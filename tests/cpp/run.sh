@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Host tests under AddressSanitizer and UndefinedBehaviorSanitizer: csrc/core, and the CUDA kernels in an
+# Host tests under AddressSanitizer and UndefinedBehaviorSanitizer: csrc/core, small_eigen, and the CUDA kernels in an
 # emulator (emulator/cuda_runtime.h), also by the test for a device (gpu_guard.cu). Then faults are planted into
 # copies of the kernels, each of which the tests must find. Usage: bash tests/cpp/run.sh; needs g++ (or $CXX) with C++20.
 set -euo pipefail
@@ -42,6 +42,7 @@ in_parallel \
   'compile -O1 -I"$csrc" -c test_cuda_perceptron.cpp -o "$build/plain_perceptron_tests.o"' \
   'compile -O2 -DANNOTATE_FIBERS -c emulator/emulator.cpp -o "$build/emulator.o"' \
   'compile "${checked[@]}" test_core.cpp -o "$build/core"' \
+  'compile "${checked[@]}" test_small_eigen.cpp "$csrc/lanczos/small_eigen.cpp" -o "$build/small_eigen"' \
   '"${CXX:-g++}" -std=c++20 -Wall -Wextra -Istreams -I. "${checked[@]}" test_arrival_counters.cpp \
     "$csrc/cuda/arrival_counters.cpp" -o "$build/arrivals"' \
   'compile -O1 -I"$csrc" -c test_cuda_kernels.cpp -o "$build/plain_tests.o"' \
@@ -110,7 +111,7 @@ in_perceptrons() {
 }
 
 guard_cases=80
-in_parallel '"$build/guard" --cases "$guard_cases"' '"$build/perceptrons"' '"$build/core"' '"$build/arrivals"' \
+in_parallel '"$build/guard" --cases "$guard_cases"' '"$build/perceptrons"' '"$build/core"' '"$build/small_eigen"' '"$build/arrivals"' \
   '"$build/kernels" float32' '"$build/kernels" float64' '"$build/kernels" float16' '"$build/kernels" bfloat16' \
   '"$build/kernels" other' '"$build/kernels" random 40 1'
 
