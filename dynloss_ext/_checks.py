@@ -158,7 +158,8 @@ def _twice(p: Tensor, label: str, first: Tensor, first_label: str) -> tuple[str,
     if is_sharded(p):
         return "a tensor that is whole in this process", "a DTensor: HessianOperator.from_gradients takes it"
     if p.dtype not in (torch.float32, torch.float64):
-        return "float32 or float64", str(p.dtype)
+        taken = ": HessianOperator.from_gradients takes it" if p.dtype.is_floating_point else ""
+        return "float32 or float64", f"{p.dtype}{taken}"
     if p.dtype != first.dtype or p.device != first.device:
         expected = f"one dtype and device for all, {first.dtype} on {first.device} as {first_label}"
         return expected, f"{p.dtype} on {p.device}"

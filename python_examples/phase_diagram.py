@@ -76,7 +76,7 @@ class DiagramConfig(BaseConfig):
     shard: str | None = None  # i/n: only every n-th chunk, from the i-th on (1 to n)
     collect: bool = False  # compute nothing: write the table and the figures of a finished sweep
     chunk_members: int | None = None  # members of a chunk; none: by memory and speed
-    slices: tuple[float, ...] = ()  # periods T of the figure of accuracy over A; none: three of them
+    slices: tuple[float, ...] = ()  # the figure of accuracy over A has the periods T next to these; none: three
     against: Path | None = None  # table.parquet of another sweep over the same members, whose accuracy is subtracted
 
     MAY_CHANGE = BaseConfig.MAY_CHANGE | {

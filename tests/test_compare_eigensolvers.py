@@ -136,7 +136,6 @@ def test_a_grid_over_sizes_and_numbers_of_pairs(
         assert row["solvers"]["absent"] is None
         assert ours["worst_error"] == 0  # the best of those that are to be trusted
         assert row["solvers"]["PyHessian"]["worst_error"] == pytest.approx(0.1)
-    assert path.with_suffix(".png").stat().st_size > 1000
     assert "not installed" in capsys.readouterr().out
 
     monkeypatch.setattr(sys, "argv", [*command, "--ks", "2", "3", "--products", "cheap"])

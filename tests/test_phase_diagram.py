@@ -393,7 +393,7 @@ def test_a_gain_in_words(seeds):
         assert tests == "significance needs two seeds"
     else:
         assert (plain, gain) == ("0.6000 ± 0.5000", "largest gain +0.4000 ± 0.0000 at A = 5, T = 10")
-        assert tests == "of 2 cells 2 gain and 0 lose significantly"
+        assert tests == "of 2 cells 0 gain and 0 lose significantly"  # two equal gains are no evidence
 
 
 def test_p_values_are_those_of_scipy():
@@ -409,6 +409,17 @@ def test_p_values_are_those_of_scipy():
         assert gain[place] == pytest.approx((values[place] - plain)[good].mean())
     same, p = diagrams.paired_gain(np.zeros((1, 5)), np.zeros(5))
     assert same[0] == 0 and p[0] == 1
+    plain = np.array([113, 121, 140, 99, 104]) / 300
+    _, p = diagrams.paired_gain(np.stack([plain + 2 / 300, plain - 2 / 300]), plain)
+    assert p == pytest.approx([1 / 16, 1 / 16])  # of five signs that are all the same
+
+
+def test_slices_show_periods_of_the_sweep_and_each_once():
+    grid = diagrams.Grid.of(columns([2, 5], [20, 100], 2, lambda amplitude, period, seed: amplitude * period + seed))
+    axis = diagrams.slices(grid, {"value": "value"}, (20, 33, 1000)).axes[0]
+    lines = {line.get_label(): line.get_ydata() for line in axis.lines}
+    assert list(lines) == ["$T$ = 20", "$T$ = 100", "$A$ = 1"]
+    np.testing.assert_array_equal(lines["$T$ = 20"], [40.5, 100.5])
 
 
 def test_false_discoveries_stay_rare():

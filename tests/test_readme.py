@@ -1,6 +1,5 @@
 """The Python of the README and of the pages in docs/ runs as it stands there."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -38,32 +37,6 @@ def test_the_python_of_a_page_runs(page: Path, capsys, monkeypatch, tmp_path) ->
         assert namespace["layers"].keys() == {"0.weight", "0.bias", "2.weight", "2.bias"}
         whole = HessianOperator(namespace["loss"], namespace["parameters"]).to_dense()
         assert torch.allclose(namespace["H"].to_dense(), whole, atol=1e-6)
-
-
-SOLVERS = {
-    "`EigenTracker`": "EigenTracker (warm)",
-    "`eigsh`, from scratch, with its audit": "eigsh (cold)",
-    "SciPy `eigsh` on our product, `ncv=8`, warm": "SciPy ncv=8 (warm)",
-    "SciPy `eigsh` on our product, `ncv=8`, from scratch": "SciPy ncv=8 (cold)",
-    "SciPy `eigsh` on our product, default": "SciPy (cold)",
-    "PyHessian": "PyHessian",
-    "hessian-eigenthings": "hessian-eigenthings",
-    "curvlinops with SciPy": "curvlinops",
-}
-
-
-def test_the_figures_of_the_readme_are_those_of_the_committed_run() -> None:
-    """Of the eigenvalue solvers: the table and the file it cites."""
-    results = Path(__file__).parent / "benchmarks" / "results" / "eigensolvers_cpu.json"
-    spiral = json.loads(results.read_text())["spiral"]
-    rows = re.findall(r"^\| ([^|]+) \| ([\d.]+) \| ([\d.]+) \| (\de-\d+) \|$", README, re.MULTILINE)
-    assert len(rows) == len(SOLVERS)
-    for name, products, ms, error in rows:
-        measured = spiral["solvers"][SOLVERS[re.sub(r" \d+(\.\w+)+", "", name)]]
-        assert products == f"{measured['products']:.1f}", name
-        assert ms == f"{1e3 * measured['seconds_median']:.1f}", name
-        assert float(error) == float(f"{measured['worst_error']:.0e}"), name
-    assert f"{spiral['driver']['overhead_median']:.0%}".replace("%", " %") in CURVATURE.read_text()
 
 
 def test_the_files_that_the_readme_and_the_pages_name_exist() -> None:

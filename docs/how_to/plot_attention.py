@@ -86,4 +86,6 @@ plt.show()
 # %%
 # The first block carries most of the curvature. No block's eigenvalue can exceed the whole's (Cauchy's interlacing),
 # and the gap between them is what couples layers. One should not read 2 / learning rate into these numbers: the
-# optimizer is Adam, whose stability depends on the Hessian preconditioned by its second moments.
+# optimizer is Adam, whose stability depends on the Hessian preconditioned by its second moments. After a step of
+# ``optimizer`` that is ``H.preconditioned(preconditioner(optimizer, params))``, for ``eigsh`` or, every so many steps,
+# for a tracker's ``update``, and its limit ``stability_limit(optimizer)`` (*Edge of stability*, among the concepts).

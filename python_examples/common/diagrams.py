@@ -77,7 +77,9 @@ def paired_gain(values: Array, plain: Array) -> tuple[Array, Array]:
         values: (..., s). plain: (s,).
 
     Returns:
-        Two arrays (...); a p-value is NaN for fewer than two pairs, 1 where all differences are 0.
+        Two arrays (...); a p-value is NaN for fewer than two pairs. Where all differences are the same, as those of
+        accuracies of few seeds may be, the t-test has no spread to go by: the p-value is then that of the sign test,
+        2^(1 - s), and 1 if they are 0.
     """
     from scipy.stats import t as student
 
@@ -88,7 +90,8 @@ def paired_gain(values: Array, plain: Array) -> tuple[Array, Array]:
         spread = np.sqrt(np.nansum((difference - mean[..., None]) ** 2, -1) / (count - 1))
         statistic = np.abs(mean) / (spread / np.sqrt(count))
         p = 2 * student.sf(statistic, np.maximum(count - 1, 1))
-    p = np.where((spread == 0) & (mean == 0), 1.0, np.where((spread == 0) & (mean != 0), 0.0, p))
+        tied = spread <= 1e-9 * np.abs(mean)  # to the rounding of the differences
+    p = np.where(tied, np.where(mean == 0, 1.0, 0.5 ** (count - 1.0)), p)
     return mean, np.where(count < 2, np.nan, p)
 
 
@@ -241,18 +244,22 @@ def _mean(values: Array) -> Array:
 
 
 def slices(grid: Grid, names: Mapping[str, str], periods: Sequence[float], title: str | None = None) -> Figure:
-    """Each column against A at some periods: the mean over seeds with a band of one σ of the mean; dashed: A = 1."""
+    """Each column against A at some periods: the mean over seeds with a band of one σ of the mean; dashed: A = 1.
+
+    Of each period the nearest one that the sweep has, once.
+    """
+    nearest = sorted({int(np.argmin(np.abs(grid.periods - period))) for period in periods})
     with matplotlib.rc_context(plot.STYLE):
         figure = Figure(figsize=(3.8 * len(names), 2.9), layout="constrained")
         axes = figure.subplots(1, len(names), squeeze=False)[0]
         for axis, (name, label) in zip(axes, names.items(), strict=True):
             values, plain = grid.cells(name), grid.plain(name)
-            for period, colour in zip(periods, plot.EIGENVALUE_COLOURS, strict=False):
-                column = values[:, int(np.argmin(np.abs(grid.periods - period)))]
+            for place, colour in zip(nearest, plot.EIGENVALUE_COLOURS, strict=False):
+                column = values[:, place]
                 mean, count = _mean(column), np.isfinite(column).sum(-1)
                 with np.errstate(invalid="ignore", divide="ignore"):
                     error = np.sqrt(_mean((column - mean[:, None]) ** 2) / (count - 1))
-                axis.plot(grid.amplitudes, mean, color=colour, label=f"$T$ = {period:g}")
+                axis.plot(grid.amplitudes, mean, color=colour, label=f"$T$ = {grid.periods[place]:g}")
                 axis.fill_between(grid.amplitudes, mean - error, mean + error, color=colour, alpha=0.2, lw=0)
             baseline, error = float(_mean(plain[None])[0]), _standard_error(plain)
             axis.axhline(baseline, color="0.4", ls="--", lw=0.9, label="$A$ = 1")

@@ -1,0 +1,98 @@
+"""What the README and the pages say of measurements is what the committed results say."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "tests" / "benchmarks" / "results"
+README = (ROOT / "README.md").read_text()
+BENCHMARKS = (ROOT / "docs" / "benchmarks.md").read_text()
+CURVATURE = (ROOT / "docs" / "guide" / "curvature.md").read_text()
+SOLVERS = {
+    "`EigenTracker`": "EigenTracker (warm)",
+    "`eigsh`, from scratch, with its audit": "eigsh (cold)",
+    "SciPy `eigsh` on our product, `ncv=8`, warm": "SciPy ncv=8 (warm)",
+    "SciPy `eigsh` on our product, `ncv=8`, from scratch": "SciPy ncv=8 (cold)",
+    "SciPy `eigsh` on our product, default": "SciPy (cold)",
+    "PyHessian": "PyHessian",
+    "hessian-eigenthings": "hessian-eigenthings",
+    "curvlinops with SciPy": "curvlinops",
+}
+
+
+def result(name: str) -> Any:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def two_digits(x: float) -> str:
+    return f"{x:.2g}" if x < 10 else f"{x:.0f}"
+
+
+@pytest.mark.parametrize("page", [README, BENCHMARKS], ids=["README", "benchmarks"])
+def test_how_many_times_as_fast_the_loss_is(page: str) -> None:
+    """On two threads, over the shapes."""
+    cases = result("loss_cpu_2_threads")["cases"].values()
+    for peer, said in (("eager", "times as fast as PyTorch eager"), ("compile", "times as fast as `torch.compile`")):
+        ratios = [case[peer] / case["ours"] for case in cases]
+        text = " ".join(page.split())
+        assert f"{two_digits(min(ratios))} to {two_digits(max(ratios))} {said}" in text
+
+
+def test_the_table_of_eigenvalue_solvers() -> None:
+    spiral = result("eigensolvers_cpu")["spiral"]
+    rows = re.findall(r"^\| ([^|]+) \| ([\d.]+) \| ([\d.]+) \| (\de-\d+) \|$", README, re.MULTILINE)
+    assert len(rows) == len(SOLVERS)
+    for name, products, ms, error in rows:
+        measured = spiral["solvers"][SOLVERS[re.sub(r" \d+(\.\w+)+", "", name)]]
+        assert products == f"{measured['products']:.1f}", name
+        assert ms == f"{1e3 * measured['seconds_median']:.1f}", name
+        assert float(error) == float(f"{measured['worst_error']:.0e}"), name
+    assert f"{spiral['driver']['overhead_median']:.0%}".replace("%", " %") in CURVATURE
+
+
+def test_what_the_guide_says_of_two_larger_networks() -> None:
+    text = " ".join(CURVATURE.split())
+    myrtle5, mlp = (result("eigensolvers_cpu")[name] for name in ("myrtle5", "mlp"))
+    tracker, ncv8 = myrtle5["solvers"]["EigenTracker (warm)"], myrtle5["solvers"]["SciPy ncv=8 (warm)"]
+    assert f"needs {tracker['products']:g} products" in text and f"SciPy {ncv8['products']:g} to" in text
+    assert f"{mlp['parameters']:,} parameters" in text
+    for name in ("EigenTracker (warm)", "eigsh (cold)", "SciPy ncv=8 (warm)", "SciPy ncv=8 (cold)"):
+        assert f"{1e3 * mlp['solvers'][name]['seconds_median']:.0f}" in text, name
+
+
+def test_in_how_many_cases_ours_are_the_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "docs" / "tables")
+    import measured
+
+    cells = list(result("eigensolver_grid_cpu")["grid"]["solvers"].values())
+    found = measured.contests(cells, measured.OURS, 1e-3, lambda name: True)
+    won = sum(cell["ratio"] <= 1 for cell in found)
+    for page in (README, CURVATURE):
+        assert f"{won} of [{len(found)} cases]" in page
+
+
+def test_the_table_of_ensembles() -> None:
+    times = {row["title"]: row["microseconds"] for row in result("ensembles_cpu")["results"]}
+    table = README[README.index("**Many networks**") :]
+    hidden, dtype = "", ""
+    rows = re.findall(r"^\| (H = .*?|its Hessian product) \| (.*) \|$", table, re.MULTILINE)
+    assert len(rows) == 7
+    for name, cells in rows:
+        if name.startswith("H = "):
+            hidden, dtype, networks = re.fullmatch(r"H = (\d+), (\w+), (.*)", name).groups()
+        else:
+            networks = "product"
+        title = {
+            "one network": f"step of 2-{hidden}-3, 300 points, {dtype}, one thread",
+            "product": f"Hessian product of 2-{hidden}-3, 300 points, {dtype}, one thread",
+            "1,000 networks": f"1000 members of 2-{hidden}-3, 300 points, {dtype}, 2 threads, per member and step",
+        }[networks]
+        measured = times[title]
+        jax = [measured[way] for way in ("jax", "jax vmap") if way in measured]
+        wanted = [measured["fused"], measured["autograd"], measured.get("baddbmm"), min(jax) if jax else None]
+        said = [cell.strip() for cell in cells.split("|")]
+        assert said == [two_digits(x) if x else "" for x in wanted], name
