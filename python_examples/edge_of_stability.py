@@ -42,13 +42,14 @@ class Setting(NamedTuple):
     make: Callable[..., Optimizer]
     rate: float
     small_batch_rate: float  # momentum diverges of their noise at the other
+    of_hessian: bool = False  # whether it sees the curvature of the loss itself, as none does that divides by √v
 
 
 SGD = torch.optim.SGD
 OPTIMIZERS = {
-    "SGD": Setting(SGD, 0.2, 0.4),
-    "momentum": Setting(partial(SGD, momentum=0.9), 0.3, 0.06),
-    "Nesterov": Setting(partial(SGD, momentum=0.9, nesterov=True), 0.15, 0.075),
+    "SGD": Setting(SGD, 0.2, 0.4, True),
+    "momentum": Setting(partial(SGD, momentum=0.9), 0.3, 0.06, True),
+    "Nesterov": Setting(partial(SGD, momentum=0.9, nesterov=True), 0.15, 0.075, True),
     "Adam": Setting(torch.optim.Adam, 0.003, 0.003),
     "AdamW": Setting(partial(torch.optim.AdamW, weight_decay=0.1), 0.003, 0.003),
     "RMSprop": Setting(partial(torch.optim.RMSprop, alpha=0.999), 0.001, 0.003),
@@ -150,7 +151,7 @@ def train(config: EdgeConfig, name: str, batches: str, images: Tensor, labels: T
     optimizer = setting.make(params, lr=config.rate * rate)
     steps = round(config.steps * BATCHES[batches])
     every = steps // config.records
-    measures_sharpness = isinstance(optimizer, torch.optim.SGD) and batches != "full batch"
+    measures_sharpness = setting.of_hessian and batches != "full batch"
     tracker = EigenTracker(k=1, tol=1e-2)
     generator = torch.Generator().manual_seed(config.seed)
     table = Table("step", "loss", "eigenvalue", "limit", "sharpness")
@@ -229,7 +230,8 @@ def figure(curves: Mapping[tuple[str, str], Mapping[str, Array]]) -> Figure:
             axis.axhline(1.0, color=plot.STOP_COLOUR, ls=":")
             limit = f"limit {curve['limit'][-1]:,.5g}" if len(curve["limit"]) else "diverged at once"
             axis.set_title(f"{name}, {batches}: {limit}", loc="left", fontsize="small")
-        row[0].set_ylabel("$\\lambda_1$ / limit")
+        kind = "" if OPTIMIZERS[name].of_hessian else "preconditioned\n"
+        row[0].set_ylabel(f"{kind}$\\lambda_1$ / limit")
     for axis in axes[-1]:
         axis.set_xlabel("step")
     axes[0, 0].set(ylim=(0, 1.6))

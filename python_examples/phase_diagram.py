@@ -51,8 +51,8 @@ class DiagramConfig(BaseConfig):
     # members: every combination, and A = 1 once for every learning rate, width and seed
     amplitudes: tuple[str, ...] = ("log:2:100:6",)  # A: numbers, LOW:HIGH:COUNT, log:LOW:HIGH:COUNT
     periods: tuple[str, ...] = ("log:10:1000:6",)  # T in steps, likewise, rounded to whole ones
-    learning_rates: tuple[str, ...] = ()  # likewise; none: the experiment's own
-    widths: tuple[str, ...] = ()  # hidden units, channels or widening factors; none: the experiment's own
+    learning_rates: tuple[str, ...] = ()  # likewise; left out: the experiment's own
+    widths: tuple[str, ...] = ()  # hidden units, channels or widening factors; left out: the experiment's own
     seeds: int = 3  # initial values for every combination: --seed, --seed + 1, ...
     # the spiral's training
     steps: int = 20_000  # gradient descent steps
@@ -76,7 +76,7 @@ class DiagramConfig(BaseConfig):
     shard: str | None = None  # i/n: only every n-th chunk, from the i-th on (1 to n)
     collect: bool = False  # compute nothing: write the table and the figures of a finished sweep
     chunk_members: int | None = None  # members of a chunk; none: by memory and speed
-    slices: tuple[float, ...] = ()  # the figure of accuracy over A has the periods T next to these; none: three
+    slices: tuple[float, ...] = ()  # the figure of accuracy over A has the periods T next to these; left out: three
     against: Path | None = None  # table.parquet of another sweep over the same members, whose accuracy is subtracted
 
     MAY_CHANGE = BaseConfig.MAY_CHANGE | {
