@@ -85,9 +85,11 @@ def test_every_committed_result_is_drawn(tmp_path: Path, monkeypatch: pytest.Mon
     for source in (*measured.RESULTS.glob("*.json"), *measured.TABLES.glob("*.json")):
         page = (tmp_path / f"{source.stem}.md").read_text()
         assert ("*Machine: " in page) == ('"machine"' in source.read_text()), source.name
-        assert any(f"generated/{source.stem}.md" in text for text in PAGES.values()), source.name
+        shown = [text for text in PAGES.values() if f"generated/{source.stem}.md\n" in text]
+        assert shown, source.name
         for figure in re.findall(r"!\[[^]]*\]\(([^)]+)\)", page):
             assert (tmp_path / figure).is_file(), (source.name, figure)
+            assert all(f"generated/{source.stem}.md\n:relative-images:\n" in text for text in shown), source.name
     ours = json.loads((measured.RESULTS / "loss_cpu_2_threads.json").read_text())["cases"]["512x10-float32"]["ours"]
     assert f"| 512x10-float32 | {ours:.3g} |" in (tmp_path / "loss_cpu_2_threads.md").read_text()
 
