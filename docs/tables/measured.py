@@ -159,6 +159,12 @@ def eigensolver_grid(result: Json, path: Path) -> str:
     figures.eigensolver_grid(path.with_suffix(".png"), list(run["solvers"].values()), tolerance)
     text = f"![Time and peak memory against parameters]({path.stem}.png)\n\n"
     text += verdict(list(run["solvers"].values()), tolerance) + "\n" + "\n".join(parts)
+    earlier: dict[str, list[str]] = {}
+    for cell in run["solvers"].values():
+        if (commit := cell.get("commit")) not in (None, run["machine"]["commit"]):
+            earlier.setdefault(commit, []).append(f"{cell['product']} {cell['parameters']:,} k = {cell['k']}")
+    for commit, cases in earlier.items():
+        text += f"\nOf commit {commit}: {', '.join(cases)}.\n"
     return text + f"\n*{settings['dtype']}.* {machine_line(run['machine'])}"
 
 

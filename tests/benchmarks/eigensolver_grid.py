@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from machine import commit
 from torch import nn
 
 SAMPLES = {"cheap": 16, "dear": 1024}
@@ -120,7 +121,7 @@ def measure_grid(
                 rows = solvers.measure(problem, contenders, states, arguments.gap, arguments.warm, lambda _: None)
                 parameters = sum(p.numel() for p in problem.params)
                 grid[cell] = {"product": cost, "parameters": parameters, "k": k, "states": states, "load": load}
-                grid[cell] |= {"date": day, "solvers": rows}
+                grid[cell] |= {"date": day, "commit": commit(), "solvers": rows}
                 save(grid)
             if cost == "cheap" and size >= MEMORY_FROM:
                 for name, row in grid[cell]["solvers"].items():
