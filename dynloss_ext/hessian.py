@@ -198,8 +198,8 @@ class HessianOperator(CurvatureOperator):
                 or DistributedDataParallel (which takes no batches), whose gradients are means already.
             order: of the error in the step: 4, by one step of Richardson, or 2 at half the price, without an estimate
                 for each product.
-            step: length of the displacement δ, such as ``step`` of a similar operator; None: the best one, by
-                measurement.
+            step: about the best length δ of the displacement, as ``step`` of an operator a few training steps ago: it
+                is adjusted by 13 gradients, and more where it was far from it. None: found by 20 to 60.
             seed: of the random layers' numbers and the direction of the measurement.
 
         Raises:

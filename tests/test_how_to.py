@@ -18,8 +18,9 @@ SCRIPTS = {path.stem: path for path in sorted(FOLDER.glob("plot_*.py"))}
 SLOW = {
     "plot_hugging_face_trainer",
     "plot_lightning",
-    "plot_phase_diagram_on_a_cluster",  # these two start processes, each importing torch
+    "plot_phase_diagram_on_a_cluster",  # these three start processes, each importing torch
     "plot_several_processes",
+    "plot_sharded_modules",
     "plot_without_double_backward",
 }
 OPTIONAL = {
