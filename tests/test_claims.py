@@ -12,6 +12,7 @@ RESULTS = ROOT / "tests" / "benchmarks" / "results"
 README = (ROOT / "README.md").read_text()
 BENCHMARKS = (ROOT / "docs" / "benchmarks.md").read_text()
 CURVATURE = (ROOT / "docs" / "guide" / "curvature.md").read_text()
+ENSEMBLES = (ROOT / "docs" / "guide" / "ensembles.md").read_text()
 SOLVERS = {
     "`EigenTracker`": "EigenTracker (warm)",
     "`eigsh`, from scratch, with its audit": "eigsh (cold)",
@@ -62,6 +63,17 @@ def test_what_the_guide_says_of_two_larger_networks() -> None:
     assert f"{mlp['parameters']:,} parameters" in text
     for name in ("EigenTracker (warm)", "eigsh (cold)", "SciPy ncv=8 (warm)", "SciPy ncv=8 (cold)"):
         assert f"{1e3 * mlp['solvers'][name]['cpu_seconds_median']:.0f}" in text, name
+
+
+def test_when_convolutions_are_faster_one_by_one() -> None:
+    ratios = {
+        row["width"]: row["milliseconds"]["one by one"] / row["milliseconds"]["vmap"]
+        for row in result("vmap_cpu")["results"]
+    }
+    assert "one by one (`vmap=False`) takes about [half the time]" in ENSEMBLES
+    assert "for Myrtle5s of width 8 to 32 and 60 images, and a tenth more for width 4 and 20 images" in ENSEMBLES
+    assert ratios.pop(4) == pytest.approx(1.1, abs=0.05)
+    assert list(ratios) == [8, 16, 32] and all(0.4 < ratio < 0.6 for ratio in ratios.values())
 
 
 def test_in_how_many_cases_ours_are_the_fastest(monkeypatch: pytest.MonkeyPatch) -> None:

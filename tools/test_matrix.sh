@@ -18,7 +18,7 @@ for cell in "$@"; do
   elif [ -f "$noted" ]; then
     result=$(sed -E 's/=//g; s/ in [0-9.]+s.*//' "$noted")
   else
-    result='torch not to be had'
+    result='torch not to be had' failed=1
   fi
   line="$row $(date +%F) | $result |"
   if grep -qF "$row" "$table"; then

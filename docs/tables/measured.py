@@ -204,6 +204,15 @@ def ensembles(result: Json, path: Path) -> str:
     return text + machine_line(result["machine"])
 
 
+def vmap(result: Json, path: Path) -> str:
+    rows = (
+        [row["members"], row["width"], row["samples"], *map(number, row["milliseconds"].values())]
+        for row in result["results"]
+    )
+    head = ["members", "width", "images", "vmap, ms", "one by one (`vmap=False`), ms"]
+    return f"{table(head, rows)}\n{machine_line(result['machine'])}"
+
+
 def memory(result: Json, path: Path) -> str:
     rows = (
         [
@@ -351,6 +360,7 @@ RENDERERS: dict[str, Callable[[Json, Path], str]] = {
     r"eigensolver_grid.*": eigensolver_grid,
     r"products": products,
     r"ensembles.*": ensembles,
+    r"vmap.*": vmap,
     r"memory_.*": memory,
     r"shard_basis.*": shard_basis,
     r"gpu_check_.*": gpu_check,
