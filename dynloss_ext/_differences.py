@@ -36,7 +36,9 @@ _FINER = 16.0
 _MAX_SPACINGS = {True: 8, False: 4}  # of float64, which has the digits, and of others
 # Noise measured at one spacing is believed for steps up to so many times as long.
 _MAX_STEP = 4.0
-# An error of this share of the product, near a step that was good before, asks for a search.
+# Gradients that change by less than so many roundings of theirs do not change.
+_NOTHING = 4.0
+# An error of this share of the product, near a step that was good before, asks for a search; in float64 _GOOD does.
 _USELESS = 0.3
 
 
@@ -109,10 +111,14 @@ class GradientDifferences:
             step = check_number("step", step, 0, open_low=True)
         self._seed = check_seed(seed) % 2**32
         self._gradients = Gradients(closure, params, batches, process_group, self._seed)
+        self._gradients.agree("order, step, seed", order, step, seed)
         self.like, self.params, self._layout = self._gradients.like, self._gradients.params, self._gradients.layout
         self.size = self._layout.dimension
         self.order = order
         self._formula = _FORMULAS[self.order]
+        self._double = self._gradients.rounding < 1e-12
+        self._coarsest = self._gradients.rounding ** (1 / (order + 1)) * (self._gradients.norm or 1.0)
+        (self._steepness,) = self._layout.lengths([self._gradients.at_origin])
         self._chosen = self._choose() if step is None else self._near(step)
         self.step, self.noise = self._chosen.step, self._chosen.error
         if not math.isfinite(self.noise):
@@ -182,11 +188,11 @@ class GradientDifferences:
         A spacing is trusted whose product is that of one beside it: where a spacing is too coarse, or below that of the
         numbers in which the loss is computed, so that gradients hardly change and show no noise, products differ.
         """
-        spacing = self._gradients.rounding ** (1 / (self.order + 1)) * (self._gradients.norm or 1.0)
+        spacing = self._coarsest
         u = self._direction(spacing / _FINER)
         first, before = self._measure(u, spacing)
         trusted, last = [], first
-        for _ in range(_MAX_SPACINGS[self._gradients.rounding < 1e-12] - 1):
+        for _ in range(_MAX_SPACINGS[self._double] - 1):
             spacing /= _FINER
             found, product = self._measure(u, spacing)
             between, new, old = self._layout.lengths([product - before, product, before])
@@ -198,22 +204,27 @@ class GradientDifferences:
         return min(trusted, key=lambda step: step.relative, default=first)
 
     def _near(self, step: float) -> _Step:
-        """The best step where this one was best for a similar operator: about four times as long at most, and shorter
-        where gradients are seen to bend sooner.
+        """A step for which the error is small, if this one was the best for a similar operator: shorter where gradients
+        are seen to bend sooner, longer only where the error is not small.
 
         Of order 4 that is seen best at half the step, where the noise has no part of the bend in it; of order 2, and
         with much noise, there is too little bend to see. After a change that was large, or abrupt, all is looked for.
         """
         share = 1.0 if self.order == 2 else 0.5
+        step = min(step, _MAX_STEP * self._coarsest)
         for _ in range(_MAX_SPACINGS[False]):
             spacing, before = share * step, step
-            found, _ = self._measure(self._direction(spacing), spacing, step)
+            found = self._measure(self._direction(spacing), spacing, step)[0]
             step = found.step
-            if step == before and share < 1.0:
+            if step == before and found.relative > _GOOD and share < 1.0:
                 share = 1.0
-            elif step >= before / 2:
+            elif before / 2 <= step < 2 * before:
                 break
-        return found if found.relative < _USELESS else self._choose()
+        # In float64 an error that is not small has a reason that a search may mend: a far step, or kinks.
+        if found.relative <= (_GOOD if self._double else _USELESS):
+            return found
+        chosen = self._choose()
+        return found if found.relative < chosen.relative else chosen
 
     def _direction(self, spacing: float) -> Tensor:
         """Half random, half what two products make of such a vector of half the gradient: there products are large, and
@@ -235,7 +246,8 @@ class GradientDifferences:
     def _measure(self, u: Tensor, spacing: float, step: float | None = None) -> tuple[_Step, Tensor]:
         """The best step for what gradients at this spacing along u show, and H u as they show it.
 
-        A step that is given stays where the best would be shorter for a bend that cannot be told from noise.
+        A step that is given stays where the best would be shorter for a bend that cannot be told from noise, or longer
+        and it is good enough.
         """
         points = [k * spacing for k in range(-3, 4)]
         first = [0.0, 0.0, -0.5 / spacing, 0.0, 0.5 / spacing, 0.0, 0.0]
@@ -250,16 +262,17 @@ class GradientDifferences:
         c = _HALF**3 * 3 * max(change, unresolved) / (4 * spacing**2)
         product *= _HALF
         rounding = self._formula.rounding * noise * _ELSEWHERE
-        if c == 0.0:  # and so is the noise: a loss that is linear
-            return _Step(step or spacing, 0.0, 0.0, product), seen
-        if self.order == 2:
-            best = (3 * rounding / c) ** (1 / 3)
-        else:
-            best = (1.875 * rounding * product / c**2) ** (1 / 5)
-        if step is None or best > step or change > 2 * unresolved:
-            step = min(best, _MAX_STEP * spacing)
-        if step == 0.0:  # gradients that jump, and not between the inner points
-            return _Step(spacing, math.inf, math.inf, product), seen
+        floor = self._gradients.rounding * self._steepness
+        if max(product, change) * spacing <= _NOTHING * floor:  # a loss that is linear, as far as can be seen
+            step = step or spacing
+            return _Step(step, (rounding + self._formula.rounding * floor) / step, 0.0, 0.0), seen
+        best = (3 * rounding / c) ** (1 / 3) if self.order == 2 else (1.875 * rounding * product / c / c) ** (1 / 5)
+        best = min(best, _MAX_STEP * spacing)
+        if best == 0.0:  # gradients that jump, and not between the inner points
+            return _Step(step or spacing, math.inf, math.inf, product), seen
+        resolved = change > 2 * unresolved
+        if step is None or (best < step and resolved) or (best > step and rounding / step > _GOOD * product):
+            step = best
         truncation = step**2 * c / 6 if self.order == 2 else _truncation_of(step**2 * c / 2, product)
         without_noise = math.sqrt(max(0.0, product**2 - (_HALF * noise / spacing) ** 2 / 2))
         return _Step(step, rounding / step, truncation, without_noise), seen

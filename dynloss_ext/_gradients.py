@@ -131,6 +131,13 @@ class Gradients:
                 f" {total:.0f} in all {self._processes}"
             )
 
+    def agree(self, names: str, *settings: object) -> None:
+        """Raises where another process was called with other settings, which would make other calls."""
+        text = repr(settings)
+        _, alike = reduce_over(self._all, self._device, partial(fingerprint_of, text, self._device), 26)
+        if not all_alike(alike, self._processes):
+            raise ValueError(f"{names}: expected the same in all processes, got different ones, here {text}")
+
     def length_of(self, v: Tensor) -> float:
         """Of a whole vector, before products with it: a process with sharded parameters that cannot go on tells the
         others.

@@ -199,7 +199,7 @@ class HessianOperator(CurvatureOperator):
             order: of the error in the step: 4, by one step of Richardson, or 2 at half the price, without an estimate
                 for each product.
             step: about the best length δ of the displacement, as ``step`` of an operator a few training steps ago: it
-                is adjusted by 13 gradients, and more where it was far from it. None: found by 20 to 60.
+                is made to suit by 13 gradients, or more where its error is large. None: found by 20 to 60.
             seed: of the random layers' numbers and the direction of the measurement.
 
         Raises:

@@ -21,6 +21,7 @@ from typing import Any, Literal, NamedTuple
 import matplotlib
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -63,7 +64,7 @@ class EdgeConfig(BaseConfig):
     """The network has two convolutions and a linear layer; the loss is the mean of squares, as in the papers."""
 
     preset: Literal["cpu", "smoke"] = "cpu"  # a named set of defaults
-    out: Path = Path("runs/edge_of_stability")  # folder: config, metrics, summary, figure
+    out: Path = Path("runs/edge_of_stability")  # folder: config, metrics, summary, figures
     data: Path | None = None  # folder with CIFAR-10, or the archive itself; none: small made-up images
     images: int = 200  # training images
     width: int = 8  # channels
@@ -119,6 +120,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     )
     summary = {name: {batches: ending(curves[name, batches]) for batches in BATCHES} for name in OPTIMIZERS}
     folder.write_figure(figure(curves))
+    for name in OPTIMIZERS:
+        folder.write_figure(figure_of(name, {batches: curves[name, batches] for batches in BATCHES}), f"{name}.png")
     for name, batches in runs:
         end = summary[name][batches]
         print(f"{name:<9} {batches:<13} loss {end['loss']:9.2e}  λ {end['share']:5.2f} of the limit {end['limit']:.4g}")
@@ -222,22 +225,47 @@ def figure(curves: Mapping[tuple[str, str], Mapping[str, Array]]) -> Figure:
     axes = drawn.subplots(len(OPTIMIZERS), len(BATCHES), sharex="col", sharey=True)
     for row, name in zip(axes, OPTIMIZERS, strict=True):
         for axis, batches in zip(row, BATCHES, strict=True):
-            curve = curves[name, batches]
-            axis.plot(curve["step"], curve["eigenvalue"] / curve["limit"], color=plot.EIGENVALUE_COLOURS[1])
-            if np.isfinite(curve["sharpness"]).any():
-                sharpness = curve["sharpness"] / curve["limit"]
-                axis.plot(curve["step"], sharpness, color=plot.EIGENVALUE_COLOURS[2], lw=0.5, label="batch sharpness")
-            axis.axhline(1.0, color=plot.STOP_COLOUR, ls=":")
-            limit = f"limit {curve['limit'][-1]:,.5g}" if len(curve["limit"]) else "diverged at once"
-            axis.set_title(f"{name}, {batches}: {limit}", loc="left", fontsize="small")
-        kind = "" if OPTIMIZERS[name].of_hessian else "preconditioned\n"
-        row[0].set_ylabel(f"{kind}$\\lambda_1$ / limit")
+            draw_shares(axis, name, batches, curves[name, batches])
+        row[0].set_ylabel(share_of(name))
     for axis in axes[-1]:
         axis.set_xlabel("step")
     axes[0, 0].set(ylim=(0, 1.6))
     if axes[0, -1].get_legend_handles_labels()[0]:
         axes[0, -1].legend(loc="upper right")
     return drawn
+
+
+@matplotlib.rc_context(plot.STYLE)
+def figure_of(name: str, curves: Mapping[str, Mapping[str, Array]]) -> Figure:
+    """One optimizer's: the loss of all images over the eigenvalue, a column for each way of batching."""
+    drawn = Figure(figsize=(9.6, 4.2), layout="constrained")
+    above, below = drawn.subplots(2, len(BATCHES), sharex="col", sharey="row")
+    for loss, share, batches in zip(above, below, BATCHES, strict=True):
+        loss.semilogy(curves[batches]["step"], curves[batches]["loss"], color="black")
+        draw_shares(share, name, batches, curves[batches])
+        share.set_xlabel("step")
+    above[0].set_ylabel("loss")
+    below[0].set(ylabel=share_of(name), ylim=(0, 1.6))
+    if below[-1].get_legend_handles_labels()[0]:
+        below[-1].legend(loc="upper right")
+    return drawn
+
+
+def draw_shares(axis: Axes, name: str, batches: str, curve: Mapping[str, Array]) -> None:
+    """The eigenvalue and the batch sharpness in units of the limit."""
+    axis.plot(curve["step"], curve["eigenvalue"] / curve["limit"], color=plot.EIGENVALUE_COLOURS[1])
+    if np.isfinite(curve["sharpness"]).any():
+        sharpness = curve["sharpness"] / curve["limit"]
+        axis.plot(curve["step"], sharpness, color=plot.EIGENVALUE_COLOURS[2], lw=0.5, label="batch sharpness")
+    axis.axhline(1.0, color=plot.STOP_COLOUR, ls=":")
+    limit = f"limit {curve['limit'][-1]:,.5g}" if len(curve["limit"]) else "diverged at once"
+    axis.set_title(f"{name}, {batches}: {limit}", loc="left", fontsize="small")
+
+
+def share_of(name: str) -> str:
+    """What is drawn of an optimizer."""
+    kind = "" if OPTIMIZERS[name].of_hessian else "preconditioned\n"
+    return f"{kind}$\\lambda_1$ / limit"
 
 
 if __name__ == "__main__":

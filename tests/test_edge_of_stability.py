@@ -17,7 +17,7 @@ SMOKE = PRESETS["smoke"]
 STEPS = {"full batch": [2, 4], "large batches": [5, 10], "small batches": [14, 28]}
 
 
-def test_a_run_leaves_metrics_summary_and_figure(tmp_path, capsys):
+def test_a_run_leaves_metrics_summary_and_figures(tmp_path, capsys):
     summary = edge_of_stability.main(["--preset", "smoke", "--out", str(tmp_path)])
     assert summary == json.loads((tmp_path / "summary.json").read_text())
     assert list(summary) == list(OPTIMIZERS)
@@ -31,6 +31,9 @@ def test_a_run_leaves_metrics_summary_and_figure(tmp_path, capsys):
                 assert measured.all() == measured.any() == wanted
     with Image.open(tmp_path / "figure.png") as figure:
         assert figure.size == (1440, 1350)
+    for name in OPTIMIZERS:
+        with Image.open(tmp_path / f"{name}.png") as figure:
+            assert figure.size == (1440, 630)
     assert "Adam" in capsys.readouterr().out
 
 

@@ -56,6 +56,7 @@ def wrong_calls(rank, world_size, replicas):
         ask(H)
 
     return outcomes(
+        lambda: operator(rank, world_size, replicas=replicas, step=0.1 if last else None),
         lambda: eigsh(H, 2 + last, max_hvp=3),
         lambda: eigsh(H, 0 if last else 2, max_hvp=2),
         lambda: eigsh(H, 2, v0=own * float("nan") if last else own),
@@ -81,6 +82,7 @@ def test_one_process_that_differs_ends_the_call_of_all(world_size, replicas):
     for rank, answer in answers.items():
         last = rank == world_size - 1
         expected = [
+            "ValueError: order, step, seed: expected the same in all processes, got different ones",
             f"ValueError: eigsh: {differ}",
             "ValueError: k: expected an int" if last else ANOTHER_FAILED,
             "ValueError: v0: expected finite numbers" if last else ANOTHER_FAILED,
@@ -127,21 +129,39 @@ def test_replicas_that_differ_end_the_call_of_all():
 QUESTIONS = {"eigsh": eigsh, "trace": trace, "density": spectral_density, "diagonal": diagonal}
 
 
-def one_hangs(rank, world_size, replicas, question):
-    """One process never asks."""
-    model = sharded(world_size, replicas=replicas)
-    H = operator(rank, world_size, model)
+def one_hangs(rank, world_size, replicas, question, where):
+    """One process never asks, or sleeps in its closure. Of the others, seconds until each gave up."""
+    model, (X, Y) = sharded(world_size, replicas=replicas), data()
+    hangs = False
+
+    def closure():
+        if hangs:
+            time.sleep(15)
+        return F.cross_entropy(model(X), Y)
+
+    H = HessianOperator.from_gradients(closure, model.parameters())
     for group in next(model.parameters()).device_mesh.get_all_groups():
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=2), group)
-    if rank == world_size - 1:
-        return time.sleep(8)
-    return QUESTIONS[question](H)
+    hangs = rank == world_size - 1
+    if hangs and where == "before":
+        return time.sleep(15)
+    start = time.monotonic()
+    try:
+        QUESTIONS[question](H)
+    except RuntimeError:
+        return time.monotonic() - start
 
 
-@pytest.mark.parametrize(("replicas", "question"), [(1, "eigsh"), (1, "trace"), (2, "density")])
-def test_the_timeout_of_the_mesh_ends_those_who_wait(replicas, question):
-    for rank, answer in spread(partial(one_hangs, replicas=replicas, question=question), 2 * replicas).items():
-        assert answer is None if rank == 2 * replicas - 1 else "RuntimeError" in answer
+@pytest.mark.parametrize(
+    ("replicas", "question", "where"),
+    [(1, "eigsh", "before"), (1, "trace", "before"), (2, "density", "before"), (1, "eigsh", "closure")],
+)
+def test_the_timeout_of_the_mesh_ends_those_who_wait(replicas, question, where):
+    """Long before the one that hangs goes on, or is ended: that is up to who started it."""
+    answers = spread(partial(one_hangs, replicas=replicas, question=question, where=where), 2 * replicas)
+    last = answers.pop(2 * replicas - 1)
+    assert last is None if where == "before" else last >= 15
+    assert all(1 < seconds < 12 for seconds in answers.values()), answers
 
 
 def one_fails_in_a_product(rank, world_size, replicas, question):

@@ -57,7 +57,7 @@ constexpr int64_t kGrain = 1 << 16;
 
 // What is left of x is orthogonal to n rows when its measured part in them is no longer than another
 // subtraction would leave it: the roundings of P entries, about half an epsilon of each and independent,
-// have a part of about epsilon √(n / P) / 3 of the length in n orthonormal rows. So many times that:
+// have a part of about epsilon √(n / P) / 3 of the length in n orthonormal rows. So many epsilon √(n / P):
 constexpr double kRoundingsLeft = 2.0;
 // A part of less than this share of what is left is gone after one more subtraction but for rounding: "twice
 // is enough" (Kahan; Parlett 1998, 6.9). It is larger where most of x was in the rows, or the guess was

@@ -51,7 +51,7 @@ def work(rank: int, folder: str) -> None:
     for _ in range(STEPS):
         H = HessianOperator.from_gradients(loss, model.named_parameters(), step=step)
         result = tracker.update(H)
-        step = H.step  # where the noise is small; the next operator looks there only
+        step = H.step  # the next operator begins there
         found.append((float(result.values[0]), float(result.residuals[0]), stability_limit(optimizer)))
         optimizer.zero_grad()
         loss().backward()  # torch averages over the processes

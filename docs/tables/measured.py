@@ -77,13 +77,14 @@ def eigensolvers(result: Json, path: Path) -> str:
             [name, f"{s['products']:.1f}", number(1e3 * s["cpu_seconds_median"]), f"{s['worst_error']:.0e}"]
             for name, s in solvers.items()
         ]
-        settings = run["settings"]
+        settings, overhead = run["settings"], run["driver"]["overhead_median"]
+        beyond = f"{overhead:.1%}" if overhead > 0 else "less than the noise of this comparison"
         parts.append(
             f"### {problem}: {run['parameters']:,} parameters, {settings['dtype']}, {settings['states']} states\n\n"
             f"![Milliseconds per state]({image.name})\n\n"
             f"{table(['solver', 'products', 'ms', 'worst relative error'], rows)}\n"
             f"A product takes {number(1e3 * run['driver']['product_seconds_median'])} ms; what the driver costs beyond"
-            f" its products is {run['driver']['overhead_median']:.1%} of them.\n\n{machine_line(run['machine'])}"
+            f" its products is {beyond} of them.\n\n{machine_line(run['machine'])}"
         )
     return "\n".join(parts)
 

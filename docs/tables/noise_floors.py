@@ -30,9 +30,9 @@ PRECISIONS = ("float64", "float32", "float32, loss in bfloat16 autocast")
 class Attention(nn.Module):
     """One block of a transformer that reads (N, 8, 16) and tells 5 classes."""
 
-    def __init__(self) -> None:
+    def __init__(self, activation: str = "relu") -> None:
         super().__init__()
-        self.block = nn.TransformerEncoderLayer(16, 4, 64, dropout=0.0, batch_first=True)
+        self.block = nn.TransformerEncoderLayer(16, 4, 64, 0.0, activation, batch_first=True)
         self.head = nn.Linear(16, 5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ def networks() -> dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]
             (32, 3, 16, 16),
             10,
         ),
-        "transformer block": (Attention, (32, 8, 16), 5),
+        "transformer block, ReLU": (Attention, (32, 8, 16), 5),
     }
 
 

@@ -30,9 +30,11 @@ Hessian, per-sample gradients for the Gauss-Newton matrix and the kernel.
 - **✓**: right to 1e-6 of the largest eigenvalue (bfloat16 autocast: 0.05; Llama, whose norms are computed in float32:
   1e-3). Hessian: the matrix and the eigenvalues of `eigsh`; tracker: those of `EigenTracker`; density: the outermost
   nodes of `spectral_density`.
-- **By differences** (`HessianOperator.from_gradients`): the error of the matrix and, in brackets, the noise that the
-  operator says its products have, both relative to the largest eigenvalue; the error contains that of the reference,
-  about 1e-9. "noise" is an error above the tolerance, but not above twice that noise. Four cells are refused here, too,
+- **By differences** (`HessianOperator.from_gradients`): the largest error of a product with a unit vector of the axes
+  and, in brackets, the noise that the operator says its products have, both relative to the largest eigenvalue. The
+  error is that against the recorded Hessian where that is right, and at most 4 times the noise; where the Hessian is
+  refused, and of bfloat16 and Llama, against the reference, whose own differences are right to 1e-9 or so, and no
+  better. "noise" is an error above the tolerance, but not above twice that noise. Four cells are refused here, too,
   as there is no matrix to be right about. BatchNorm in train mode, in batches: the loss of all samples is no sum over
   batches. `spectral_norm` in train mode: every pass changes its buffers, the gradient holds them constant and so is
   that of no function; its differences are not symmetric. A layer under `no_grad`, or in a reentrant checkpoint: its
