@@ -14,6 +14,7 @@
 #include <ATen/ops/mm.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
+#include <ATen/record_function.h>
 
 #include <algorithm>
 #include <array>
@@ -37,6 +38,24 @@ class Plainly {
   at::AutoDispatchBelowADInplaceOrView below_;
   c10::impl::ExcludeDispatchKeyGuard no_autocast_{c10::autocast_dispatch_keyset};
   at::NoTF32Guard no_tf32_;
+};
+
+// A pass over rows, which torch.profiler shows with their shape: they are what the driver costs beside its
+// products.
+class Pass {
+ public:
+  Pass(const char* name, const Rows& rows) {
+    if (!record_.isActive()) return;
+    if (record_.needsInputs()) {
+      const std::vector<c10::IValue> inputs{rows.tensor()};
+      record_.before(name, c10::ArrayRef<const c10::IValue>(inputs.data(), inputs.size()));
+    } else {
+      record_.before(name);
+    }
+  }
+
+ private:
+  at::RecordFunction record_{at::RecordScope::FUNCTION};
 };
 
 // Sums over the entries of shards become those over the entries of whole rows.
@@ -216,6 +235,7 @@ at::Tensor Rows::vector() const {
 
 at::Tensor inner_products(const Rows& a, const Rows& b) {
   const Plainly plainly;
+  const Pass pass("dynloss_ext::inner_products", a.count() > b.count() ? a : b);
   const bool single = b.count() == 1;
   if (!a.on_host()) {
     const at::Tensor out = sum_shards(inner_products_on_device(a.tensor(), b.tensor()));
@@ -245,6 +265,7 @@ at::Tensor inner_products(const Rows& a, const Rows& b) {
 
 at::Tensor combinations(const Rows& coefficients, const Rows& rows) {
   const Plainly plainly;
+  const Pass pass("dynloss_ext::combinations", rows);
   if (!rows.on_host()) return at::mm(coefficients.tensor(), rows.tensor());
   const int64_t length = rows.length();
   const at::Tensor out = at::empty({coefficients.count(), length}, rows.matrix().options());
@@ -259,6 +280,7 @@ at::Tensor combinations(const Rows& coefficients, const Rows& rows) {
 
 void replace_by_combinations(const at::Tensor& rows, const Rows& coefficients) {
   const Plainly plainly;
+  const Pass pass("dynloss_ext::replace_by_combinations", rows);
   const int64_t count = coefficients.count();
   const Rows all(rows);
   if (!all.on_host()) {
@@ -280,6 +302,7 @@ void replace_by_combinations(const at::Tensor& rows, const Rows& coefficients) {
 
 void subtract_combination(const Rows& out, const Rows& x, const at::Tensor& coefficients, const Rows& rows) {
   const Plainly plainly;
+  const Pass pass("dynloss_ext::subtract_combination", rows);
   if (!rows.on_host()) return subtract_on_device(out, x, coefficients, rows);
   AT_DISPATCH_FLOATING_TYPES(rows.matrix().scalar_type(), "subtract_combination", [&] {
     const Subtraction<scalar_t> subtract_from(out, x, coefficients.const_data_ptr<double>(),
@@ -294,6 +317,7 @@ at::Tensor orthogonalise(const Rows& out, const Rows& x, const at::Tensor& overl
   const int64_t count = rows.count(), length = rows.length(),
                 dimension = shards ? shards->dimension() : length;
   if (!rows.on_host()) {
+    const Pass pass("dynloss_ext::orthogonalise", rows);
     subtract_on_device(out, x, overlaps, rows);
     const at::Tensor left = inner_products(rows, out);
     subtract_on_device(out, out, left, rows);
@@ -310,6 +334,7 @@ at::Tensor orthogonalise(const Rows& out, const Rows& x, const at::Tensor& overl
                             std::sqrt(static_cast<double>(count) / static_cast<double>(dimension));
   bool last = false;
   for (int i = 0; i < kMaxSubtractions; ++i) {
+    const Pass pass("dynloss_ext::orthogonalise", rows);
     AT_DISPATCH_FLOATING_TYPES(rows.matrix().scalar_type(), "orthogonalise", [&] {
       const Subtraction<scalar_t> subtract_from(out, i == 0 ? x : out, left.data(), 1, rows);
       const auto* to = out.row<scalar_t>(0);

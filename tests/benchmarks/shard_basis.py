@@ -3,7 +3,7 @@
     python tests/benchmarks/shard_basis.py --processes 4 --max-hvp 40 --json FILE
 
 Processes share this machine and talk by gloo on 127.0.0.1. The eigenvalues of the whole model, by recorded products of
-one process, stand beside theirs.
+one process, stand beside theirs, and one product with the same vector.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import os
 import resource
 import socket
+import tempfile
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -58,15 +59,30 @@ def problem() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
     return model, tokens[:, :-1], tokens[:, 1:]
 
 
-def alone() -> dict[str, Any]:
+def direction(size: int) -> torch.Tensor:
+    """A random unit vector, the same in all processes."""
+    v = torch.randn(size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return v / v.norm()
+
+
+def alone(product: torch.Tensor) -> dict[str, Any]:
+    """Of the whole model: its eigenvalue, and how far from its product the given one is, relative to its length."""
     model, x, y = problem()
     H = HessianOperator(lambda: cross_entropy(model(x), y.flatten()), model.parameters())
     start = time.perf_counter()
     result = eigsh(H, K, tol=TOLERANCE)
-    return {"values": result.values.tolist(), "status": result.status, "seconds": time.perf_counter() - start}
+    seconds = time.perf_counter() - start
+    exact = H @ direction(H.shape[0])
+    return {
+        "values": result.values.tolist(),
+        "status": result.status,
+        "seconds": seconds,
+        "product_length": float(exact.norm()),
+        "product_error": float((product - exact).norm()),
+    }
 
 
-def work(rank: int, processes: int, port: int, max_hvp: int, answers: Any) -> None:
+def work(rank: int, processes: int, port: int, max_hvp: int, file: Path, answers: Any) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -105,22 +121,26 @@ def work(rank: int, processes: int, port: int, max_hvp: int, answers: Any) -> No
     start = time.perf_counter()
     result = eigsh(H, K, tol=TOLERANCE, max_basis=BASIS, max_hvp=max_hvp)
     seconds = time.perf_counter() - start
-    entries = result.vectors.shape[0]
+    entries, used, sent = result.vectors.shape[0], gradients, len(messages)
+    peak_searched = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    product = H @ direction(H.shape[0])
+    if rank == 0:
+        torch.save(product, file)
     answers.put(
         {
             "rank": rank,
             "entries": entries,
             "basis_bytes": 2 * BASIS * entries * result.vectors.element_size(),
             "peak_bytes_when_made": peak,
-            "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "peak_bytes": peak_searched,
             "seconds_to_make": made,
             "gradients_to_make": made_gradients,
             "messages_to_make": made_messages,
             "num_hvp": result.num_hvp,
-            "gradients_per_product": (gradients - made_gradients) / result.num_hvp,
+            "gradients_per_product": (used - made_gradients) / result.num_hvp,
             "seconds_per_product": seconds / result.num_hvp,
-            "messages_per_product": len(messages) / result.num_hvp,
-            "largest_message_bytes": max(messages),
+            "messages_per_product": sent / result.num_hvp,
+            "largest_message_bytes": max(messages[:sent]),
             "values": result.values.tolist(),
             "residuals": result.residuals.tolist(),
             "noise": H.noise,
@@ -142,7 +162,9 @@ def main() -> None:
         port = probe.getsockname()[1]
     context = mp.get_context("spawn")
     answers = context.Queue()
-    arguments = (options.processes, port, options.max_hvp, answers)
+    folder = tempfile.TemporaryDirectory()
+    file = Path(folder.name) / "product.pt"
+    arguments = (options.processes, port, options.max_hvp, file, answers)
     processes = [
         context.Process(target=work, args=(rank, *arguments), daemon=True) for rank in range(options.processes)
     ]
@@ -161,7 +183,7 @@ def main() -> None:
         "started": started,
         "machine": machine() | {"cores": os.cpu_count()},
         "parameters": sum(answer["entries"] for answer in found),
-        "whole": alone(),
+        "whole": alone(torch.load(file)),
         "processes": found,
     }
     if options.json:
