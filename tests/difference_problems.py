@@ -79,3 +79,16 @@ class Problem:
 
         with sdpa_kernel(SDPBackend.MATH):
             return torch.autograd.functional.hessian(of_flat, torch.cat([p.detach().reshape(-1) for p in params]))
+
+
+def directions(matrix, count=12):
+    """Random unit vectors and the eigenvectors of both ends, as columns."""
+    generator = torch.Generator().manual_seed(1)
+    random = torch.randn(len(matrix), count, generator=generator, dtype=torch.float64)
+    ends = torch.linalg.eigh(matrix).eigenvectors[:, [0, -2, -1]]
+    return torch.cat([random / random.norm(dim=0), ends], dim=1)
+
+
+def error_of(H, matrix, V):
+    """The largest error of a product with a unit vector."""
+    return float(((H @ V.to(H.dtype)).double() - matrix @ V).norm(dim=0).max())

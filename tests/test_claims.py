@@ -13,6 +13,7 @@ README = (ROOT / "README.md").read_text()
 BENCHMARKS = (ROOT / "docs" / "benchmarks.md").read_text()
 CURVATURE = (ROOT / "docs" / "guide" / "curvature.md").read_text()
 ENSEMBLES = (ROOT / "docs" / "guide" / "ensembles.md").read_text()
+LANCZOS = " ".join((ROOT / "docs" / "concepts" / "lanczos.md").read_text().split())
 SOLVERS = {
     "`EigenTracker`": "EigenTracker (warm)",
     "`eigsh`, from scratch, with its audit": "eigsh (cold)",
@@ -77,6 +78,49 @@ def test_when_convolutions_are_faster_one_by_one() -> None:
     assert "for Myrtle5s of width 8 to 32 and 60 images, and a tenth more for width 4 and 20 images" in ENSEMBLES
     assert ratios.pop(4) == pytest.approx(1.1, abs=0.05)
     assert list(ratios) == [8, 16, 32] and all(0.4 < ratio < 0.6 for ratio in ratios.values())
+
+
+def test_what_the_size_of_a_basis_is_worth() -> None:
+    products: dict[str, list[dict[str, float]]] = {"cheap": [], "dear": []}
+    times: dict[str, list[dict[str, float]]] = {"cheap": [], "dear": []}
+    for row in result("basis_sizes_cpu")["results"]:
+        for found, key in ((products, "products"), (times, "milliseconds")):
+            relative = {name: value / row[key]["default"] for name, value in row[key].items()}
+            found[row["product"]].append(relative)
+    both = [*products["cheap"], *products["dear"]]
+    assert "as many products, to 3 % (5 % more in one case)" in LANCZOS
+    twice = sorted(row["twice"] for row in both)
+    assert twice[0] > 0.965 and twice[-2] < 1.035 and twice[-1] == pytest.approx(1.05, abs=0.005)
+    assert "takes as long to 1 % or up to 16 % longer, with cheap ones up to 1.9 times as long" in LANCZOS
+    assert min(row["twice"] for row in times["dear"]) > 0.985
+    assert max(row["twice"] for row in times["dear"]) == pytest.approx(1.16, abs=0.005)
+    assert max(row["twice"] for row in times["cheap"]) == pytest.approx(1.9, abs=0.05)
+    assert "`max_basis=k + 12` cheap products take up to 11 % less time and dear ones the same to 2 %" in LANCZOS
+    assert min(row["k + 12"] for row in times["cheap"]) == pytest.approx(0.89, abs=0.005)
+    assert max(row["k + 12"] for row in times["cheap"]) < 1.025
+    assert all(0.975 < row["k + 12"] < 1.025 for row in times["dear"])
+    assert "of 3 % more products at most; `k + 6` needs up to 34 % more" in LANCZOS
+    assert max(row["k + 12"] for row in both) < 1.035
+    assert max(row["k + 6"] for row in both) == pytest.approx(1.34, abs=0.005)
+
+
+def test_what_shards_cost() -> None:
+    text = " ".join((ROOT / "docs" / "concepts" / "differences.md").read_text().split())
+    found = result("shard_basis_cpu")
+    whole, parts = found["whole"], found["processes"]
+    first = parts[0]
+    assert f"{found['parameters']:,} parameters in float64, each process holds {first['entries']:,} entries" in text
+    assert f"are {first['basis_bytes'] / 1e6:.0f} MB there" in text
+    growth = sorted((part["peak_bytes"] - part["peak_bytes_when_made"]) / 1e9 for part in parts)
+    assert f"grew by {growth[0]:.2f} to {growth[-1]:.2f} GB" in text
+    assert (
+        f"took {first['num_hvp']} products of four gradients and {first['messages_per_product']:.1f} messages" in text
+    )
+    assert first["gradients_per_product"] == 4 and f"none above {first['largest_message_bytes']} bytes" in text
+    assert f"is {whole['product_error']:.0e} from the recorded product" in text
+    assert f"says {first['noise']:.0e} of its noise" in text and whole["product_error"] <= 4 * first["noise"]
+    assert f"found {first['values'][0]:.2f} with a residual of {first['residuals'][0]:.2f}" in text
+    assert f"the {whole['values'][0]:.2f} that recorded products" in text
 
 
 def test_in_how_many_cases_ours_are_the_fastest(monkeypatch: pytest.MonkeyPatch) -> None:

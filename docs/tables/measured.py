@@ -214,6 +214,17 @@ def vmap(result: Json, path: Path) -> str:
     return f"{table(head, rows)}\n{machine_line(result['machine'])}"
 
 
+def basis_sizes(result: Json, path: Path) -> str:
+    """Of each size the time, and in brackets the products."""
+    names = list(result["results"][0]["products"])
+    rows = (
+        [f"{row['product']} {row['parameters']:,}", row["k"]]
+        + [f"{number(row['milliseconds'][name])} ({row['products'][name]})" for name in names]
+        for row in result["results"]
+    )
+    return f"{table(['parameters', 'k', *names], rows)}\n{machine_line(result['machine'])}"
+
+
 def memory(result: Json, path: Path) -> str:
     rows = (
         [
@@ -254,10 +265,12 @@ def shard_basis(result: Json, path: Path) -> str:
         "largest, bytes",
         "s a product",
     ]
+    length, error = number(whole["product_length"]), f"{whole['product_error']:.0e} (noise: {first['noise']:.0e})"
     return (
         f"{result['parameters']:,} parameters. λ₁ = {first['values'][0]:.4g} with a residual of"
         f" {first['residuals'][0]:.1g} after {first['num_hvp']} products; of the whole model by recorded products"
-        f" {whole['values'][0]:.4g}.\n\n{table(head, rows)}\n{machine_line(result['machine'])}"
+        f" {whole['values'][0]:.4g}. A product with a random unit vector, of length {length}, is {error} from"
+        f" the recorded one.\n\n{table(head, rows)}\n{machine_line(result['machine'])}"
     )
 
 
@@ -362,6 +375,7 @@ RENDERERS: dict[str, Callable[[Json, Path], str]] = {
     r"products": products,
     r"ensembles.*": ensembles,
     r"vmap.*": vmap,
+    r"basis_sizes.*": basis_sizes,
     r"memory_.*": memory,
     r"shard_basis.*": shard_basis,
     r"gpu_check_.*": gpu_check,

@@ -9,7 +9,7 @@ python=${PYTHON:-python}
 results=${RESULTS:-tests/benchmarks/results}
 data=(${DATA:+--data "$DATA"})
 names=(loss_cpu_1_thread loss_cpu_2_threads eigensolvers_cpu eigensolver_grid_cpu products ensembles_cpu vmap_cpu
-  memory_wrn28_10_cpu shard_basis_cpu)
+  basis_sizes_cpu memory_wrn28_10_cpu shard_basis_cpu)
 
 measure() { # measure NAME FILE: its figures into FILE
   case $1 in
@@ -25,6 +25,7 @@ measure() { # measure NAME FILE: its figures into FILE
     products) "$python" tests/benchmarks/count_products.py --json "$2" ;;
     ensembles_cpu) "$python" tests/benchmarks/compare_ensembles.py --threads 2 --rounds 12 --json "$2" ;;
     vmap_cpu) "$python" tests/benchmarks/compare_vmap.py --json "$2" ;;
+    basis_sizes_cpu) "$python" tests/benchmarks/compare_basis_sizes.py --json "$2" ;;
     memory_wrn28_10_cpu) "$python" tests/benchmarks/measure_memory.py --json "$2" ;;
     shard_basis_cpu) "$python" tests/benchmarks/shard_basis.py --json "$2" ;;
     *) echo "expected some of ${names[*]}, not $1" >&2 && return 2 ;;
