@@ -285,8 +285,8 @@ def reduce_over(
     *tail, failed = message[keep:].tolist()
     if failed:
         raise RuntimeError(
-            f"process_group: expected no process to fail in this call, got {failed:.0f} other(s) that did, whose"
-            " own errors say why"
+            f"processes: expected none to fail in this call, got {failed:.0f} other(s) that did, whose own errors say"
+            " why"
         )
     return message[:keep], tail
 

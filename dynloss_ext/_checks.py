@@ -156,9 +156,9 @@ def is_sharded(p: Tensor) -> bool:
 def _twice(p: Tensor, label: str, first: Tensor, first_label: str) -> tuple[str, str]:
     """What is expected of a parameter that graphs are recorded of, and what it is; nothing where it is that."""
     if is_sharded(p):
-        return "a tensor that is whole in this process", "a DTensor: HessianOperator.from_gradients takes it"
+        return "a tensor that is whole in this process", "a DTensor, which only HessianOperator.from_gradients takes"
     if p.dtype not in (torch.float32, torch.float64):
-        taken = ": HessianOperator.from_gradients takes it" if p.dtype.is_floating_point else ""
+        taken = ", which only HessianOperator.from_gradients takes" if p.dtype.is_floating_point else ""
         return "float32 or float64", f"{p.dtype}{taken}"
     if p.dtype != first.dtype or p.device != first.device:
         expected = f"one dtype and device for all, {first.dtype} on {first.device} as {first_label}"

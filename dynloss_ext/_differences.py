@@ -122,7 +122,11 @@ class GradientDifferences:
         self._chosen = self._choose() if step is None else self._near(step)
         self.step, self.noise = self._chosen.step, self._chosen.error
         if not math.isfinite(self.noise):
-            raise ValueError(f"closure: expected finite gradients within {self.step:.2g} of the parameters, got others")
+            raise ValueError(
+                f"closure: expected gradients within {self.step:.2g} of the parameters whose squares are finite, got"
+                " others"
+            )
+        del self._gradients.at_origin  # as large as the parameters
 
     @property
     def shards(self) -> Shards | None:

@@ -105,6 +105,11 @@ class Calls:
                 " gradients over processes, but not their derivatives: call its .module, and for the Hessian of all"
                 " processes' data give process_group to from_batches"
             )
+        if _is_flatly_sharded(module):
+            raise ValueError(
+                "closure: expected plain modules, or those of fully_shard, got a call of FullyShardedDataParallel,"
+                " whose parameters are pieces of flat ones, other pieces in every process"
+            )
         if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
             self.batch_statistics = True
 
@@ -115,6 +120,11 @@ class Calls:
             self.cut |= names
             if not torch.is_grad_enabled() and _inside_a_function():
                 self.lost |= names
+
+
+def _is_flatly_sharded(module: nn.Module) -> bool:
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # importing it takes long
+    return fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel)
 
 
 def _frames() -> Iterator[FrameType]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -81,6 +81,7 @@ class Gradients:
         self._processes = math.prod(map(distributed.get_world_size, self._all))
         self.params = Params([], [])
         self._modules: dict[int, nn.Module] = {}
+        self._gathering: list[Any] = []  # modules of `fully_shard`
         self._weight, self._own_weight = 1.0, math.nan  # of all processes; of this one
         # Nobody knows the size before the params are checked, and all must make the same call.
         _, (count, *alike) = reduce_over(self._all, self._device, partial(self._check, given), 27)
@@ -99,6 +100,10 @@ class Gradients:
         # First uncompiled, as hooks tell which modules are called; then as it will always be.
         _, found = self._reduce(partial(self._survey, sums), 4, dtype=torch.float64)
         weight, count, statistics, reached = found
+        if self._sharded:
+            from torch.distributed.fsdp import FSDPModule
+
+            self._gathering = [m for of in self._modules.values() for m in of.modules() if isinstance(m, FSDPModule)]
         check_sums(count, bool(statistics), weight)
         if not reached:
             raise ValueError("closure: expected a loss that depends on params, got no gradient of any of them")
@@ -286,7 +291,7 @@ class Gradients:
                     visit.clear()
                     if k == 0:
                         tally(sums, loss, weight)
-        own = [u] if u is not None else []
+        own = [u, u.new_tensor(points, dtype=torch.float64)] if u is not None else []
         message[kept] = self._changed(sums, loss_too=u is None)
         message[kept + 1 : -1] = self._fingerprint(own)
         return message
@@ -323,6 +328,8 @@ class Gradients:
                 _local(p).copy_(origin)
             else:  # in the precision of vectors, rounded once
                 _local(p).copy_(torch.add(origin.to(self.like.dtype), part, alpha=distance))
+        for module in self._gathering:  # what is gathered already would be used as it is
+            _reshard(module)
 
     def _collect(self, rows: Tensor, factors: Sequence[float]) -> None:
         """Adds the gradients that lie in .grad to the rows."""
@@ -380,6 +387,18 @@ def _local(p: Tensor) -> Tensor:
     """The memory of a parameter in this process; what is written there no version counter sees."""
     with torch.no_grad():
         return p.data.to_local() if is_sharded(p) else p.data  # type: ignore[attr-defined]
+
+
+def _reshard(module: Any) -> None:
+    """Lets a module of `fully_shard` forget what it has gathered, so that its next call gathers anew."""
+    module.reshard()
+    with suppress(AttributeError):  # none of this is public
+        state = module._get_fsdp_state()
+        groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+        for group in groups:
+            # An error in its forward pass leaves it as in the midst of one, where it keeps what it has.
+            if group is not None and not group.is_sharded:
+                group._to_sharded()
 
 
 def _hashed(p: Tensor) -> Tensor:

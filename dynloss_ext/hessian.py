@@ -176,8 +176,9 @@ class HessianOperator(CurvatureOperator):
         compiled and sharded modules.
 
         A product takes ``order`` gradients and is inexact; its error is estimated when the operator is made, by 20 to
-        60 gradients, and, of order 4, with every product (`noise`). `eigsh` and `EigenTracker` add it to their
-        residuals and stop there, with the status "noise floor" where the tolerance is below.
+        60 gradients, and, of order 4, with every product (`noise`), which takes up to three times as many where its
+        direction bends more than was measured. `eigsh` and `EigenTracker` add the noise to their residuals and stop
+        where the rest is no more, with the status "noise floor" where the tolerance is below.
 
         The closure runs as it is: attention fused, modules compiled, layers in their mode. The parameters are moved
         while a product is computed. They, their ``.grad``, buffers and torch's random state are put back to the bit.

@@ -211,8 +211,8 @@ def batch_sharpness(
             quotient. It runs as that of `HessianOperator`; BatchNorm in train mode is that of training.
         params: as in `HessianOperator`.
         batches: gone through once, so a generator too: drawn as those of training.
-        weighted: each batch weighted by its ‖g‖²: E[gᵀ H g] / E[‖g‖²], which the authors' code computes by now and
-            which decides on the growth of E[‖g‖²] on a quadratic. Batches that are fitted already count little.
+        weighted: each batch weighted by its ‖g‖²: E[gᵀ H g] / E[‖g‖²], which decides on the growth of E[‖g‖²] on a
+            quadratic. Batches that are fitted already count little.
 
     Returns:
         The mean over batches, and its standard error as if they were drawn independently, that of a quotient of means

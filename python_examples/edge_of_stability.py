@@ -144,7 +144,8 @@ def data_of(config: EdgeConfig) -> tuple[Tensor, Tensor]:
 
 
 def train(config: EdgeConfig, name: str, batches: str, images: Tensor, labels: Tensor) -> Mapping[str, Array]:
-    """One optimizer's run: step, loss of all images, largest eigenvalue that it sees, limit, batch sharpness."""
+    """One optimizer's run: step, loss of all images, largest eigenvalue that it sees, limit, and batch sharpness, the
+    mean over batches and weighted by their gradients."""
     torch.manual_seed(config.seed)
     model = network(config.width).to(images.device)
     params = list(model.parameters())
@@ -157,7 +158,7 @@ def train(config: EdgeConfig, name: str, batches: str, images: Tensor, labels: T
     measures_sharpness = setting.of_hessian and batches != "full batch"
     tracker = EigenTracker(k=1, tol=1e-2)
     generator = torch.Generator().manual_seed(config.seed)
-    table = Table("step", "loss", "eigenvalue", "limit", "sharpness")
+    table = Table("step", "loss", "eigenvalue", "limit", "sharpness", "weighted_sharpness")
 
     def loss_of(rows: Tensor) -> tuple[Tensor, int]:
         return (model(images[rows]) - labels[rows]).square().sum() / 2, len(rows)
@@ -176,16 +177,17 @@ def train(config: EdgeConfig, name: str, batches: str, images: Tensor, labels: T
                 break
             H = HessianOperator(whole / count, params)
             seen = H.preconditioned(preconditioner(optimizer))
-            sharpness = float("nan")
+            sharpness = [float("nan")] * 2
             if measures_sharpness:
-                drawn = (draw() for _ in range(config.sharpness_batches))
-                sharpness = batch_sharpness(loss_of, params, drawn, weighted=True).value
+                drawn = [draw() for _ in range(config.sharpness_batches)]
+                sharpness = [batch_sharpness(loss_of, params, drawn, weighted=w).value for w in (False, True)]
             table.append(
                 step=step,
                 loss=float(whole.detach()) / count,
                 eigenvalue=float(tracker.update(seen).values[0]),
                 limit=stability_limit(optimizer),
-                sharpness=sharpness,
+                sharpness=sharpness[0],
+                weighted_sharpness=sharpness[1],
             )
     return table.arrays()
 
@@ -205,16 +207,12 @@ def network(width: int) -> nn.Module:
 
 def ending(curve: Mapping[str, Array]) -> dict[str, float]:
     """Medians over the last quarter of the records, in units of the limit: there the eigenvalue goes up and down."""
+    shares = {"share": "eigenvalue", "batch sharpness": "sharpness", "weighted batch sharpness": "weighted_sharpness"}
     if not len(curve["step"]):
-        return dict.fromkeys(("loss", "limit", "share", "batch sharpness"), float("nan"))
+        return dict.fromkeys(("loss", "limit", *shares), float("nan"))
     last = slice(3 * len(curve["step"]) // 4, None)
-    share = np.median(curve["eigenvalue"][last] / curve["limit"][last])
-    sharpness = np.median(curve["sharpness"][last] / curve["limit"][last])
-    return {
-        "loss": float(curve["loss"][-1]),
-        "limit": float(curve["limit"][-1]),
-        "share": float(share),
-        "batch sharpness": float(sharpness),
+    return {"loss": float(curve["loss"][-1]), "limit": float(curve["limit"][-1])} | {
+        name: float(np.median(curve[column][last] / curve["limit"][last])) for name, column in shares.items()
     }
 
 
@@ -252,11 +250,14 @@ def figure_of(name: str, curves: Mapping[str, Mapping[str, Array]]) -> Figure:
 
 
 def draw_shares(axis: Axes, name: str, batches: str, curve: Mapping[str, Array]) -> None:
-    """The eigenvalue and the batch sharpness in units of the limit."""
+    """The eigenvalue and both batch sharpnesses in units of the limit."""
     axis.plot(curve["step"], curve["eigenvalue"] / curve["limit"], color=plot.EIGENVALUE_COLOURS[1])
     if np.isfinite(curve["sharpness"]).any():
-        sharpness = curve["sharpness"] / curve["limit"]
-        axis.plot(curve["step"], sharpness, color=plot.EIGENVALUE_COLOURS[2], lw=0.5, label="batch sharpness")
+        for column, colour, label in (
+            ("sharpness", plot.EIGENVALUE_COLOURS[0], "batch sharpness"),
+            ("weighted_sharpness", plot.EIGENVALUE_COLOURS[2], "weighted by $|g|^2$"),
+        ):
+            axis.plot(curve["step"], curve[column] / curve["limit"], color=colour, lw=0.5, label=label)
     axis.axhline(1.0, color=plot.STOP_COLOUR, ls=":")
     limit = f"limit {curve['limit'][-1]:,.5g}" if len(curve["limit"]) else "diverged at once"
     axis.set_title(f"{name}, {batches}: {limit}", loc="left", fontsize="small")

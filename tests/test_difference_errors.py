@@ -25,8 +25,8 @@ def test_products_are_exact_to_many_digits_in_float64(name, order, bound):
 KINDS = {
     "float64": (torch.float64, "loss", 1e-10),
     "float32": (torch.float32, "loss", 1e-2),
-    "bfloat16 autocast": (torch.float32, "autocast_loss", 1.0),
-    "bfloat16": (torch.bfloat16, "loss", 1.0),
+    "bfloat16 autocast": (torch.float32, "autocast_loss", 0.25),
+    "bfloat16": (torch.bfloat16, "loss", 0.25),
 }
 
 
@@ -46,7 +46,7 @@ def test_the_estimate_bounds_the_error(name, kind, order):
     print(f"{name}, {kind}, order {order}: error {error / largest:.1e}, noise {H.noise / largest:.1e}")
     assert error <= 4 * H.noise
     assert H.noise <= 10 * error
-    assert H.noise <= usable * largest
+    assert H.noise <= usable * largest * (4 if name == "relu" else 1)  # a kink in the midst of eight units
 
 
 def test_gradients_that_jump_give_products_within_their_noise():

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch
 
 SAMPLES = 41
 
-ANOTHER_FAILED = "process_group: expected no process to fail in this call, got 1 other(s) that did"
+ANOTHER_FAILED = "processes: expected none to fail in this call, got 1 other(s) that did"
 
 
 def problem():

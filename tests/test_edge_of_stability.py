@@ -66,12 +66,21 @@ def test_the_eigenvalue_is_that_of_the_dense_preconditioned_hessian():
 def test_the_end_is_the_median_of_the_last_quarter():
     curve = {"step": np.arange(8), "loss": np.arange(8.0), "eigenvalue": np.array([0, 0, 0, 0, 0, 0, 2.0, 6.0])}
     curve |= {"limit": np.full(8, 4.0), "sharpness": np.array([0, 0, 0, 0, 0, 0, 2.0, 2.0])}
-    assert ending(curve) == {"loss": 7.0, "limit": 4.0, "share": 1.0, "batch sharpness": 0.5}
+    curve["weighted_sharpness"] = 2 * curve["sharpness"]
+    assert ending(curve) == {
+        "loss": 7.0,
+        "limit": 4.0,
+        "share": 1.0,
+        "batch sharpness": 0.5,
+        "weighted batch sharpness": 1.0,
+    }
 
 
 def test_a_run_that_diverges_ends_where_it_does(tmp_path):
     summary = edge_of_stability.main(["--preset", "smoke", "--rate", "1e30", "--out", str(tmp_path)])
-    assert summary["SGD"]["full batch"] == dict.fromkeys(("loss", "limit", "share", "batch sharpness"))
+    assert summary["SGD"]["full batch"] == dict.fromkeys(
+        ("loss", "limit", "share", "batch sharpness", "weighted batch sharpness")
+    )
     assert (tmp_path / "figure.png").exists()
 
 
@@ -105,7 +114,7 @@ def test_the_batch_sharpness_is_at_the_limit_where_the_largest_eigenvalue_stays_
     sizes = {"images": 60, "width": 4, "small_batch": 5, "sharpness_batches": 100}
     config = replace(PRESETS["cpu"], steps=200, records=8, rate=1.5, **sizes)
     end = ending(train(config, "SGD", "small batches", *data_of(config)))
-    assert 0.8 < end["batch sharpness"] < 1.3 and end["share"] < 0.75
+    assert 0.8 < end["weighted batch sharpness"] < 1.3 and end["share"] < 0.75
 
 
 def test_the_committed_figure_is_of_the_defaults_and_the_page_says_its_numbers():

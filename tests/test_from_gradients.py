@@ -49,7 +49,15 @@ def test_memory(order):
     def make():
         return HessianOperator.from_gradients(lambda: model(x).square().mean(), model.parameters(), order=order)
 
+    def stays(call):
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+            kept = call()
+        events = [event for event in found.profiler.kineto_results.events() if event.name() == "[memory]"]
+        assert kept is not None
+        return sum(event.nbytes() for event in events) / size
+
     H, v = make(), torch.ones(size // 4)
+    assert 0.9 < stays(make) <= 1.1
     assert most(lambda: H @ v) <= {2: 5, 4: 6}[order] + 0.1
     assert most(make) <= 9.1
 

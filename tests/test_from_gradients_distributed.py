@@ -114,6 +114,67 @@ def sharded(rank, world_size):
     return dense.tolist(), values.tolist(), local, weighted.to_dense().tolist()
 
 
+def flat_shards(rank, world_size):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    X, Y = data(rank, world_size)
+    model = FullyShardedDataParallel(module(), use_orig_params=True, device_id=torch.device("cpu"))
+    return refusal(lambda: HessianOperator.from_gradients(lambda: F.cross_entropy(model(X), Y), model.parameters()))
+
+
+class Failing(nn.Module):
+    """The last layer of `module`, which may fail in the midst of a forward pass."""
+
+    fails = False
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        if self.fails:
+            raise KeyError("my own failure")
+        return self.layer(x)
+
+
+def gathered(rank, world_size):
+    """Errors of products, where torch holds parameters gathered that have moved since; and whether an error in a
+    forward pass, and one after it, leave the loss as it was."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    found, (X, Y) = {}, data(rank, world_size)
+    mesh = init_device_mesh("cpu", (world_size,))
+    for order in (2, 4):
+        for what in ("kept", "called"):
+            model, fails = module(), False
+            model[3] = Failing(model[3])
+            fully_shard(model[2], mesh=mesh)
+            fully_shard(model, mesh=mesh)
+            if what == "kept":
+                model.set_reshard_after_backward(False)
+
+            def closure():
+                loss = F.cross_entropy(model(X), Y)  # noqa: B023
+                if fails:  # noqa: B023
+                    raise KeyError("my own failure")
+                return loss
+
+            H = HessianOperator.from_gradients(closure, model.parameters(), order=order)
+            with torch.no_grad():
+                before = F.cross_entropy(model(X), Y)
+            v = torch.ones(H.shape[0], dtype=torch.float64)
+            found[f"{what}, order {order}"] = (H @ v).tolist(), H.noise
+            for where in ("after", "within"):
+                fails, model[3].fails = where == "after", where == "within"
+                with pytest.raises((KeyError, RuntimeError)):
+                    H @ v
+                fails = model[3].fails = False
+                with torch.no_grad():
+                    assert torch.equal(F.cross_entropy(model(X), Y), before), where
+    return found
+
+
 def refusals(rank, world_size):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -174,6 +235,23 @@ def test_the_timeout_of_the_group_ends_those_who_wait(made_by):
     answers = spread(partial(one_hangs, made_by=made_by), 2)
     assert answers[1] is None
     assert "RuntimeError" in answers[0]
+
+
+def test_flat_shards_are_refused():
+    for answer in spread(flat_shards, 2).values():
+        assert "or those of fully_shard, got a call of FullyShardedDataParallel" in answer
+
+
+def test_sharded_modules_that_hold_what_they_gathered():
+    model, halves = module(), [data(rank, 2) for rank in range(2)]
+    X, Y = (torch.cat(parts) for parts in zip(*halves, strict=True))
+    exact = HessianOperator(F.cross_entropy(model(X), Y), model.parameters())
+    expected = exact @ torch.ones(exact.shape[0], dtype=torch.float64)
+    for found in spread(gathered, 2).values():
+        assert len(found) == 4
+        for what, (product, noise) in found.items():
+            assert (torch.tensor(product, dtype=torch.float64) - expected).norm() <= 1e-9, what
+            assert noise <= 1e-9, what
 
 
 def test_sharded_modules():

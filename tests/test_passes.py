@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from dynloss_ext import EigenTracker, eigsh
+from dynloss_ext import _C, EigenTracker, eigsh
 
 SIZE = 5000
 
@@ -39,6 +39,20 @@ def test_two_passes_over_the_basis_for_a_product(k, dtype):
     print(f"{result.num_hvp} products: {dict(calls)}, rows {dict(rows)}")
     assert 1.0 <= calls["orthogonalise"] / result.num_hvp <= 2.1
     assert rows["orthogonalise"] >= 5 * (rows.total() - rows["orthogonalise"])
+
+
+def test_four_on_a_device():
+    """There all overlaps are measured first: to read back which are known would cost more."""
+    values = spectrum(torch.float32)
+    _C.take_device_path(True)
+    try:
+        result, _, rows = passes(lambda: eigsh(lambda v: values * v, 3, n=SIZE, dtype=torch.float32))
+    finally:
+        _C.take_device_path(False)
+    on_host, _, rows_on_host = passes(lambda: eigsh(lambda v: values * v, 3, n=SIZE, dtype=torch.float32))
+    print(result.num_hvp, dict(rows), on_host.num_hvp, dict(rows_on_host))
+    each, each_on_host = rows.total() / result.num_hvp, rows_on_host["orthogonalise"] / on_host.num_hvp
+    assert 3 < each / (each_on_host / 2) < 5
 
 
 def test_two_passes_for_a_product_of_a_tracker():
