@@ -130,7 +130,11 @@ def check_eigenpairs(operator, result, k, which="LA", rtol=1e-8):
     assert torch.allclose(result.residuals, true_residuals.double(), rtol=1e-3, atol=1e-12 * float(scale))
 
 
-def hessian_by_differences(closure, params, step=1e-5):
+#: Weights of central differences at 1, 2, ... steps, by the order of their error.
+DIFFERENCES = {2: (1 / 2,), 6: (3 / 4, -3 / 20, 1 / 60)}
+
+
+def hessian_by_differences(closure, params, step=1e-5, order=2):
     """(P, P) float64 by central differences of gradients: no second derivative of torch's takes part."""
     params = list(params)
     flat = torch.cat([p.detach().reshape(-1) for p in params])
@@ -145,6 +149,13 @@ def hessian_by_differences(closure, params, step=1e-5):
         return torch.cat([(torch.zeros_like(p) if g is None else g).reshape(-1) for g, p in pairs])
 
     shifts = step * torch.eye(len(flat), dtype=torch.float64)
-    rows = [(gradient_at(flat + shift) - gradient_at(flat - shift)) / (2 * step) for shift in shifts]
+    rows = [
+        sum(
+            weight * (gradient_at(flat + k * shift) - gradient_at(flat - k * shift))
+            for k, weight in enumerate(DIFFERENCES[order], 1)
+        )
+        / step
+        for shift in shifts
+    ]
     gradient_at(flat)
     return torch.stack(rows)

@@ -32,13 +32,13 @@ Hessian, per-sample gradients for the Gauss-Newton matrix and the kernel.
   nodes of `spectral_density`.
 - **By differences** (`HessianOperator.from_gradients`): the largest error of a product with a unit vector of the axes
   and, in brackets, the noise that the operator says its products have, both relative to the largest eigenvalue. The
-  error is that against the recorded Hessian where that is right, and at most 4 times the noise; where the Hessian is
-  refused, and of bfloat16 and Llama, against the reference, whose own differences are right to 1e-9 or so, and no
-  better. "noise" is an error above the tolerance, but not above twice that noise. Four cells are refused here, too,
-  as there is no matrix to be right about. BatchNorm in train mode, in batches: the loss of all samples is no sum over
-  batches. `spectral_norm` in train mode: every pass changes its buffers, the gradient holds them constant and so is
-  that of no function; its differences are not symmetric. A layer under `no_grad`, or in a reentrant checkpoint: its
-  parameters move the loss and have no gradient, so that rows of the matrix are missing, where 0 would be wrong.
+  error is that against the recorded Hessian where that is right, and where it is refused against differences of sixth
+  order, and at most 4 times the noise; of bfloat16 and Llama against the reference, whose own differences are of
+  second order. "noise" is an error above the tolerance, but not above twice that noise. Four cells are refused here,
+  too, as there is no matrix to be right about. BatchNorm in train mode, in batches: the loss of all samples is no sum
+  over batches. `spectral_norm` in train mode: every pass changes its buffers, the gradient holds them constant and so
+  is that of no function; its differences are not symmetric. A layer under `no_grad`, or in a reentrant checkpoint:
+  its parameters move the loss and have no gradient, so that rows of the matrix are missing, where 0 would be wrong.
 - **refused**, with the number of the message below.
 - Nothing is wrong and silent: that would be a failed test.
 
