@@ -13,6 +13,7 @@ README = (ROOT / "README.md").read_text()
 BENCHMARKS = (ROOT / "docs" / "benchmarks.md").read_text()
 CURVATURE = (ROOT / "docs" / "guide" / "curvature.md").read_text()
 ENSEMBLES = (ROOT / "docs" / "guide" / "ensembles.md").read_text()
+DIFFERENCES = " ".join((ROOT / "docs" / "concepts" / "differences.md").read_text().split())
 LANCZOS = " ".join((ROOT / "docs" / "concepts" / "lanczos.md").read_text().split())
 SOLVERS = {
     "`EigenTracker`": "EigenTracker (warm)",
@@ -104,8 +105,25 @@ def test_what_the_size_of_a_basis_is_worth() -> None:
     assert max(row["k + 6"] for row in both) == pytest.approx(1.34, abs=0.005)
 
 
+def test_how_good_differences_are() -> None:
+    rows = json.loads((ROOT / "docs" / "tables" / "differences.json").read_text())["rows"]
+    of = {(row["network"], row["precision"], row["order"]): row for row in rows}
+    assert "for an error that is up to about a hundred times as large" in DIFFERENCES
+    ratios = [of[network, kind, 2]["error"] / row["error"] for (network, kind, order), row in of.items() if order == 4]
+    assert 90 < max(ratios) < 120
+    assert "**bfloat16 autocast: a per cent at best, ten at worst,** and of λ₁ up to a fifth." in DIFFERENCES
+    coarse = [row for key, row in of.items() if "bfloat16" in key[1]]
+    assert min(row["error"] for row in coarse) > 0.007 and max(row["error"] for row in coarse) < 0.12
+    assert 0.18 < max(row["eigenvalue"] for row in coarse) < 0.22
+    assert "**float32: four to six digits for smooth networks**" in DIFFERENCES
+    smooth = [row for key, row in of.items() if key[1:] == ("float32", 4) and ("tanh" in key[0] or "GELU" in key[0])]
+    assert len(smooth) == 2 and all(1e-6 < row["error"] < 1e-4 for row in smooth)
+    tanh = [of[key]["gradients"][1] for key in (("784-256-10, tanh", "float32", order) for order in (2, 4))]
+    assert "took half as many again" in DIFFERENCES and tanh[1] / (2 * tanh[0]) == pytest.approx(1.5, abs=0.05)
+
+
 def test_what_shards_cost() -> None:
-    text = " ".join((ROOT / "docs" / "concepts" / "differences.md").read_text().split())
+    text = DIFFERENCES
     found = result("shard_basis_cpu")
     whole, parts = found["whole"], found["processes"]
     first = parts[0]
