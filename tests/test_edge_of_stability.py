@@ -121,13 +121,20 @@ def test_the_committed_figure_is_of_the_defaults_and_the_page_says_its_numbers()
     figures = Path(edge_of_stability.__file__).parent / "figures"
     assert json.loads((figures / "edge_of_stability" / "config.json").read_text()) == PRESETS["cpu"].as_dict()
     summary = json.loads((figures / "edge_of_stability" / "summary.json").read_text())
-    said_of = {
-        "full batch": list(OPTIMIZERS),
-        "large batches": ["SGD", "Nesterov", "RMSprop", "momentum", "Adam", "AdamW"],
-        "small batches": ["SGD", "momentum"],
-    }
-    shares = [f"{summary[name][batches]['share']:.2f}" for batches, names in said_of.items() for name in names]
-    shares += [f"{summary[name]['small batches']['batch sharpness']:.2f}" for name in ("SGD", "momentum")]
-    page = (figures / "README.md").read_text()
-    said = page[page.index("each optimizer at its own limit") :]
-    assert all(value in said for value in shares)
+    share = {(name, batches): f"{summary[name][batches]['share']:.2f}" for name in OPTIMIZERS for batches in BATCHES}
+    full, large, small = ({name: share[name, batches] for name in OPTIMIZERS} for batches in BATCHES)
+    ends = {name: summary[name]["small batches"] for name in ("SGD", "momentum")}
+    plain = {name: f"{end['batch sharpness']:.2f}" for name, end in ends.items()}
+    weighted = {name: f"{end['weighted batch sharpness']:.2f}" for name, end in ends.items()}
+    assert full["momentum"] == full["Nesterov"]
+    page = " ".join((figures / "README.md").read_text().split())
+    for said in (
+        f"is {full['SGD']} of the limit for SGD, {full['momentum']} for momentum and Nesterov, {full['Adam']} for Adam,"
+        f" {full['AdamW']} for AdamW, {full['RMSprop']} for RMSprop",
+        f"of 50 SGD ({large['SGD']}), Nesterov ({large['Nesterov']}) and RMSprop ({large['RMSprop']}) come as far,"
+        f" momentum ({large['momentum']}), Adam ({large['Adam']}) and AdamW ({large['AdamW']}) do not",
+        f"of ten λ₁ of SGD stays at {small['SGD']} while the batch sharpness is at {plain['SGD']}, and weighted at"
+        f" {weighted['SGD']}",
+        f"momentum stays at {small['momentum']} (batch sharpness {plain['momentum']}, weighted {weighted['momentum']})",
+    ):
+        assert said in page

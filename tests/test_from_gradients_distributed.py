@@ -277,7 +277,8 @@ def test_recorded_operators_refer_sharded_parameters_to_differences():
     *recorded, group, mixed = messages
     for message in recorded:
         assert (
-            "expected a tensor that is whole in this process, got a DTensor: HessianOperator.from_gradients" in message
+            "a tensor that is whole in this process, got a DTensor, which only HessianOperator.from_gradients"
+            in message
         )
     assert group.startswith("process_group: expected None with sharded parameters")
     assert "expected DTensors alone, or none, got Tensor beside params[0], a DTensor" in mixed
