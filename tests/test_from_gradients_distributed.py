@@ -63,6 +63,13 @@ def another_model(rank, world_size):
     return HessianOperator.from_gradients(closure, params, shard(rank, world_size), process_group=dist.group.WORLD)
 
 
+def another_step(rank, world_size):
+    closure, params = problem()
+    H = HessianOperator.from_gradients(closure, params, shard(rank, world_size), process_group=dist.group.WORLD)
+    H._source.step *= 1 + rank
+    return H @ torch.ones(H.shape[0], dtype=torch.float64)
+
+
 def one_hangs(rank, world_size, made_by):
     """One process never asks."""
     closure, params = problem()
@@ -228,6 +235,11 @@ def test_a_failure_ends_all():
 def test_another_model_ends_all():
     for answer in spread(another_model, 2).values():
         assert "params: expected the same in all processes of process_group, got different shapes or values" in answer
+
+
+def test_another_step_ends_all():
+    for answer in spread(another_step, 2).values():
+        assert "RuntimeError: v: expected the same in all processes of process_group" in answer
 
 
 @pytest.mark.parametrize("made_by", ["from_gradients", "from_batches"])
