@@ -166,6 +166,39 @@ def test_peak_memory_is_that_of_a_process_for_each_solver(
     grid.measure_grid(solvers, arguments, rows, lambda _: None)
     found = {cell: row["solvers"]["eigsh (cold)"].get("peak_bytes") for cell, row in rows.items()}
     assert list(found.values()) == [None, ("eigsh (cold)", 200), None, None]
-    assert all(row["solvers"].keys() == {"eigsh (cold)", "x"} for row in rows.values())
+    assert all(row["solvers"].keys() == {"eigsh (cold)"} for row in rows.values())
     assert alone("no solver", 100, 1, torch.float32, 1) is None
     assert "peak memory of no solver, P=100 k=1: 'no solver'" in capsys.readouterr().err
+
+
+def test_a_case_of_one_state_goes_on_with_the_solvers_that_it_lacks(
+    solvers: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid = importlib.import_module("eigensolver_grid")
+    contenders = {"eigsh (cold)": solvers.ours_cold, "EigenTracker (warm)": solvers.Tracked(), "x": None}
+
+    def fails(problem: Any) -> Any:
+        raise ValueError("no")
+
+    arguments = Namespace(
+        dtype="float64", products=["dear"], sizes=[200], ks=[2], states=1, gap=1, warm=1, threads=1, without=[]
+    )
+    rows: dict[str, Any] = {}
+    saved: list[list[str]] = []
+    for more in ({}, {"SciPy (cold)": solvers.Scipy(None, False), "curvlinops": fails}):
+        monkeypatch.setattr(solvers, "contenders", lambda more=more: contenders | more)
+        grid.measure_grid(solvers, arguments, rows, lambda rows: saved.append(list(rows["dear P=200 k=2"]["solvers"])))
+        rows = json.loads(json.dumps(rows))
+    first, second = "eigsh (cold)", "EigenTracker (warm)"
+    third = "SciPy (cold)"
+    assert saved == [[first], [first, second], [first, second, third], [first, second, third, "curvlinops"]]
+    cell = rows["dear P=200 k=2"]["solvers"]
+    assert cell.pop("curvlinops") == {"failed": "ValueError: no"}
+    assert all(0 <= row["worst_error"] < 1e-3 for row in cell.values())
+    problem = grid.made(solvers, 200, "dear", 2, torch.float64)
+    by_turns = solvers.measure(
+        problem, {"eigsh (cold)": solvers.ours_cold, "EigenTracker (warm)": solvers.Tracked()}, 1, 1, 1, lambda _: None
+    )
+    assert {name: row["products"] for name, row in by_turns.items()} == {
+        name: row["products"] for name, row in cell.items() if name in by_turns
+    }  # the same states

@@ -24,6 +24,7 @@ import importlib
 import importlib.metadata
 import io
 import json
+import math
 import os
 import sys
 import time
@@ -101,6 +102,8 @@ class Answer:
     values: np.ndarray
     products: int
     miss_probability: float | None = None  # of a solver that looks for what it may have missed
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
 
 
 Solver = Callable[[Problem], Answer]
@@ -273,6 +276,14 @@ def images(arguments: argparse.Namespace) -> Problem:
     return Problem(model.to(inputs), inputs, target, Oscillation(10, 10.0, 100), lr=0.02, dense=False)
 
 
+def timed(name: str, solve: Solver, problem: Problem) -> Answer:
+    begin, begin_cpu = time.perf_counter(), time.process_time()
+    answer = solve(problem)
+    answer.seconds, answer.cpu_seconds = time.perf_counter() - begin, time.process_time() - begin_cpu
+    print(f"step {problem.step} {name}: {answer.products} products, {answer.cpu_seconds:.3g} s of CPU", file=sys.stderr)
+    return answer
+
+
 def measure(
     problem: Problem,
     solvers: dict[str, Solver | None],
@@ -281,62 +292,69 @@ def measure(
     warm: int,
     save: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
-    """A figure per solver, which `save` gets after every state; one that raises is left out from there on.
-
-    Where the problem has no reference it is the largest that a solver with full orthogonalization finds: Ritz values
-    are lower bounds of the eigenvalues, pair by pair. (Without it values may be found twice, and count for others.)
-    """
-    rows: dict[str, list[tuple[float, float, int, float]]] = {name: [] for name in solvers}
+    """A figure per solver, which `save` gets after every state; one that raises is left out from there on."""
+    answers: dict[str, list[Answer]] = {name: [] for name in solvers}
     failed: dict[str, str] = {}
-    missed: dict[str, float] = {}
+    references: list[np.ndarray | None] = []
     for state in range(warm + states):
         problem.train(gap)
         measured = state >= warm
-        exact = problem.reference() if measured else None
-        found: dict[str, tuple[float, float, Answer]] = {}
+        if measured:
+            references.append(problem.reference())
         turn = state % len(solvers)  # whoever comes first finds the caches as the reference has left them
         for name, solve in [*solvers.items()][turn:] + [*solvers.items()][:turn]:
             if solve is None or name in failed or not (measured or "(warm)" in name):
                 continue
-            begin, begin_cpu = time.perf_counter(), time.process_time()
             try:
-                answer = solve(problem)
+                answer = timed(name, solve, problem)
             except Exception as error:
                 failed[name] = one_line(error)
                 continue
-            found[name] = time.perf_counter() - begin, time.process_time() - begin_cpu, answer
-            print(f"state {state} {name}: {answer.products} products, {found[name][1]:.3g} s of CPU", file=sys.stderr)
-        if not measured:
-            continue
-        if exact is None:
-            exact = np.max([answer.values for name, (_, _, answer) in found.items() if name not in PEERS], axis=0)
-        for name, (seconds, cpu, answer) in found.items():
-            error = float(np.max(np.abs(answer.values - exact) / np.abs(exact)))
-            rows[name].append((seconds, cpu, answer.products, error))
-            if answer.miss_probability is not None:
-                missed[name] = max(missed.get(name, 0.0), answer.miss_probability)
-        save(summarize(rows, failed, missed))
-    return summarize(rows, failed, missed)
+            if measured:
+                answers[name].append(answer)
+        if measured:
+            save(summarize(answers, failed, references))
+    return summarize(answers, failed, references)
 
 
 def summarize(
-    rows: dict[str, list[tuple[float, float, int, float]]], failed: dict[str, str], missed: dict[str, float]
+    answers: dict[str, list[Answer]], failed: dict[str, str], references: list[np.ndarray | None]
 ) -> dict[str, Any]:
+    """Figures of the solvers from their answers at each state, and those at which each failed.
+
+    Where a state has no reference it is the largest that a solver with full orthogonalization finds: Ritz values are
+    lower bounds of the eigenvalues, pair by pair. (Without it values may be found twice, and count for others.)
+    """
+    found = {name: row for name, row in answers.items() if row and name not in failed}
+    bounds = [
+        [row[state].values for name, row in found.items() if name not in PEERS] for state in range(len(references))
+    ]
+    best = [
+        np.max(bound, axis=0) if bound and exact is None else exact
+        for exact, bound in zip(references, bounds, strict=True)
+    ]
     summary: dict[str, Any] = {}
-    for name, row in rows.items():
-        if name in failed or not row:
+    for name in answers:
+        if name not in found:
             summary[name] = {"failed": failed[name]} if name in failed else None
             continue
-        seconds, cpu, products, errors = (np.array(column) for column in zip(*row, strict=True))
+        row = found[name]
+        seconds = [answer.seconds for answer in row]
+        errors = [
+            np.max(np.abs(answer.values - exact) / np.abs(exact))
+            for answer, exact in zip(row, best, strict=True)
+            if exact is not None
+        ]
         summary[name] = {
-            "products": float(products.mean()),
+            "products": float(np.mean([answer.products for answer in row])),
             "seconds_median": float(np.median(seconds)),
-            "seconds_min": float(seconds.min()),
-            "cpu_seconds_median": float(np.median(cpu)),
-            "worst_error": float(errors.max()),
+            "seconds_min": min(seconds),
+            "cpu_seconds_median": float(np.median([answer.cpu_seconds for answer in row])),
+            "worst_error": float(max(errors)) if errors else math.nan,
         }
-        if name in missed:
-            summary[name]["largest_miss_probability"] = missed[name]
+        missed = [answer.miss_probability for answer in row if answer.miss_probability is not None]
+        if missed:
+            summary[name]["largest_miss_probability"] = max(missed)
     return summary
 
 

@@ -1,13 +1,15 @@
 """Time and peak memory of the solvers of compare_eigensolvers over sizes P and numbers of pairs k.
 
 A network of two hidden layers and ten classes has about P parameters; its products are cheap with 16 samples and dear
-with 1,024. Every solver sees the same states by turns, and its time is the smallest of them. Peak memory is measured
-in a process for each solver.
+with 1,024. Every solver sees the same states by turns, and its time is the smallest of them; where there is one state
+only, which takes hours, a solver after the other, so that another process can go on with those that are missing. Peak
+memory is measured in a process for each solver.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import importlib
 import json
@@ -18,19 +20,20 @@ import sys
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from machine import commit
+from machine import commit, one_line
 from torch import nn
 
 SAMPLES = {"cheap": 16, "dear": 1024}
-#: Parameters by samples by pairs that a cell of the grid may have: one of twice as many takes hours.
-AFFORDABLE = 1_000_000 * 1024 * 30
-#: The same of a cell in which every solver takes part; above, those of DEAR, which take most products, do not.
-FOR_ALL = AFFORDABLE // 3
+#: Parameters by samples by pairs of a cell in which every solver takes part; above, those of DEAR, which take most
+#: products, do not.
+FOR_ALL = 1_000_000 * 1024 * 10
 DEAR = ("PyHessian",)
 #: Parameters from which peak memory is measured: that of smaller vectors does not show beside what a process holds.
 MEMORY_FROM = 50_000
@@ -98,6 +101,49 @@ def peak_bytes(name: str, size: int, k: int, dtype: torch.dtype, threads: int) -
             return None
 
 
+def measure_one_by_one(
+    solvers: Any,
+    make: Callable[[], Any],
+    contenders: dict[str, Any],
+    arguments: argparse.Namespace,
+    cell: dict[str, Any],
+    save: Callable[[], None],
+) -> None:
+    """Adds to a cell those of the contenders that it does not have, each from the first state on a problem of its own.
+
+    The cell keeps their answers: an error depends on all, and is found anew with each.
+    """
+    answers = cell.setdefault("answers", {})
+    for name, solve in contenders.items():
+        if solve is None or name in answers:
+            continue
+        problem, load = make(), os.getloadavg()[0]
+        try:
+            for state in range(arguments.warm + 1):
+                problem.train(arguments.gap)
+                if state == arguments.warm or "(warm)" in name:
+                    answer = solvers.timed(name, solve, problem)
+            answers[name] = dataclasses.asdict(answer) | {"values": answer.values.tolist(), "load": load}
+        except Exception as error:
+            answers[name] = {"failed": one_line(error)}
+        figures = judged(solvers, answers)
+        cell["solvers"] = {name: cell["solvers"].get(name, {}) | row for name, row in figures.items()}
+        save()
+
+
+def judged(solvers: Any, answers: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What `summarize` makes of the answers that a cell keeps."""
+    failed = {name: answer["failed"] for name, answer in answers.items() if "failed" in answer}
+    fields = [field.name for field in dataclasses.fields(solvers.Answer)]
+    rows = {
+        name: []
+        if name in failed
+        else [solvers.Answer(**{key: answer[key] for key in fields} | {"values": np.array(answer["values"])})]
+        for name, answer in answers.items()
+    }
+    return solvers.summarize(rows, failed, [None])
+
+
 def measure_grid(
     solvers: Any, arguments: argparse.Namespace, grid: dict[str, Any], save: Callable[[dict[str, Any]], None]
 ) -> None:
@@ -109,24 +155,31 @@ def measure_grid(
     dtype = getattr(torch, arguments.dtype)
     for cost in arguments.products:
         for size, k in product(arguments.sizes, arguments.ks):
-            cell, work = f"{cost} P={size} k={k}", size * SAMPLES[cost] * k
-            if work > AFFORDABLE:
-                continue
-            if cell not in grid:
-                problem = made(solvers, size, cost, k, dtype)
-                without = (*arguments.without, *(DEAR if work > FOR_ALL else ()))
-                contenders = {name: solve for name, solve in solvers.contenders().items() if name not in without}
-                states = arguments.states or (3 if size < 1_000_000 else 2 if size < 10_000_000 else 1)
-                load, day = os.getloadavg()[0], datetime.date.today().isoformat()
-                rows = solvers.measure(problem, contenders, states, arguments.gap, arguments.warm, lambda _: None)
-                parameters = sum(p.numel() for p in problem.params)
-                grid[cell] = {"product": cost, "parameters": parameters, "k": k, "states": states, "load": load}
-                grid[cell] |= {"date": day, "commit": commit(), "solvers": rows}
+            name = f"{cost} P={size} k={k}"
+            states = arguments.states or (3 if size < 1_000_000 else 2 if size < 10_000_000 else 1)
+            dear = DEAR if size * SAMPLES[cost] * k > FOR_ALL else ()
+            contenders = {
+                name: solve
+                for name, solve in solvers.contenders().items()
+                if name not in arguments.without and name not in dear
+            }
+            make = partial(made, solvers, size, cost, k, dtype)
+            if name not in grid:
+                grid[name] = {"product": cost, "parameters": sum(p.numel() for p in make().params), "k": k}
+                grid[name] |= {"states": states, "load": os.getloadavg()[0]}
+                grid[name] |= {"date": datetime.date.today().isoformat(), "commit": commit(), "solvers": {}}
+            cell = grid[name]
+            if states == 1 and (not cell["solvers"] or "answers" in cell):
+                measure_one_by_one(solvers, make, contenders, arguments, cell, partial(save, grid))
+            elif not cell["solvers"]:
+                cell["solvers"] = solvers.measure(
+                    make(), contenders, states, arguments.gap, arguments.warm, lambda _: None
+                )
                 save(grid)
             if cost == "cheap" and size >= MEMORY_FROM:
-                for name, row in grid[cell]["solvers"].items():
+                for solver, row in cell["solvers"].items():
                     if row is not None and "failed" not in row and "peak_bytes" not in row:
-                        row["peak_bytes"] = peak_bytes(name, size, k, dtype, arguments.threads)
+                        row["peak_bytes"] = peak_bytes(solver, size, k, dtype, arguments.threads)
                         save(grid)
 
 
