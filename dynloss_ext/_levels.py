@@ -56,7 +56,7 @@ def solve_to_level(
     k = min(k, most)
     result, origins = solve(k=k, v0=v0, max_hvp=max(left, k), audit=audit)
     left -= result.num_hvp
-    while _num_above(result, level) == k < most and result.status not in _HOPELESS:
+    while num_above(result, level) == k < most and result.status not in _HOPELESS:
         k, step = min(k + step, most), 2 * step
         if left < k:
             result = replace(result, status="max_hvp")
@@ -64,17 +64,17 @@ def solve_to_level(
         result, places = solve(k=k, v0=result.vectors.T.contiguous(), max_hvp=left, audit=True)
         left -= result.num_hvp
         origins = [origins[place] if place >= 0 else -1 for place in places]
-    num_above = _num_above(result, level)
-    if num_above == most < size and result.status.startswith("converged"):
+    above = num_above(result, level)
+    if above == most < size and result.status.startswith("converged"):
         result = replace(result, status="max_k")
     kept: dict[str, Any] = {
-        "values": result.values[: num_above + 1],
-        "vectors": result.vectors[:, : num_above + 1],
-        "residuals": result.residuals[: num_above + 1],
-        "converged": result.converged[: num_above + 1],
+        "values": result.values[: above + 1],
+        "vectors": result.vectors[:, : above + 1],
+        "residuals": result.residuals[: above + 1],
+        "converged": result.converged[: above + 1],
     }
-    return replace(result, **kept, num_hvp=max_hvp - left), origins[: num_above + 1]
+    return replace(result, **kept, num_hvp=max_hvp - left), origins[: above + 1]
 
 
-def _num_above(result: EigenResult, level: Level) -> int:
+def num_above(result: EigenResult, level: Level) -> int:
     return int((result.values > level.above).sum())

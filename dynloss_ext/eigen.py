@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dynloss_ext import _C
 from dynloss_ext._checks import check_choice, check_count, check_number, check_seed, check_vector
-from dynloss_ext._levels import Level, check_level, solve_to_level
+from dynloss_ext._levels import Level, check_level, num_above, solve_to_level
 from dynloss_ext._operators import CurvatureOperator, products_with
 from dynloss_ext._shards import Shards, agreed, largest_entries
 from dynloss_ext._symmetric import Operator, Options, cause_of_asymmetry, check_symmetric, resolve
@@ -165,7 +165,7 @@ def eigsh(
         start = _in_range(start, shards)
     result, _ = _solve_all(H, op, level, **settings, v0=start, audit=True)
     _refuse_callable(H, result)
-    _warn_unless_converged("eigsh", H, result)
+    _warn_unless_converged("eigsh", H, result, level)
     return result
 
 
@@ -318,7 +318,7 @@ class EigenTracker:
         self.num_updates += 1
         self.num_hvp += result.num_hvp
         self.result = result
-        _warn_unless_converged("EigenTracker.update", H, result)
+        _warn_unless_converged("EigenTracker.update", H, result, self._level)
         return result
 
     def due(self, steps_since_update: int) -> bool:
@@ -455,7 +455,7 @@ def _refuse_callable(H: Operator, result: EigenResult) -> None:
         check_symmetric(H, result.asymmetry)
 
 
-def _warn_unless_converged(name: str, H: Operator, result: EigenResult) -> None:
+def _warn_unless_converged(name: str, H: Operator, result: EigenResult, level: Level | None) -> None:
     # The same words every time, without numbers: Python shows a warning once for each place and text.
     if result.status in ("converged", "converged, not audited"):
         return
@@ -469,6 +469,8 @@ def _warn_unless_converged(name: str, H: Operator, result: EigenResult) -> None:
             about += cause_of_asymmetry(H)
         else:
             about += "see residuals and converged of the result"
+        if level is not None and num_above(result, level) == len(result.values) < len(result.vectors):
+            about += "; all of them lie above the level: there may be more"
     warnings.warn(f"{name} {about}", ConvergenceWarning, stacklevel=3)
 
 

@@ -1,11 +1,13 @@
 """What the README and the pages say of measurements is what the committed results say."""
 
+import hashlib
 import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "tests" / "benchmarks" / "results"
@@ -158,6 +160,12 @@ def test_in_how_many_cases_ours_are_the_fastest(monkeypatch: pytest.MonkeyPatch)
     (missed,) = [row["largest_miss_probability"] for row in cold if row["worst_error"] > 1e-3]
     assert f"its `miss_probability` is {missed:.2f} there" in BENCHMARKS
     assert f"up to {max(cell['ratio'] for cell in from_nothing) - 1:.0%}".replace("%", " %") in CURVATURE
+
+
+def test_the_figure_of_the_grid_is_that_of_its_results() -> None:
+    path = ROOT / "tests/benchmarks/results/eigensolver_grid_cpu.json"
+    with Image.open(path.with_suffix(".png")) as figure:
+        assert figure.info["Source"] == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def test_the_table_of_ensembles() -> None:

@@ -42,6 +42,16 @@ def test_more_than_max_k_are_said_to_be_there():
     assert eigsh(known, above=1.5, max_k=5, **options(known)).status == "converged"
 
 
+@pytest.mark.parametrize(("max_k", "more"), [(4, True), (5, False)])
+def test_a_search_that_ends_early_with_all_above_says_that_there_may_be_more(max_k, more):
+    known = Known(spectrum(9.0, 8.0, 7.0, 6.0))
+    with pytest.warns(ConvergenceWarning, match="max_hvp") as warned:
+        found = eigsh(known, k=max_k, above=1.5, max_k=max_k, max_hvp=16, tol=1e-12, **options(known))
+    assert found.status == "max_hvp"
+    (message,) = [str(warning.message) for warning in warned]
+    assert message.endswith("; all of them lie above the level: there may be more") == more
+
+
 def test_a_level_below_the_whole_spectrum_gives_all_of_it():
     known = Known([3.0, 2.0, 1.0, -4.0])
     found = eigsh(known, 2, above=-5.0, tol=1e-9, **options(known))

@@ -22,7 +22,9 @@ constexpr bool is_sm_90 = false;
 #else
 constexpr bool is_sm_90 = true;
 #endif
-constexpr int registers_for(int blocks) { return is_sm_90 || blocks == 1 ? blocks : blocks - 1; }
+constexpr int registers_for(int blocks, bool sm_90 = is_sm_90) {
+  return sm_90 || blocks == 1 ? blocks : blocks - 1;
+}
 
 // The dynamic shared memory of a block, 16-byte aligned.
 __device__ inline unsigned char* block_memory() {

@@ -199,7 +199,8 @@ void cut_for_warps(const P& p, const Device& device, int operands, bool reduced,
   grid->units = static_cast<int>(divide_up(p.classes, unit << grid->log2_lanes));
   const int rows_at_once = warp_size >> grid->log2_lanes;
   const int64_t row_bytes = std::max<int64_t>(p.classes, 1) * storage_size(p.storage);
-  const int blocks_by_registers = warp_row_blocks(p.storage == Storage::float64, items, is_simple(p));
+  const int blocks_by_registers =
+      registers_for(warp_row_blocks(p.storage == Storage::float64, items, is_simple(p)), device.is_sm_90);
   // Where rows are few, all warps get some.
   const int64_t warps = int64_t(device.multiprocessors) * blocks_by_registers * warp_row_threads / warp_size;
   int64_t rows = std::min(tile_bytes / row_bytes, divide_up(p.rows, warps));
@@ -249,7 +250,8 @@ void cut_for_blocks(const Problem& p, const Device& device, int operands, bool f
     grid->cached_pieces = static_cast<int>(pieces);
     grid->block_memory = row_memory(pieces, held_places);
     grid->threads = threads_for(pieces, held_items / piece, held_threads);
-    const int most = held_blocks(half && !is_smooth(p)) * held_threads / grid->threads;
+    const int blocks = registers_for(held_blocks(half && !is_smooth(p)), device.is_sm_90);
+    const int most = blocks * held_threads / grid->threads;
     grid->blocks = clamp_blocks(p.rows, resident_blocks(device, *grid, most));
     return;
   }

@@ -84,10 +84,10 @@ def scaling(path: Path, costs: dict[str, dict[str, float]]) -> None:
     figure.savefig(path, dpi=150)
 
 
-def eigensolver_grid(path: Path, cells: list[Json], tolerance: float) -> None:
+def eigensolver_grid(path: Path, cells: list[Json], tolerance: float, source: str | None = None) -> None:
     """A column for each k: time over that of the first solver, with cheap and with dear products, and peak memory.
 
-    A cross without a line where values are wrong by more than the tolerance.
+    A cross without a line where values are wrong by more than the tolerance. `source` goes into the picture's metadata.
     """
     costs = ("cheap", "dear")
     ks = sorted({cell["k"] for cell in cells})
@@ -126,7 +126,7 @@ def eigensolver_grid(path: Path, cells: list[Json], tolerance: float) -> None:
         axis.set_ylabel(f"time / {names[0]}'s,\n{cost} products")
     axes[2, 0].set_ylabel("peak memory, bytes,\ncheap products")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=5, fontsize="small")
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, metadata={"Source": source} if source else None)
 
 
 def shares_of_bandwidth(path: Path, shares: dict[str, dict[int, float]]) -> None:

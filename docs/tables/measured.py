@@ -1,13 +1,15 @@
 """Figures and tables of what was measured, made by each build of the site of JSON in tests/benchmarks/results and here.
 
     python docs/tables/measured.py docs/generated
+    python docs/tables/measured.py grid tests/benchmarks/results/eigensolver_grid_cpu.json
 
 writes NAME.md, which a page includes, and its figures; conf.py calls it at every build. Nothing is measured here: the
-page says which command does it.
+page says which command does it. The second draws the figure that is committed beside its results; redo.sh calls it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import sys
@@ -19,6 +21,7 @@ from figures import Json, number
 
 TABLES = Path(__file__).resolve().parent
 RESULTS = TABLES.parents[1] / "tests" / "benchmarks" / "results"
+TOLERANCE = 1e-3  # of compare_eigensolvers.py
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
@@ -134,21 +137,21 @@ def verdict(cells: list[Json], tolerance: float) -> str:
 
 def eigensolver_grid(result: Json, path: Path) -> str:
     run = result["grid"]
-    tolerance, parts = 1e-3, []  # of compare_eigensolvers.py
+    parts = []
     for cost in ("cheap", "dear"):
         cases = [row for row in run["solvers"].values() if row["product"] == cost]
         names = columns([row["solvers"] for row in cases])
         rows = []
         for case in sorted(cases, key=lambda row: (row["parameters"], row["k"])):
             found = {name: s for name, s in case["solvers"].items() if s and "failed" not in s}
-            right = [s["seconds_min"] for s in found.values() if s["worst_error"] <= tolerance]
+            right = [s["seconds_min"] for s in found.values() if s["worst_error"] <= TOLERANCE]
             cells = [f"{case['parameters']:,}", case["k"]]
             for name in names:
                 if name not in found:
                     cells.append("failed" if name in case["solvers"] else "")
                     continue
                 cell = number(1e3 * found[name]["seconds_min"])
-                wrong = found[name]["worst_error"] > tolerance
+                wrong = found[name]["worst_error"] > TOLERANCE
                 cells.append(f"({cell})" if wrong else f"**{cell}**" if cell == number(1e3 * min(right)) else cell)
             rows.append(cells)
         parts.append(f"{cost.capitalize()} products:\n\n{table(['parameters', 'k', *names], rows)}")
@@ -157,9 +160,8 @@ def eigensolver_grid(result: Json, path: Path) -> str:
     ]:
         parts.append("Peak memory, in vectors of P numbers, with cheap products:\n\n" + _peaks(large))
     settings = run["settings"]
-    figures.eigensolver_grid(path.with_suffix(".png"), list(run["solvers"].values()), tolerance)
-    text = f"![Time and peak memory against parameters]({path.stem}.png)\n\n"
-    text += verdict(list(run["solvers"].values()), tolerance) + "\n" + "\n".join(parts)
+    text = f"![Time and peak memory against parameters](../../tests/benchmarks/results/{path.stem}.png)\n\n"
+    text += verdict(list(run["solvers"].values()), TOLERANCE) + "\n" + "\n".join(parts)
     earlier: dict[str, list[str]] = {}
     for cell in run["solvers"].values():
         if (commit := cell.get("commit")) not in (None, run["machine"]["commit"]):
@@ -399,5 +401,12 @@ def write(folder: Path) -> None:
             page.write_text(text)
 
 
+def draw_grid(source: Path) -> None:
+    """The picture beside a grid's results, which says of which: their SHA-256."""
+    content = source.read_bytes()
+    cells, digest = json.loads(content)["grid"]["solvers"], hashlib.sha256(content).hexdigest()
+    figures.eigensolver_grid(source.with_suffix(".png"), list(cells.values()), TOLERANCE, digest)
+
+
 if __name__ == "__main__":
-    write(Path(sys.argv[1]))
+    draw_grid(Path(sys.argv[2])) if sys.argv[1] == "grid" else write(Path(sys.argv[1]))

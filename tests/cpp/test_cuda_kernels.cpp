@@ -185,6 +185,14 @@ void test_plans() {
   CHECK(plan(1 << 19, 10, true, Division::estimated).count_blocks == 512);
   CHECK(plan(1 << 19, 10, true, Division::postponed).count_blocks == 0);
   CHECK(plan(1 << 24, 10, true, Division::exact).count_blocks == 1024);
+  // No more blocks than are resident: kernels for another architecture are bounded to one less to a
+  // multiprocessor.
+  for (const auto& [capability, warps, held] : {std::array{90, 3, 2}, std::array{80, 2, 1}}) {
+    context = "resident blocks of " + std::to_string(capability);
+    emulator::settings().capability = capability;
+    CHECK(plan(1 << 24, 10, true, Division::exact).blocks == warps * 132);
+    CHECK(plan(1 << 16, 5000, true, Division::exact).blocks == held * 132);
+  }
   emulator::settings() = before;
 }
 

@@ -54,6 +54,7 @@ namespace emulator {
 struct Settings {
   uint64_t seed = 1;
   int multiprocessors = 2;
+  int capability = 90;
   int max_block_memory = 64 * 1024;
   int resident_blocks = 4;  // run at the same time
 };
@@ -139,8 +140,8 @@ inline cudaError_t cudaGetDevice(int* device) {
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   const emulator::Settings& device = emulator::settings();
   *value = attribute == cudaDevAttrMultiProcessorCount            ? device.multiprocessors
-           : attribute == cudaDevAttrComputeCapabilityMajor       ? 9
-           : attribute == cudaDevAttrComputeCapabilityMinor       ? 0
+           : attribute == cudaDevAttrComputeCapabilityMajor       ? device.capability / 10
+           : attribute == cudaDevAttrComputeCapabilityMinor       ? device.capability % 10
            : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? device.max_block_memory
                                                                   : device.max_block_memory + 1024;
   return cudaSuccess;
