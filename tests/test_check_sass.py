@@ -17,7 +17,7 @@ GOOD = """
 
 
 def test_a_good_kernel_has_no_faults():
-    assert check_sass.faults("forward_warp", GOOD) == []
+    assert check_sass.faults("forward_warp", GOOD, "sm_80") == []
 
 
 @pytest.mark.parametrize(
@@ -33,5 +33,34 @@ def test_a_good_kernel_has_no_faults():
     ],
 )
 def test_each_fault_is_named(kernel, old, new, fault):
-    found = check_sass.faults(kernel, GOOD.replace(old, new))
+    found = check_sass.faults(kernel, GOOD.replace(old, new), "sm_80")
+    assert (found == []) if fault is None else (len(found) == 1 and found[0].startswith(fault))
+
+
+def listing(body: int, exponentials: int, wait: int = 1) -> str:
+    """A loop of `body` instructions, some of them exponentials, in another one."""
+    lines = ["NOP", f"DEPBAR.LE SB0, {wait:#x}", *["FADD R1, R2, R3"] * (body - exponentials - 1)]
+    lines += [*["MUFU.EX2 R0, R1"] * exponentials, "@P0 BRA 0x20", "NOP", "@!P1 BRA 0x0", "EXIT"]
+    code = "".join(f"        /*{16 * i:04x}*/  {text} ;  /* 0x0 */\n" for i, text in enumerate(lines))
+    return GOOD + code
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "fault"),
+    [
+        ("forward_blockIfLb0E", (34 * 4, 4, 3), None),
+        ("forward_blockIfLb0E", (34 * 4 + 1, 4, 3), "a loop of 137 instructions for 4 exponentials, 136 at most"),
+        ("forward_blockIfLb1E", (34 * 4 + 1, 4, 3), None),
+        ("forward_blockIfLb0E", (34 * 4, 4, 2), "no wait that lets 3 groups"),
+        ("forward_warpIfLi16ELi1ELi0ELb0E", (34 * 4 + 160, 4, 1), None),
+        ("forward_warpIfLi16ELi1ELi0ELb0E", (34 * 4 + 161, 4, 1), "a loop of 297 instructions"),
+        ("forward_warpIfLi16ELi1ELi0ELb0E", (40, 0, 1), "no loop with exponentials"),
+        ("forward_warpIdLi16ELi1ELi0ELb0E", (40, 0, 1), None),
+        ("forward_warpIdLi16ELi1ELi0ELb0E", (40, 0, 0), "no wait that lets 1 groups"),
+    ],
+)
+def test_loops_and_waits_are_bounded_where_they_were_measured(name, arguments, fault):
+    code = listing(*arguments)
+    assert check_sass.faults(name, code, "sm_80") == []
+    found = check_sass.faults(name, code, "sm_90")
     assert (found == []) if fault is None else (len(found) == 1 and found[0].startswith(fault))

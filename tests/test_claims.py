@@ -168,6 +168,39 @@ def test_the_figure_of_the_grid_is_that_of_its_results() -> None:
         assert figure.info["Source"] == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def test_what_is_said_of_the_h100() -> None:
+    def numbers(name: str, stage: str) -> Any:
+        return result(name)["stages"][stage]["numbers"]
+
+    now, before = (numbers(name, "kernels")["rows"] for name in ("gpu_check_h100", "gpu_check_h100_before"))
+    shapes = re.findall(r"^\| ([\d,]+) x (\d+) \| .* \| (0\.\d\d) \| (0\.\d\d) \|$", BENCHMARKS, re.MULTILINE)
+    assert len(shapes) == 5
+    shapes += re.findall(
+        r"\(measured: ([\d,]+) x (\d+)\) \| .* \| (0\.\d\d) \| (0\.\d\d) \|$", BENCHMARKS, re.MULTILINE
+    )
+    assert len(shapes) == 6
+    for rows, classes, then, today in shapes:
+        name = f"{rows.replace(',', '')}x{classes}-float32-sum"
+        assert (then, today) == (f"{before[name]['of_copy']:.2f}", f"{now[name]['of_copy']:.2f}"), name
+    large = {}
+    for name, row in now.items():
+        size, dtype, reduction = name.split("-")
+        if reduction == "sum" and 2e8 < row["bytes"] < 1e9:
+            large[dtype, int(size.split("x")[1])] = row["of_copy"]
+    assert max(share for (_, classes), share in large.items() if classes <= 32_000) < 0.9
+    furthest = sorted((share, classes) for (dtype, classes), share in large.items() if dtype == "bfloat16")[:4]
+    assert "at 33, 4,096, 1,025 and 100 classes (0.57 to 0.65)" in BENCHMARKS
+    assert [classes for _, classes in furthest] == [33, 4096, 1025, 100]
+    assert (round(furthest[0][0], 2), round(furthest[-1][0], 2)) == (0.57, 0.65)
+    assert f"it is {now['8192x32000-float32-sum']['of_copy']:.2f} for 8192 x 32,000" in BENCHMARKS
+    update = numbers("gpu_check_h100", "graphs")["rows"]["tracker update"]["update_over_graphed_products"]
+    evidence = (ROOT / "docs" / "evidence.md").read_text()
+    assert f"it took {update:.1f} times as long as its products" in evidence
+    passed = numbers("gpu_check_h100_tests", "correctness")["passed"]
+    for page in (README, evidence):
+        assert f"{passed} tests passed" in page
+
+
 def test_the_table_of_ensembles() -> None:
     times = {row["title"]: row["microseconds"] for row in result("ensembles_cpu")["results"]}
     table = README[README.index("**Many networks**") :]

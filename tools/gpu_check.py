@@ -142,9 +142,6 @@ def show(stages: Sequence[Stage], arguments: argparse.Namespace) -> None:
     print(f"plan '{arguments.plan}', {arguments.seconds:.0f} s, {processors} processors\n")
     print(f"{'stage':28}{'estimate':>10}{'limit':>8}  without a GPU")
     for stage in stages:
-        if stage.not_built:
-            print(f"{stage.name:28}{'':18}  not built yet")
-            continue
         estimate = stage.estimate(processors)
         total += estimate
         words = [f"{estimate:.0f} s", f"{stage.limit:.0f} s"] if not stage.goes_on else ["what is", "left"]

@@ -251,8 +251,6 @@ class Runner:
 
     def obstacle(self, stage: Stage) -> dict[str, Any] | None:
         """Why a stage cannot run here, as its entry."""
-        if stage.not_built:
-            return skipped("not built yet")
         if stage.script and not (Path(str(self.values["root"])) / stage.script).exists():
             return skipped(f"not there: {stage.script}")
         if self.dry:

@@ -104,16 +104,11 @@ class Stage:
     needs_gpu: bool = True
     needs_data: bool = False
     goes_on: tuple[str, ...] = ()  # a run as long as there is time: the command that continues its checkpoint
-    not_built: bool = False  # stands for what is still to come
     read: Reader = read_json
 
     def estimate(self, processors: int) -> float:
         """Seconds on a machine with so many processors."""
         return self.fixed + self.work / max(1, min(processors, self.width))
-
-
-def later(name: str) -> Stage:
-    return Stage(name, (), 0, not_built=True)
 
 
 def script(name: str, path: str, *options: str, **fields: Any) -> Stage:
@@ -200,7 +195,7 @@ CHECK = (
         f"{EXAMPLES}/spiral_mlp.py",
         *("--device", "{device}", "--out", "{run}", "--steps", "2000"),
         limit=40,
-        fixed=18,
+        fixed=16,
         read=read_summary,
     ),
     script(
@@ -209,7 +204,7 @@ CHECK = (
         *("--ensemble", "--channels-last", "--synthetic", "--device", "{device}", "--out", "{run}"),
         *("--epochs", "20", "--peak-epoch", "10", "--stop-epoch", "15"),
         limit=60,
-        fixed=30,
+        fixed=28.5,
         read=read_summary,
     ),
     script(
@@ -218,6 +213,13 @@ CHECK = (
         *("spiral", "--states", "8", "--gap", "50", "--device", "{device}", "--json", "{json}"),
         limit=60,
         fixed=25,
+    ),
+    script(
+        "perceptrons",
+        f"{BENCHMARKS}/compare_ensembles.py",
+        *("--device", "{device}", "--rounds", "2", "--json", "{json}"),
+        limit=40,
+        fixed=8,
     ),
     Stage(
         "ncu",
@@ -251,8 +253,6 @@ CHECK = (
     *map(sanitizer, ("memcheck", "racecheck", "synccheck", "initcheck")),
     training("training_exact", "--numerics", "exact", "tf32", "--networks", "myrtle5", limit=80, fixed=40),
     training("training_compiled", "--compiled", limit=120, fixed=40, work=250),
-    later("phase_diagram"),
-    later("fused_perceptron_ensembles"),
 )
 
 
@@ -280,7 +280,6 @@ EXPERIMENTS = (
     ),
     # Supplementary Fig. 2: 3000 images, 10,000 steps.
     experiment("fig2", "myrtle5_bifurcations.py", "--channels-last"),
-    later("phase_diagram"),
 )
 
 PLANS = {"check": CHECK, "experiments": EXPERIMENTS}

@@ -1,12 +1,12 @@
 """
-Several GPUs, several processes
-===============================
+Several processes
+=================
 
 Each process holds a part of the data and a copy of the model. ``HessianOperator.from_batches(..., process_group=)``
 is the Hessian of the loss over *all* of it, exactly: one all-reduce a product, sums weighted by their true counts.
-Here two processes on this machine's CPU talk by gloo; with one GPU each the backend is ``"nccl"``, the model and the
-batches are on ``cuda:rank``, and nothing else changes. Train with ``DistributedDataParallel`` as ever, and measure
-with the plain module.
+Here two processes on this machine's CPU talk by gloo; with one GPU each (which has not been run yet) the backend is
+``"nccl"``, the model and the batches are on ``cuda:rank``, and nothing else changes. Train with
+``DistributedDataParallel`` as ever, and measure with the plain module.
 """
 
 import tempfile

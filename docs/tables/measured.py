@@ -283,7 +283,7 @@ def gpu_check(result: Json, path: Path) -> str:
         shares: dict[str, dict[int, float]] = {}
         for name, row in kernels.items():
             size, dtype, reduction = [*name.split("-"), ""][:3]
-            if reduction == "sum" and 2e8 < row.get("bytes", 0) < 8e8:
+            if reduction == "sum" and 2e8 < row.get("bytes", 0) < 1e9:
                 shares.setdefault(dtype, {})[int(size.split("x")[1])] = row["of_copy"]
         classes = sorted({c for row in shares.values() for c in row})
         if classes:
@@ -318,12 +318,16 @@ def gpu_check(result: Json, path: Path) -> str:
         )
         text += "Steps and products replayed as CUDA graphs:\n\n"
         text += table(["", "plain, 1/s", "replayed, 1/s", "ratio"], rows) + "\n"
+        if update := graphs.get("tracker update"):
+            ratio, target = update["update_over_graphed_products"], update["target"]
+            text += f"A tracker's update took {ratio:.1f} times its products, replayed; {target} was aimed at.\n\n"
     if passed := stages.get("correctness", {}).get("numbers", {}).get("passed"):
         text += f"Tests passed on this card: {passed}.\n\n"
     outcome = ", ".join(f"{name} {stage['result']}" for name, stage in stages.items())
     more = {
         "driver": result["machine"].get("driver"),
         "commit": result.get("commit"),
+        "tree": result.get("tree"),
         "on": result.get("started", "")[:10],
     }
     return f"{text}Stages: {outcome}.\n\n{machine_line(result['machine'], **more)}"

@@ -2,6 +2,7 @@
 
     python tests/benchmarks/compare_ensembles.py --json FILE
     python tests/benchmarks/compare_ensembles.py --members 64 --rounds 3   # short
+    python tests/benchmarks/compare_ensembles.py --device cuda --json FILE
 
 All contenders run by turns of two calls in one process, the minimum counts: microseconds per member and step or
 product. "fused" is `PerceptronEnsemble`; "autograd" the loop of the general loss, one network at a time, as that of
@@ -10,7 +11,8 @@ product. "fused" is `PerceptronEnsemble`; "autograd" the loop of the general los
 on the same data, recorded once per call. The peak is that of fused multiply-adds measured here, of one thread; a step's
 arithmetic is what the fused kernels need of each hidden unit at each point: 18 operations, where the matrix products of
 the forward pass and of the backward pass to the weights and to the hidden layer would be 26. Last the cost of a step
-against the numbers of members, hidden units and points, three decades of each.
+against the numbers of members, hidden units and points, three decades of each. On a GPU steps alone are timed, of one
+and of all members, without JAX.
 """
 
 from __future__ import annotations
@@ -52,19 +54,22 @@ def arithmetic(samples: int, hidden: int, classes: int = CLASSES, features: int 
     return samples * hidden * (forward + moments)
 
 
-def ensemble(members: int, hidden: int, dtype: torch.dtype, samples: int = 300) -> PerceptronEnsemble:
+def ensemble(
+    members: int, hidden: int, dtype: torch.dtype, samples: int = 300, device: str = "cpu"
+) -> PerceptronEnsemble:
     inputs, target = spiral_data(samples // CLASSES)
     oscillation = Oscillation(CLASSES, torch.full((members,), AMPLITUDE), PERIOD)
-    return PerceptronEnsemble(inputs, target, oscillation, hidden=hidden, lr=RATE, seeds=range(members), dtype=dtype)
+    options: dict[str, Any] = {"hidden": hidden, "lr": RATE, "seeds": range(members), "dtype": dtype, "device": device}
+    return PerceptronEnsemble(inputs, target, oscillation, **options)
 
 
 class Autograd:
     """One network at a time, as the general engine trains it."""
 
-    def __init__(self, hidden: int, dtype: torch.dtype, samples: int = 300) -> None:
-        inputs, self.target = spiral_data(samples // CLASSES)
-        self.inputs = inputs.t().to(dtype).contiguous().t()
-        self.model = SpiralMLP.initialised("glorot-normal", FEATURES, hidden, CLASSES, 0).to(dtype)
+    def __init__(self, hidden: int, dtype: torch.dtype, samples: int = 300, device: str = "cpu") -> None:
+        inputs, target = spiral_data(samples // CLASSES)
+        self.inputs, self.target = inputs.t().to(device, dtype).contiguous().t(), target.to(device)
+        self.model = SpiralMLP.initialised("glorot-normal", FEATURES, hidden, CLASSES, 0).to(device, dtype)
         self.params: list[Tensor] = list(self.model.parameters())
         self.oscillation, self.step = Oscillation(CLASSES, AMPLITUDE, PERIOD), 0
 
@@ -85,10 +90,10 @@ class Autograd:
 class Batched:
     """All members by torch.baddbmm, our loss for all, autograd."""
 
-    def __init__(self, members: int, hidden: int, dtype: torch.dtype) -> None:
-        inputs, self.target = spiral_data()
-        self.inputs = inputs.to(dtype).expand(members, -1, -1)
-        made = ensemble(members, hidden, dtype)
+    def __init__(self, members: int, hidden: int, dtype: torch.dtype, device: str = "cpu") -> None:
+        inputs, target = spiral_data()
+        self.inputs, self.target = inputs.to(device, dtype).expand(members, -1, -1), target.to(device)
+        made = ensemble(members, hidden, dtype, device=device)
         self.w1, self.b1, self.w2, self.b2 = (p.clone().requires_grad_() for p in made.parameters.values())
         self.oscillation, self.step = made.oscillation, 0
 
@@ -188,16 +193,23 @@ def peak(dtype: torch.dtype) -> float:
             return math.nan
 
 
-def timed(contenders: dict[str, tuple[Work, int]], rounds: int) -> dict[str, float]:
+def timed(contenders: dict[str, tuple[Work, int]], rounds: int, device: str = "cpu") -> dict[str, float]:
     """The least microseconds per unit of each, by turns; a contender is a call and the units in it."""
+
+    def wait() -> None:
+        if device != "cpu":
+            torch.cuda.synchronize()
+
     least = dict.fromkeys(contenders, math.inf)
     for work, _ in contenders.values():
         work()
+    wait()
     for _ in range(rounds):
         for name, (work, units) in contenders.items():
             for _ in range(2):  # the first of a turn finds the caches as the one before has left them
                 began = time.perf_counter()
                 work()
+                wait()
                 least[name] = min(least[name], (time.perf_counter() - began) / units * 1e6)
     return least
 
@@ -267,6 +279,25 @@ def many_members(members: int, hidden: int, dtype: torch.dtype, rounds: int, thr
     return show(title, times, members_times_steps_per_second=1e6 / times["fused"])
 
 
+def on_device(device: str, members: int, rounds: int) -> list[dict[str, Any]]:
+    """Steps of one network, and of all, there."""
+    results = []
+    for dtype in (torch.float64, torch.float32):
+        for hidden in (100, 10):
+            one, fused = (ensemble(count, hidden, dtype, device=device) for count in (1, members))
+            autograd, batched = Autograd(hidden, dtype, device=device), Batched(members, hidden, dtype, device)
+            contenders: dict[str, tuple[Work, int]] = {
+                "fused": (_training(fused, 50), 50 * members),
+                "fused, alone": (_training(one, 500), 500),
+                "autograd": (lambda loop=autograd: loop.steps(50), 50),  # type: ignore[misc]
+                "baddbmm": (lambda loop=batched: loop.steps(5), 5 * members),  # type: ignore[misc]
+            }
+            name = str(dtype).removeprefix("torch.")
+            title = f"{members} members of 2-{hidden}-3, 300 points, {name}, {device}, per member and step"
+            results.append(show(title, timed(contenders, rounds, device)))
+    return results
+
+
 def scaling(rounds: int) -> dict[str, Any]:
     """Cost of a step of one member against N and H, and of all against M: microseconds."""
     torch.set_num_threads(1)
@@ -293,20 +324,29 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--members", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(argv)
-    results: dict[str, Any] = {"machine": machine() | {"threads": options.threads}, "peak": {}, "results": []}
+    results: dict[str, Any] = {"machine": machine(options.device) | {"threads": options.threads}}
+    if options.device == "cpu":
+        results |= on_this_cpu(options.members, options.rounds, options.threads)
+    else:
+        results["results"] = on_device(options.device, options.members, options.rounds)
+    if options.json:
+        write_json(options.json, results)
+    return results
+
+
+def on_this_cpu(members: int, rounds: int, threads: int) -> dict[str, Any]:
+    results: dict[str, Any] = {"peak": {}, "results": []}
     for dtype in (torch.float64, torch.float32):
         rate = peak(dtype)
         results["peak"][str(dtype).removeprefix("torch.")] = rate
         print(f"peak of one thread, {dtype}: {rate / 1e9:.1f} GF/s")
         for hidden in (100, 10):
-            results["results"] += one_member(hidden, dtype, options.rounds, rate)
-            results["results"].append(many_members(options.members, hidden, dtype, options.rounds, options.threads))
-    results["scaling"] = scaling(options.rounds)
-    if options.json:
-        write_json(options.json, results)
-    return results
+            results["results"] += one_member(hidden, dtype, rounds, rate)
+            results["results"].append(many_members(members, hidden, dtype, rounds, threads))
+    return results | {"scaling": scaling(rounds)}
 
 
 if __name__ == "__main__":
