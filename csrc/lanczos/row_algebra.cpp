@@ -15,6 +15,7 @@
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/record_function.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
 
 #include <algorithm>
 #include <array>
@@ -445,7 +446,12 @@ std::vector<double> to_host(const std::vector<at::Tensor>& values) {
   for (const at::Tensor& x : values) flat.push_back(x.reshape({-1}).to(at::kDouble));
   const at::Tensor joined = flat.size() == 1 ? flat.front() : at::cat(flat);
   if (device_path || !joined.is_cpu()) ++num_reads_;
-  append(joined.to(at::kCPU).contiguous());
+  const at::Tensor host = joined.to(at::kCPU, at::kDouble, /*non_blocking=*/true);  // into pinned memory
+  if (!joined.is_cpu()) {
+    const c10::impl::VirtualGuardImpl device(joined.device().type());
+    device.getStream(joined.device()).synchronize();
+  }
+  append(host.contiguous());
   return out;
 }
 

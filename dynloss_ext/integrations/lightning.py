@@ -20,6 +20,9 @@ class StepCallback(Callback):  # type: ignore[misc]
 
     So Γ goes on with the optimizer's steps, whatever number of batches gradients are accumulated over, and after
     resuming from a checkpoint. The module is not to call ``criterion.step()``. Validation sees Γ of the next step.
+    The how-to on Lightning runs it::
+
+        Trainer(callbacks=[StepCallback()]).fit(module, batches)
 
     Raises:
         ValueError: at the start of a fit, the module has no such criterion.
@@ -46,7 +49,12 @@ class EigenvalueCallback(PeriodicTracker, Callback):  # type: ignore[misc]
     Measured before a step and logged at its number, as ``eigenvalue/1`` (first of the result's values),
     ``eigenvalue/2``, ... A tracker with ``max_interval`` is updated less often while the largest one rests. The
     state of the tracker is part of checkpoints, and resumed from them, but for sharded parameters: there it starts
-    anew, as every process has its part of the vectors.
+    anew, as every process has its part of the vectors::
+
+        def hessian(module):
+            return HessianOperator(lambda: module.criterion(module(inputs), labels), module.parameters())
+
+        Trainer(callbacks=[StepCallback(), EigenvalueCallback(hessian, EigenTracker(k=2))]).fit(module, batches)
 
     Args:
         operator: LightningModule -> the operator, such as ``lambda module: HessianOperator(lambda: module.loss(x, y),

@@ -64,7 +64,13 @@ class EigenvalueCallback(PeriodicTracker, TrainerCallback):  # type: ignore[misc
     is updated less often while the largest one rests. Its state is a file in each ``checkpoint-N`` of
     ``args.output_dir``, with sharded parameters one of each process, and resumed from there; a checkpoint that lies
     elsewhere starts it anew, with a warning, unless it has been given its state before:
-    ``tracker.load_state_dict(torch.load(file)["tracker"])``.
+    ``tracker.load_state_dict(torch.load(file)["tracker"])``::
+
+        def hessian(model):
+            return HessianOperator(lambda: criterion(model(**inputs).logits, labels), model.parameters())
+
+        trainer.add_callback(StepCallback(criterion))
+        trainer.add_callback(EigenvalueCallback(trainer, hessian, EigenTracker(k=2)))
 
     Args:
         trainer: whose ``log`` is called.

@@ -3,7 +3,7 @@
     cd tests && python -m robustness.killed --trainings 200 --sweeps 50 --out robustness/results/killed.json
 
 Each is a process forked from a warm one, killed by SIGKILL at a random moment of its life, once or several times in a
-row, and then resumed to the end.
+row, and then resumed to the end. What had ended before it was killed is not counted, and another one is begun.
 """
 
 from __future__ import annotations
@@ -60,23 +60,22 @@ class Work:
     result: Callable[[Path], dict[str, Any]]
     resumes: bool
 
-    def run(self, folder: Path, after: float | None = None) -> float:
-        """In a process of its own, killed after so many seconds; returns how long it lived.
+    def run(self, folder: Path, after: float | None = None) -> bool:
+        """In a process of its own, killed after so many seconds; whether that was before it ended.
 
         Raises:
             RuntimeError: it ended by itself, and not well.
         """
-        began = time.monotonic()
         child = os.fork()
         if child == 0:
             self._in_child(folder)
         if after is not None:
             time.sleep(after)
             os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
-        if os.waitstatus_to_exitcode(status) not in (0, -signal.SIGKILL):
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if code not in (0, -signal.SIGKILL):
             raise RuntimeError((folder.parent / "stderr").read_text()[-2000:])
-        return time.monotonic() - began
+        return code == -signal.SIGKILL
 
     def _in_child(self, folder: Path) -> None:
         code = 1
@@ -139,37 +138,41 @@ def difference(ours: Any, theirs: Any, place: str = "") -> str:
     return "" if same else f"{place}: {ours!r:.200} instead of {theirs!r:.200}"
 
 
-def kill_and_resume(name: str, times: int, seed: int, seconds: float = float("inf")) -> dict[str, Any]:
+def kill_and_resume(name: str, times: int, seed: int, seconds: float = 600.0) -> dict[str, Any]:
     """So often; what came out, with every difference."""
     work, rng, end = WORKS[name], random.Random(f"{name} {seed}"), time.monotonic() + seconds
     faults: list[str] = []
-    kills = done = unfinished = 0
+    kills = begun = resumed = on_disk = 0
     with tempfile.TemporaryDirectory() as scratch:
-        whole = Path(scratch) / "whole"
-        lifetime = work.run(whole)
-        expected = work.result(whole)
-        for i in range(times):
-            if time.monotonic() > end:
-                break
-            folder = Path(scratch) / str(i) / "run"
+        lifetimes = []
+        for whole in (Path(scratch) / "first" / "run", Path(scratch) / "second" / "run"):  # the first one warms up
+            whole.parent.mkdir()
+            began = time.monotonic()
+            work.run(whole)
+            lifetimes.append(time.monotonic() - began)
+        expected, lifetime = work.result(whole), lifetimes[-1]
+        while resumed < times and time.monotonic() < end:
+            folder = Path(scratch) / str(begun) / "run"
             folder.parent.mkdir()
-            for _ in range(rng.choice((1, 1, 2, 3))):
-                moment = rng.uniform(0, lifetime)
-                work.run(folder, moment)
-                kills += 1
-            unfinished += not (folder / "summary.json").exists()
+            begun += 1
             try:
+                killed = [work.run(folder, rng.uniform(0, lifetime)) for _ in range(rng.choice((1, 1, 2, 3)))]
+                if not killed[-1]:
+                    continue
+                kills += sum(killed)
+                on_disk += folder.exists() and any(folder.iterdir())
                 work.run(folder)
                 found = difference(work.result(folder), expected)
             except (RuntimeError, OSError, ValueError) as error:
                 found = f"{type(error).__name__}: {error}"
-            done += 1
+            resumed += 1
             if found:
-                faults.append(f"{name} {i}: {found}")
+                faults.append(f"{name} {begun}: {found}")
     return {
-        "resumed": done,
+        "begun": begun,
+        "resumed": resumed,
         "kills": kills,
-        "unfinished_when_resumed": unfinished,
+        "with_files_when_resumed": on_disk,
         "seconds_each": round(lifetime, 1),
         "faults": faults,
     }
