@@ -152,14 +152,15 @@ def test_in_how_many_cases_ours_are_the_fastest(monkeypatch: pytest.MonkeyPatch)
     won = sum(cell["ratio"] <= 1 for cell in found)
     from_nothing = measured.contests(cells, measured.OURS[1:], 1e-3, lambda name: "(warm)" not in name)
     won_from_nothing = sum(cell["ratio"] <= 1 for cell in from_nothing)
-    for page in (README, CURVATURE):
+    readme, curvature, benchmarks = (" ".join(page.split()) for page in (README, CURVATURE, BENCHMARKS))
+    for page in (readme, curvature):
         assert f"{won} of [{len(found)} cases]" in page
-        assert f"{won_from_nothing} of {len(from_nothing)}" in " ".join(page.split())
-    assert f"by up to {max(1 / cell['ratio'] for cell in found):.1f} times" in README
+        assert f"{won_from_nothing} of {len(from_nothing)}" in page
+    assert f"by up to {max(1 / cell['ratio'] for cell in found):.1f} times" in readme
     cold = [cell["solvers"]["eigsh (cold)"] for cell in cells]
-    (missed,) = [row["largest_miss_probability"] for row in cold if row["worst_error"] > 1e-3]
-    assert f"its `miss_probability` is {missed:.2f} there" in BENCHMARKS
-    assert f"up to {max(cell['ratio'] for cell in from_nothing) - 1:.0%}".replace("%", " %") in CURVATURE
+    one, other = [row["largest_miss_probability"] for row in cold if row["worst_error"] > 1e-3]
+    assert f"`miss_probability` is {one:.2f} and {other:.2f} there" in benchmarks
+    assert f"up to {max(cell['ratio'] for cell in from_nothing) - 1:.0%}".replace("%", " %") in curvature
 
 
 def test_the_figure_of_the_grid_is_that_of_its_results() -> None:
