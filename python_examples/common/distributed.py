@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -78,6 +79,9 @@ def join_world(device: torch.device) -> Iterator[World]:
     if dist.is_initialized():
         yield World(device, dist.get_rank(), size)
         return
+    # Its functions have the group of their import as a default, and would keep it, with gloo's threads, until the
+    # interpreter ends, and sometimes aborts; the first optimizer imports it.
+    importlib.import_module("torch.distributed.nn")
     if device.type == "cuda":
         dist.init_process_group("nccl", device_id=device)
     else:
